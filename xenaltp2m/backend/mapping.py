@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Foreign pages as memoryviews, unmapped only once nothing in Python can touch them any more.
+
+A read through a slice of pages that were unmapped kills the process. ``memoryview.release`` does
+not tell of slices, but the object that lends them all their memory lives as long as the last one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from xenaltp2m.errors import BusyError
+from xenaltp2m.types import PAGE_SIZE
+
+
+class Mapping:
+    """Mapped pages.
+
+    Attributes:
+        whole: One view of all of them.
+        pages: A view of each, slices of ``whole``.
+    """
+
+    def __init__(self, memory: Any, *, writable: bool, unmap: Callable[[], None]) -> None:
+        """Take charge of pages that were mapped.
+
+        Args:
+            memory: An object with the buffer interface over them, that nobody else holds.
+            writable: Whether they may be written; a write to pages mapped read-only would fault.
+            unmap: Undoes the mapping.
+        """
+        view = memoryview(memory)
+        self.whole = view if writable else view.toreadonly()
+        self.pages = [
+            self.whole[start : start + PAGE_SIZE]
+            for start in range(0, self.whole.nbytes, PAGE_SIZE)
+        ]
+        self._views = (*self.pages, self.whole)  # a copy: the list of pages is the caller's
+        self._memory = weakref.ref(memory)
+        self._unmap = unmap
+
+    def release(self) -> bool:
+        """Release the views, and tell whether that leaves nothing that could touch the pages."""
+        for view in self._views:
+            with contextlib.suppress(BufferError):  # an array lies over it: it stays in use
+                view.release()
+        return self._memory() is None
+
+    def close(self, op: str) -> None:
+        """Release the views and unmap the pages.
+
+        Args:
+            op: The operation, for the error.
+
+        Raises:
+            BusyError: Slices of the views are alive, so the pages stay mapped; again may succeed.
+        """
+        if not self.release():
+            raise BusyError(
+                f"{op}: the pages are still in use: slices of their views are alive",
+                op=op,
+                errno=errno.EBUSY,
+                hint=("release() every slice and cast of the views, then unmap again",),
+            )
+        self._unmap()

@@ -1,0 +1,751 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A hypervisor without Xen: the Backend Protocol over a model of Xen's altp2m.
+
+The model answers as the chosen release does, errno for errno, so that agents and their tests run
+anywhere. On top of the Protocol there is what a test wants: domains to create, a log of calls,
+failures on demand, a guest that touches memory, and a readable dump of any view.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from errno import EACCES, EBADF, EBUSY, EINVAL, ENODEV, ENOENT, EOPNOTSUPP
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from xenaltp2m import errors
+from xenaltp2m.abi import layouts, releases
+from xenaltp2m.abi.releases import Release, release
+from xenaltp2m.backend import Bytes, Gfns, arguments
+from xenaltp2m.backend.mock.guest import Outcome, touch
+from xenaltp2m.backend.mock.machine import Domain, Livelock, Machine, Refused
+from xenaltp2m.backend.mock.monitor import Monitor
+from xenaltp2m.backend.mock.p2m import Entry
+from xenaltp2m.types import ALL_GFNS, PAGE_SIZE, Altp2mMode, DomainInfo, DomId
+
+__all__ = ["Call", "Livelock", "MockBackend", "Outcome"]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+_LOG_LENGTH = 100_000
+_LOGGED_ITEMS = 64
+_SHUTDOWN_CRASH = 3
+_ABOUT = {
+    "domid": "domid",
+    "view": "view",
+    "vcpu": "vcpu",
+    "gfn": "gfn",
+    "old_gfn": "gfn",
+    "first_gfn": "gfn",
+}
+"""Which parameters an error tells of, and as what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One backend call as the log keeps it; ``errno`` is 0 where it succeeded."""
+
+    op: str
+    arguments: tuple[object, ...]
+    errno: int
+
+
+@dataclass(slots=True)
+class _Fault:
+    op: str | None
+    countdown: int
+    errno: int
+
+
+@dataclass(slots=True)
+class _Mapping:
+    handle: object
+    pages: list[memoryview]
+    frames: list[int]
+
+
+def _operation(
+    method: Callable[Concatenate[MockBackend, _P], _R],
+) -> Callable[Concatenate[MockBackend, _P], _R]:
+    """Make a Protocol method: arguments checked, faults injected, call logged, refusals raised."""
+    op = method.__name__
+    signature = inspect.signature(method)
+    names = tuple(signature.parameters)[1:]
+
+    @functools.wraps(method)
+    def call(self: MockBackend, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        self._check_open()
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        named = bound.arguments
+        arguments.check(op, named)
+        errno = 0
+        try:
+            self._inject(op)
+            return method(self, *args, **kwargs)
+        except Refused as refused:
+            errno = refused.errno
+            about = {_ABOUT[key]: named[key] for key in _ABOUT if key in named}
+            raise errors.from_errno(op, errno, **about) from None
+        finally:
+            self.calls.append(Call(op, tuple(_logged(named[name]) for name in names), errno))
+
+    return call
+
+
+def _logged(value: object) -> object:
+    if isinstance(value, bytes | bytearray | memoryview | array):
+        if len(value) > _LOGGED_ITEMS:
+            return f"<{len(value)} items>"
+        return tuple(value)
+    return value
+
+
+class MockBackend:
+    """The Backend Protocol on a modelled host. See :class:`xenaltp2m.backend.Backend`.
+
+    Attributes:
+        machine: The modelled host, with its domains; tests may look and reach into it.
+        calls: The calls made so far, oldest first; the oldest fall out past 100 000.
+    """
+
+    name = "mock"
+
+    def __init__(
+        self,
+        xen: tuple[int, int] = (4, 17),
+        *,
+        altp2m: bool = True,
+        privileged: bool = True,
+        library: tuple[int, int] | None = None,
+        executable_superpages: bool = False,
+        has_virtualisation_exceptions: bool = True,
+        physical_address_bits: int = 39,
+        memory_pages: int = 1 << 20,
+    ) -> None:
+        """Make a host.
+
+        Args:
+            xen: The hypervisor's release, (4, 14) to (4, 22).
+            altp2m: Whether Xen was booted with ``altp2m=1`` on a CPU that can.
+            privileged: Whether the caller is the control domain.
+            library: The libxenctrl's release where it is not the hypervisor's.
+            executable_superpages: False on CPUs where Xen splits them for XSA-304.
+            has_virtualisation_exceptions: Whether the CPU has #VE.
+            physical_address_bits: The CPU's ``maxphysaddr``.
+            memory_pages: The host's memory for guests, in 4 KiB pages; taken only when touched.
+        """
+        self.machine = Machine(
+            release(*xen),
+            altp2m=altp2m,
+            privileged=privileged,
+            library=None if library is None else release(*library),
+            executable_superpages=executable_superpages,
+            has_virtualisation_exceptions=has_virtualisation_exceptions,
+            physical_address_bits=physical_address_bits,
+            memory_pages=memory_pages,
+        )
+        self.calls: deque[Call] = deque(maxlen=_LOG_LENGTH)
+        self._faults: list[_Fault] = []
+        self._monitors: dict[int, Monitor] = {}
+        self._channels: dict[int, dict[int, Monitor]] = {}
+        self._mappings: dict[int, _Mapping] = {}
+        self._closed = False
+
+    # What tests use.
+
+    def add_domain(self, name: str = "guest", **options: Any) -> int:
+        """Create a paused domain and return its domid.
+
+        Args:
+            name: Its name.
+            **options: ``kind`` ("pvh", "hvm" or "pv"), ``mode``, ``view_count`` (4.21 and later),
+                ``vcpus``, ``memory_kib``, ``max_kib``, ``pool_pages``, ``superpages``, ``nested``;
+                see :meth:`xenaltp2m.backend.mock.machine.Machine.add_domain`.
+        """
+        return self.machine.add_domain(name, **options).domid
+
+    def domain(self, domid: int) -> Domain:
+        """Return the model of a domain, to look into or to change behind the caller's back."""
+        return self.machine.domains[domid]
+
+    def fail(self, op: str | None, nth: int, errno: int) -> None:
+        """Make the ``nth`` call from now on (1 is the next) fail once, with nothing done.
+
+        Args:
+            op: The operation, or None to count calls of any.
+            nth: From 1.
+            errno: What the caller gets.
+        """
+        self._faults.append(_Fault(op, nth, errno))
+
+    def touch(self, domid: int, gfn: int, kind: str = "r", vcpu: int = 0) -> Outcome:
+        """Let a vCPU read ("r"), write ("w") or fetch ("x") a gfn, and say how that ended."""
+        domain = self.domain(domid)
+        return touch(domain, domain.vcpus[vcpu], gfn, kind)
+
+    def dump(self, domid: int, view: int | None = None) -> str:
+        """Describe the host p2m (``view`` None) or a view's own entries, a line for each run."""
+        domain = self.domain(domid)
+        if view is None:
+            title = f"domain {domid} {domain.name}: host p2m, default {domain.host_default_access}"
+            table = domain.host
+        else:
+            state = domain.views[view]
+            title = f"domain {domid} {domain.name}: view {view}"
+            if not state.exists:
+                return f"{title} does not exist"
+            title += f", default {state.default_access}" + ("" if state.visible else ", hidden")
+            if state.max_remapped >= state.min_remapped:
+                title += f", remaps to {state.min_remapped:#x}..{state.max_remapped:#x}"
+            table = state.table
+        lines = [title]
+        for first, count, entry in _runs(table.entries()):
+            lines.append(
+                f"  {first:#x}..{first + count - 1:#x} -> frame {entry.mfn:#x} "
+                f"{entry.type.name.lower()} access {entry.access}"
+                f"{'' if entry.suppress_ve else ' #VE'}"
+            )
+        return "\n".join(lines)
+
+    def open_resources(self) -> list[str]:
+        """What the caller has not given back: mappings, event channels, monitors, pauses."""
+        left = [f"mapping of {len(m.pages)} pages" for m in self._mappings.values()]
+        left += [f"event channel {channel}" for channel in self._channels]
+        left += [f"monitor of domain {domid}" for domid, m in self._monitors.items() if m.enabled]
+        return left
+
+    # The Protocol.
+
+    @property
+    def release(self) -> Release:
+        """The modelled hypervisor's release."""
+        return self.machine.release
+
+    def supports(self, function: str) -> bool:
+        """Tell whether the modelled library has ``function``."""
+        return releases.since(function) <= self.machine.library.version
+
+    def close(self) -> None:
+        """Give everything back."""
+        if self._closed:
+            return
+        for channel in list(self._channels):
+            os.close(channel)
+        self._channels.clear()
+        for mapping in list(self._mappings.values()):
+            self._unmap("close", mapping.handle)
+        self._closed = True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise errors.ClosedError("the backend is closed")
+
+    def _inject(self, op: str) -> None:
+        for fault in self._faults:
+            if fault.op in (None, op):
+                fault.countdown -= 1
+                if not fault.countdown:
+                    self._faults.remove(fault)
+                    raise Refused(fault.errno)
+
+    def _domctl(self, domid: int) -> Domain:
+        """Return a domain for a domctl, which a library of another release may not send."""
+        if self.machine.library.domctl_version != self.release.domctl_version:
+            raise Refused(EACCES)
+        return self.machine.domain(domid)
+
+    def _monitor(self, domid: int) -> Monitor:
+        domain = self._domctl(domid)
+        return self._monitors.setdefault(domid, Monitor(domain))
+
+    def _require(self, op: str) -> None:
+        symbol = f"xc_{op}"
+        if not self.supports(symbol):
+            raise errors.missing_symbol(op, symbol, releases.since(symbol))
+
+    @_operation
+    def xen_extraversion(self) -> str:
+        return ".0-mock"
+
+    @_operation
+    def xen_commandline(self) -> str:
+        return "altp2m=1" if self.machine.altp2m_supported else ""
+
+    @_operation
+    def vm_event_get_version(self) -> int:
+        return self.release.vm_event_version
+
+    @_operation
+    def domain_getinfolist(self, first_domid: int, limit: int) -> list[DomainInfo]:
+        if self.machine.library.domctl_version != self.release.domctl_version:
+            raise Refused(EACCES)
+        found = sorted(domid for domid in self.machine.domains if domid >= first_domid)
+        return [_info(self.machine.domains[domid]) for domid in found[:limit]]
+
+    @_operation
+    def name_to_domid(self, name: str) -> int | None:
+        for domid, domain in self.machine.domains.items():
+            if domain.name == name:
+                return domid
+        return None
+
+    @_operation
+    def domid_to_name(self, domid: int) -> str | None:
+        domain = self.machine.domains.get(domid)
+        return None if domain is None else domain.name
+
+    @_operation
+    def domain_config_json(self, domid: int) -> str:
+        domain = self.machine.domain(domid)
+        build: dict[str, object] = {
+            "max_vcpus": len(domain.vcpus),
+            "avail_vcpus": list(range(len(domain.vcpus))),
+            "max_memkb": domain.max_kib,
+            "target_memkb": domain.target_kib,
+            "type.pvh" if domain.kind == "pvh" else f"type.{domain.kind}": {},
+        }
+        if domain.mode:
+            build["altp2m"] = Altp2mMode(domain.mode).name.lower()
+            if self.release.view_count_is_setting:
+                build["altp2m_count"] = len(domain.views)
+        return json.dumps(
+            {
+                "c_info": {"type": domain.kind, "name": domain.name, "uuid": str(domain.uuid)},
+                "b_info": build,
+            }
+        )
+
+    @_operation
+    def domain_pause(self, domid: int) -> None:
+        self._domctl(domid).pauses += 1
+
+    @_operation
+    def domain_unpause(self, domid: int) -> None:
+        domain = self._domctl(domid)
+        if not domain.pauses:
+            raise Refused(EINVAL)
+        domain.pauses -= 1
+
+    @_operation
+    def domain_maximum_gpfn(self, domid: int) -> int:
+        return self.machine.domain(domid).host.max_mapped
+
+    @_operation
+    def domain_setmaxmem(self, domid: int, max_kib: int) -> None:
+        self._domctl(domid).max_pages = max_kib // (PAGE_SIZE // 1024)
+
+    @_operation
+    def domain_populate_physmap_exact(self, domid: int, gfns: Gfns, order: int = 0) -> None:
+        domain = self.machine.domains.get(domid)
+        if domain is None or not all(domain.add_page(gfn, order) for gfn in gfns):
+            raise Refused(EBUSY)
+
+    @_operation
+    def domain_decrease_reservation_exact(self, domid: int, gfns: Gfns, order: int = 0) -> None:
+        domain = self.machine.domains.get(domid)
+        pages = (gfn + offset for gfn in gfns for offset in range(1 << order))
+        if domain is None or not all(domain.remove_page(gfn) for gfn in pages):
+            raise Refused(EINVAL)
+
+    @_operation
+    def hvm_param_get(self, domid: int, param: int) -> int:
+        return self.machine.domain(domid).get_param(param)
+
+    @_operation
+    def hvm_param_set(self, domid: int, param: int, value: int) -> None:
+        self.machine.domain(domid).set_param(param, value)
+
+    @_operation
+    def domain_hvm_getcontext(self, domid: int) -> bytes:
+        domain = self._domctl(domid)
+        return b"".join(
+            _record(layouts.HVM_CPU_TYPECODE, vcpu.number, bytes(vcpu.context))
+            for vcpu in domain.vcpus
+        ) + _record(0, 0, b"")
+
+    @_operation
+    def domain_hvm_getcontext_partial(self, domid: int, typecode: int, instance: int) -> bytes:
+        domain = self._domctl(domid)
+        if typecode != layouts.HVM_CPU_TYPECODE:
+            raise Refused(EINVAL)
+        if instance >= len(domain.vcpus):
+            raise Refused(ENOENT)
+        return bytes(domain.vcpus[instance].context)
+
+    @_operation
+    def domain_hvm_setcontext(self, domid: int, stream: Bytes) -> None:
+        domain = self._domctl(domid)
+        rest = bytes(stream)
+        head = layouts.HVM_DESCRIPTOR
+        while rest:
+            kind, number, length = (
+                head.number(rest, name) for name in ("typecode", "instance", "length")
+            )
+            body, rest = rest[head.size : head.size + length], rest[head.size + length :]
+            if kind == layouts.HVM_CPU_TYPECODE:
+                if number >= len(domain.vcpus) or len(body) != layouts.HVM_CPU.size:
+                    raise Refused(EINVAL)
+                domain.vcpus[number].context[:] = body
+
+    @_operation
+    def domain_debug_control(self, domid: int, op: int, vcpu: int) -> None:
+        domain = self._domctl(domid)
+        if op not in (0, 1):  # XEN_DOMCTL_DEBUG_OP_SINGLE_STEP_OFF, _ON
+            raise Refused(EOPNOTSUPP)
+        domain.vcpu(vcpu).single_step = op == 1
+
+    @_operation
+    def get_paging_mempool_size(self, domid: int) -> int:
+        self._require("get_paging_mempool_size")
+        return self._domctl(domid).pool.pages * PAGE_SIZE
+
+    @_operation
+    def set_paging_mempool_size(self, domid: int, size: int) -> None:
+        self._require("set_paging_mempool_size")
+        pool = self._domctl(domid).pool
+        if size % PAGE_SIZE:
+            raise Refused(EINVAL)
+        pool.pages = max(size // PAGE_SIZE, pool.used)
+
+    @_operation
+    def set_mem_access(self, domid: int, access: int, first_gfn: int, count: int) -> None:
+        domain = self._memory_event_domain(domid)
+        if first_gfn == ALL_GFNS:
+            domain.set_mem_access(0, first_gfn, access)
+            return
+        if not count or first_gfn + count - 1 > domain.host.max_mapped:
+            raise Refused(EINVAL)
+        for gfn in range(first_gfn, first_gfn + count):
+            domain.set_mem_access(0, gfn, access)
+
+    @_operation
+    def set_mem_access_multi(self, domid: int, accesses: Bytes, gfns: Gfns) -> None:
+        self._memory_event_domain(domid).set_mem_access_multi(0, bytes(accesses), gfns)
+
+    @_operation
+    def get_mem_access(self, domid: int, gfn: int) -> int:
+        domain = self._memory_event_domain(domid)
+        if domain.host.max_mapped < gfn < ALL_GFNS:
+            raise Refused(EINVAL)
+        return domain.get_mem_access(0, gfn)
+
+    def _memory_event_domain(self, domid: int) -> Domain:
+        """``mem_access_memop``: needs a monitor's ring, unlike the altp2m calls."""
+        domain = self.machine.domain(domid)
+        if not domain.hvm:
+            raise Refused(EINVAL)
+        if not domain.listened:
+            raise Refused(ENODEV)
+        return domain
+
+    @_operation
+    def domain_set_access_required(self, domid: int, required: bool) -> None:
+        domain = self._domctl(domid)
+        domain.access_required = required
+        if domain.active:
+            for view in domain.views:
+                view.access_required = required
+
+    @_operation
+    def altp2m_get_domain_state(self, domid: int) -> bool:
+        return self.machine.altp2m(domid, needs_active=False).active
+
+    @_operation
+    def altp2m_set_domain_state(self, domid: int, state: bool) -> None:
+        self.machine.altp2m(domid, needs_active=False).set_active(state)
+
+    @_operation
+    def altp2m_set_vcpu_enable_notify(self, domid: int, vcpu: int, gfn: int) -> None:
+        self.machine.altp2m(domid).enable_notify(vcpu, gfn)
+
+    @_operation
+    def altp2m_set_vcpu_disable_notify(self, domid: int, vcpu: int) -> None:
+        self.machine.altp2m(domid).disable_notify(vcpu)
+
+    @_operation
+    def altp2m_create_view(self, domid: int, default_access: int) -> int:
+        return self.machine.altp2m(domid).create_view(default_access)
+
+    @_operation
+    def altp2m_destroy_view(self, domid: int, view: int) -> None:
+        self.machine.altp2m(domid).destroy_view(view)
+
+    @_operation
+    def altp2m_switch_to_view(self, domid: int, view: int) -> None:
+        self.machine.altp2m(domid).switch_to_view(view)
+
+    @_operation
+    def altp2m_set_mem_access(self, domid: int, view: int, gfn: int, access: int) -> None:
+        self.machine.altp2m(domid).set_mem_access(view, gfn, access)
+
+    @_operation
+    def altp2m_set_mem_access_multi(
+        self, domid: int, view: int, accesses: Bytes, gfns: Gfns
+    ) -> None:
+        self.machine.altp2m(domid).set_mem_access_multi(view, bytes(accesses), gfns)
+
+    @_operation
+    def altp2m_get_mem_access(self, domid: int, view: int, gfn: int) -> int:
+        return self.machine.altp2m(domid).get_mem_access(view, gfn)
+
+    @_operation
+    def altp2m_change_gfn(self, domid: int, view: int, old_gfn: int, new_gfn: int) -> None:
+        self.machine.altp2m(domid).change_gfn(view, old_gfn, new_gfn)
+
+    @_operation
+    def altp2m_set_suppress_ve(self, domid: int, view: int, gfn: int, suppress: bool) -> None:
+        arguments.refuse_livelock("altp2m_set_suppress_ve", gfn)
+        self.machine.altp2m(domid).set_suppress_ve(view, gfn, suppress)
+
+    @_operation
+    def altp2m_set_suppress_ve_multi(
+        self, domid: int, view: int, first_gfn: int, last_gfn: int, suppress: bool
+    ) -> tuple[int, int] | None:
+        domain = self.machine.altp2m(domid)
+        return domain.set_suppress_ve_multi(view, first_gfn, last_gfn, suppress)
+
+    @_operation
+    def altp2m_get_suppress_ve(self, domid: int, view: int, gfn: int) -> bool:
+        return self.machine.altp2m(domid).get_suppress_ve(view, gfn)
+
+    @_operation
+    def altp2m_get_vcpu_p2m_idx(self, domid: int, vcpu: int) -> int:
+        return self.machine.altp2m(domid).vcpu_view(vcpu)
+
+    @_operation
+    def altp2m_set_visibility(self, domid: int, view: int, visible: bool) -> None:
+        self.machine.altp2m(domid).set_visibility(view, visible)
+
+    @_operation
+    def monitor_enable(self, domid: int) -> tuple[int, memoryview]:
+        monitor = self._monitor(domid)
+        ring = monitor.enable()
+        assert monitor.ring_frame is not None
+        self._map(ring, [ring], [monitor.ring_frame])
+        return monitor.port, ring
+
+    @_operation
+    def monitor_unmap_ring(self, ring: memoryview) -> None:
+        self._unmap("monitor_unmap_ring", ring)
+
+    @_operation
+    def monitor_disable(self, domid: int) -> None:
+        self._monitor(domid).disable()
+
+    @_operation
+    def monitor_resume(self, domid: int) -> None:
+        self._monitor(domid).resume()
+
+    @_operation
+    def monitor_get_capabilities(self, domid: int) -> int:
+        return self._monitor(domid).capabilities()
+
+    @_operation
+    def monitor_write_ctrlreg(
+        self, domid: int, index: int, enable: bool, sync: bool, bitmask: int, onchangeonly: bool
+    ) -> None:
+        self._monitor(domid).switch_ctrlreg(
+            index, enable, sync=sync, bitmask=bitmask, onchangeonly=onchangeonly
+        )
+
+    @_operation
+    def monitor_mov_to_msr(self, domid: int, msr: int, enable: bool, onchangeonly: bool) -> None:
+        self._monitor(domid).switch_msr(msr, enable, onchangeonly=onchangeonly)
+
+    @_operation
+    def monitor_singlestep(self, domid: int, enable: bool) -> None:
+        self._monitor(domid).switch("singlestep", enable)
+
+    @_operation
+    def monitor_software_breakpoint(self, domid: int, enable: bool) -> None:
+        self._monitor(domid).switch("software_breakpoint", enable)
+
+    @_operation
+    def monitor_descriptor_access(self, domid: int, enable: bool) -> None:
+        self._monitor(domid).switch("descriptor_access", enable)
+
+    @_operation
+    def monitor_guest_request(
+        self, domid: int, enable: bool, sync: bool, allow_userspace: bool
+    ) -> None:
+        self._monitor(domid).switch(
+            "guest_request", enable, sync=sync, allow_userspace=allow_userspace
+        )
+
+    @_operation
+    def monitor_inguest_pagefault(self, domid: int, disable: bool) -> None:
+        self._monitor(domid).switch("inguest_pagefault", disable)
+
+    @_operation
+    def monitor_debug_exceptions(self, domid: int, enable: bool, sync: bool) -> None:
+        self._monitor(domid).switch("debug_exceptions", enable, sync=sync)
+
+    @_operation
+    def monitor_cpuid(self, domid: int, enable: bool) -> None:
+        self._monitor(domid).switch("cpuid", enable)
+
+    @_operation
+    def monitor_privileged_call(self, domid: int, enable: bool) -> None:
+        del enable
+        self._monitor(domid)
+        raise Refused(EOPNOTSUPP)  # not among x86's capabilities, either way
+
+    @_operation
+    def monitor_emul_unimplemented(self, domid: int, enable: bool) -> None:
+        self._monitor(domid).switch("emul_unimplemented", enable)
+
+    @_operation
+    def monitor_vmexit(self, domid: int, enable: bool, sync: bool) -> None:
+        self._require("monitor_vmexit")
+        self._monitor(domid).switch("vmexit", enable, sync=sync)
+
+    @_operation
+    def monitor_io(self, domid: int, enable: bool) -> None:
+        self._require("monitor_io")
+        self._monitor(domid).switch("io", enable)
+
+    @_operation
+    def monitor_emulate_each_rep(self, domid: int, enable: bool) -> None:
+        self._monitor(domid).emulate_each_rep(enable)
+
+    @_operation
+    def evtchn_open(self) -> int:
+        channel = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_CLOEXEC)
+        self._channels[channel] = {}
+        return channel
+
+    @_operation
+    def evtchn_close(self, channel: int) -> None:
+        for monitor in self._ports(channel).values():
+            monitor.signal = None
+        del self._channels[channel]
+        os.close(channel)
+
+    @_operation
+    def evtchn_fd(self, channel: int) -> int:
+        self._ports(channel)
+        return channel
+
+    @_operation
+    def evtchn_bind_interdomain(self, channel: int, domid: int, remote_port: int) -> int:
+        ports = self._ports(channel)
+        monitor = self._monitors.get(domid)
+        if monitor is None or not monitor.enabled or monitor.port != remote_port:
+            raise Refused(EINVAL)
+        port = max(ports, default=0) + 1
+        ports[port] = monitor
+        monitor.signal = channel
+        return port
+
+    @_operation
+    def evtchn_unbind(self, channel: int, port: int) -> None:
+        self._port(channel, port).signal = None
+        del self._channels[channel][port]
+
+    @_operation
+    def evtchn_pending(self, channel: int) -> int:
+        ports = self._ports(channel)
+        os.eventfd_read(channel)
+        return next(iter(ports))
+
+    @_operation
+    def evtchn_unmask(self, channel: int, port: int) -> None:
+        self._port(channel, port)
+
+    @_operation
+    def evtchn_notify(self, channel: int, port: int) -> None:
+        monitor = self._port(channel, port)
+        if monitor.enabled:
+            monitor.resume()
+
+    def _ports(self, channel: int) -> dict[int, Monitor]:
+        if channel not in self._channels:
+            raise Refused(EBADF)
+        return self._channels[channel]
+
+    def _port(self, channel: int, port: int) -> Monitor:
+        monitor = self._ports(channel).get(port)
+        if monitor is None:
+            raise Refused(EINVAL)
+        return monitor
+
+    @_operation
+    def foreignmemory_map(
+        self, domid: int, writable: bool, gfns: Sequence[int]
+    ) -> list[memoryview]:
+        domain = self.machine.domain(domid)
+        frames = []
+        for gfn in gfns:
+            found = domain.host_lookup(gfn, populate=True, unshare=writable)
+            if not found.valid:
+                raise Refused(EINVAL)
+            frames.append(found.mfn)
+        views = map(self.machine.frames.page, frames)
+        pages = [view if writable else view.toreadonly() for view in views]
+        self._map(pages, pages, frames)
+        return pages
+
+    @_operation
+    def foreignmemory_unmap(self, pages: list[memoryview]) -> None:
+        self._unmap("foreignmemory_unmap", pages)
+
+    def _map(self, handle: object, pages: list[memoryview], frames: list[int]) -> None:
+        for frame in frames:
+            self.machine.frames.pin(frame)
+        self._mappings[id(handle)] = _Mapping(handle, pages, frames)
+
+    def _unmap(self, op: str, handle: object) -> None:
+        mapping = self._mappings.get(id(handle))
+        if mapping is None or mapping.handle is not handle:
+            raise arguments.unknown_mapping(op)
+        del self._mappings[id(handle)]
+        for page in mapping.pages:
+            page.release()
+        for frame in mapping.frames:
+            self.machine.frames.unpin(frame)
+
+
+def _info(domain: Domain) -> DomainInfo:
+    return DomainInfo(
+        domid=DomId(domain.domid),
+        uuid=domain.uuid,
+        hvm=domain.hvm,
+        paused=domain.pauses > 0,
+        dying=domain.dying,
+        shutdown=domain.crashed,
+        shutdown_reason=_SHUTDOWN_CRASH if domain.crashed else 0,
+        pages=domain.pages,
+        max_pages=domain.max_pages,
+        vcpus=len(domain.vcpus),
+        max_vcpu_id=len(domain.vcpus) - 1,
+    )
+
+
+def _record(typecode: int, instance: int, body: bytes) -> bytes:
+    """One record of an HVM save stream."""
+    head = (typecode, 2), (instance, 2), (len(body), 4)
+    return b"".join(value.to_bytes(width, "little") for value, width in head) + body
+
+
+def _runs(entries: Iterator[tuple[int, int, Entry]]) -> Iterator[tuple[int, int, Entry]]:
+    """Join neighbouring leaves that continue each other: (first gfn, count, first entry)."""
+    run: tuple[int, int, Entry] | None = None
+    for gfn, order, entry in entries:
+        size = 1 << order
+        if run is not None:
+            first, count, start = run
+            if (gfn, entry) == (first + count, start._replace(mfn=start.mfn + count)):
+                run = first, count + size, start
+                continue
+            yield run
+        run = gfn, size, entry
+    if run is not None:
+        yield run

@@ -1,0 +1,745 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A host with domains: frames, host p2m changes, and altp2m as Xen does it, release by release.
+
+Operations raise :class:`Refused` with Xen's errno and otherwise change the state as Xen would.
+Each rule names the Xen function it restates; where releases differ, the difference is a field of
+:class:`~xenaltp2m.abi.releases.Release`.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from errno import (
+    EAGAIN,
+    EBUSY,
+    EEXIST,
+    EILSEQ,
+    EINVAL,
+    ENOMEM,
+    EOPNOTSUPP,
+    EPERM,
+    ERANGE,
+    ESRCH,
+)
+from uuid import UUID, uuid5
+
+from xenaltp2m.abi.layouts import HVM_CPU
+from xenaltp2m.abi.releases import Release
+from xenaltp2m.backend.mock.p2m import (
+    ACCESS_RWX,
+    ANY_RAM_TYPES,
+    INVALID_MFN,
+    ORDER_2M,
+    ORDER_4K,
+    PAGING_TYPES,
+    RAM_TYPES,
+    SPECIAL_TYPES,
+    Lookup,
+    P2m,
+    PageType,
+    Pool,
+)
+from xenaltp2m.types import ALL_GFNS, PAGE_SIZE, Altp2mMode
+
+INVALID_VIEW = 0xFFFF
+_DEFAULT_VIEWS = 10
+_SPECIAL_PAGES_END = 0xFF000
+_SPECIAL_PAGES = 8
+_APIC_PAGE_GFN = 0xFEE00
+_UUID_NAMESPACE = UUID("7b0d2f5c-5f0e-4c0e-9d1e-6d5ad2e5c0de")
+
+HVM_PARAM_STORE_PFN = 1
+HVM_PARAM_IOREQ_PFN = 5
+HVM_PARAM_BUFIOREQ_PFN = 6
+HVM_PARAM_IDENT_PT = 12
+HVM_PARAM_CONSOLE_PFN = 17
+HVM_PARAM_MONITOR_RING_PFN = 28
+HVM_PARAM_ALTP2M = 35
+HVM_NR_PARAMS = 39
+
+LIVELOCK_STEPS = 1 << 28
+
+
+class Refused(Exception):  # noqa: N818 - it is Xen's answer, not an error of ours
+    """Xen says no: carries the errno, as Linux numbers it."""
+
+    def __init__(self, errno: int) -> None:
+        super().__init__(errno)
+        self.errno = errno
+
+
+class Livelock(RuntimeError):  # noqa: N818 - the word for what it is
+    """The real Xen would not come back from this call for hours, or ever."""
+
+
+class Frames:
+    """The host's memory, as one sparse mapping; a frame number is an offset into it."""
+
+    def __init__(self, limit: int) -> None:
+        self._memory = mmap.mmap(-1, limit * PAGE_SIZE)
+        self._view = memoryview(self._memory)
+        self._limit = limit
+        self._next = 1 << ORDER_2M  # frame 0 stays nobody's, and 2M blocks stay aligned
+        self._free: list[int] = []
+        self._pins: Counter[int] = Counter()
+        self._released: set[int] = set()
+
+    def allocate(self, order: int = ORDER_4K) -> int | None:
+        """Return the first of 2^order aligned free frames, or None if there are none."""
+        if order == ORDER_4K and self._free:
+            return self._free.pop()
+        size = 1 << order
+        first = -(-self._next // size) * size
+        if first + size > self._limit:
+            return None
+        self._free.extend(range(self._next, first))
+        self._next = first + size
+        return first
+
+    def release(self, mfn: int) -> None:
+        """Take a frame back once nobody holds it; its contents are scrubbed, as Xen does."""
+        if self._pins[mfn]:
+            self._released.add(mfn)
+            return
+        self.page(mfn)[:] = bytes(PAGE_SIZE)
+        self._free.append(mfn)
+
+    def pin(self, mfn: int) -> None:
+        """Hold a frame, as a foreign mapping or a #VE page does (``get_page``)."""
+        self._pins[mfn] += 1
+
+    def unpin(self, mfn: int) -> None:
+        """Let go of a frame (``put_page``)."""
+        self._pins[mfn] -= 1
+        if not self._pins[mfn] and mfn in self._released:
+            self._released.remove(mfn)
+            self.release(mfn)
+
+    def page(self, mfn: int) -> memoryview:
+        """Return a frame's 4096 bytes, shared with everyone who maps it."""
+        return self._view[mfn * PAGE_SIZE : (mfn + 1) * PAGE_SIZE]
+
+
+@dataclass
+class View:
+    """One altp2m table and what Xen keeps beside it."""
+
+    table: P2m
+    exists: bool = False
+    visible: bool = False
+    default_access: int = ACCESS_RWX
+    min_remapped: int = ALL_GFNS
+    max_remapped: int = 0
+    access_required: bool = False
+
+    def reset(self) -> None:
+        """Forget every entry and the remap range; the rest stays (``p2m_reset_altp2m``)."""
+        self.table.flush()
+        self.min_remapped = ALL_GFNS
+        self.max_remapped = 0
+
+
+@dataclass
+class Vcpu:
+    """A virtual CPU, as far as views and events concern it."""
+
+    number: int
+    view: int = INVALID_VIEW
+    veinfo: int | None = None
+    """The frame of its #VE information page."""
+    single_step: bool = False
+    fast_step_view: int | None = None
+    event_pauses: int = 0
+    """Xen's ``vm_event_pause_count``."""
+    context: bytearray = field(default_factory=lambda: bytearray(HVM_CPU.size))
+    """Its ``hvm_hw_cpu`` record."""
+
+
+class Domain:
+    """An HVM, PVH or PV domain. Made by :meth:`Machine.add_domain`."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        domid: int,
+        name: str,
+        *,
+        kind: str,
+        mode: Altp2mMode,
+        view_count: int,
+        vcpus: int,
+        memory_kib: int,
+        max_kib: int,
+        pool_pages: int,
+        nested: bool,
+    ) -> None:
+        self.machine = machine
+        self.release = machine.release
+        self.domid = domid
+        self.name = name
+        self.uuid = uuid5(_UUID_NAMESPACE, f"{domid} {name}")
+        self.kind = kind
+        self.nested = nested
+        self.max_pages = max_kib * 1024 // PAGE_SIZE
+        self.max_kib = max_kib
+        self.target_kib = memory_kib
+        self.pages = 0
+        self.pauses = 0
+        self.dying = False
+        self.crashed = False
+        self.pool = Pool(pool_pages)
+        self.host = self._table()
+        self.host_default_access = ACCESS_RWX
+        self.access_required = False
+        self.listened = False
+        """Whether a monitor's ring is there."""
+        self.active = False
+        self.views = [View(self._table()) for _ in range(view_count)]
+        self.vcpus = [Vcpu(number) for number in range(vcpus)]
+        self.params = {HVM_PARAM_ALTP2M: int(mode)}
+        self.m2p: dict[int, int] = {}
+        """Frame to gfn, as ``paging_mark_dirty`` and memory sharing look it up."""
+        self.special_frames: set[int] = set()
+        """Frames a guest may not name as #VE page (``is_special_page``)."""
+        self.dirty: set[int] = set()
+
+    def _table(self) -> P2m:
+        self.pool.take()  # the root
+        return P2m(self.pool, executable_superpages=self.machine.executable_superpages)
+
+    @property
+    def hvm(self) -> bool:
+        """True for HVM and PVH."""
+        return self.kind != "pv"
+
+    @property
+    def mode(self) -> int:
+        """The altp2m mode's number."""
+        return self.params[HVM_PARAM_ALTP2M]
+
+    def get_param(self, param: int) -> int:
+        """``hvmop_get_param``."""
+        if not self.hvm or param >= HVM_NR_PARAMS:
+            raise Refused(EINVAL)
+        return self.params.get(param, 0)
+
+    def set_param(self, param: int, value: int) -> None:
+        """``hvmop_set_param``: the altp2m mode is settable once, and not at all from 4.19."""
+        if not self.hvm or param >= HVM_NR_PARAMS:
+            raise Refused(EINVAL)
+        if param == HVM_PARAM_ALTP2M:
+            if self.release.mode_set_at_creation or (self.mode and value != self.mode):
+                raise Refused(EEXIST)
+            if value > Altp2mMode.LIMITED or (value and self.nested):
+                raise Refused(EINVAL)
+        self.params[param] = value
+
+    # Host p2m: every write is seen by the views.
+
+    def host_lookup(self, gfn: int, *, populate: bool = False, unshare: bool = False) -> Lookup:
+        """``p2m_get_gfn_type_access`` on the host p2m."""
+        found = self.host.lookup(gfn)
+        if populate and found.type == PageType.POPULATE_ON_DEMAND:
+            order = found.order
+            mfn = self.machine.frames.allocate(order)
+            if mfn is None:
+                self.crash("populate on demand failed")
+                return found
+            base = gfn >> order << order
+            self.host_write(base, mfn, order, PageType.RAM_RW, self.host_default_access)
+            self._set_m2p(base, mfn, order)
+            found = self.host.lookup(gfn)
+        if unshare and found.type == PageType.SHARED:
+            self.host_write(gfn, found.mfn, ORDER_4K, PageType.RAM_RW, found.access)
+            found = self.host.lookup(gfn)
+        if found.type == PageType.BROKEN:
+            if populate:
+                self.crash("touched a broken page")
+            found = found._replace(mfn=INVALID_MFN)
+        return found
+
+    def host_write(
+        self,
+        gfn: int,
+        mfn: int,
+        order: int,
+        kind: PageType,
+        access: int,
+        suppress_ve: bool | None = None,
+    ) -> int:
+        """``ept_set_entry`` on the host p2m: writes, then tells the views. Returns an errno."""
+        error = self.host.write(gfn, mfn, order, kind, access, suppress_ve)
+        if error or not self.machine.altp2m_supported:
+            return error
+        return self._propagate(gfn, mfn, order, kind, access)
+
+    def host_write_range(self, gfn: int, mfn: int, order: int, kind: PageType, access: int) -> int:
+        """``p2m_set_entry`` on the host p2m, for orders 0 and 9."""
+        return self.host_write(gfn, mfn, order, kind, access)
+
+    def _propagate(self, gfn: int, mfn: int, order: int, kind: PageType, access: int) -> int:
+        """``p2m_altp2m_propagate_change``: a drop may reset views, a change overwrites entries."""
+        if not self.active:
+            return 0
+        error = 0
+        reset: View | None = None
+        end = gfn + (1 << order) if self.release.drop_test_covers_order else gfn + 1
+        for view in self.views:
+            if not view.exists:
+                continue
+            if mfn == INVALID_MFN and end > view.min_remapped and gfn <= view.max_remapped:
+                if reset is None:
+                    view.reset()
+                    reset = view
+                    continue
+                for other in self.views:
+                    if other.exists and other is not reset:
+                        other.reset()
+                return 0
+            if view.table.lookup(gfn).mapped:
+                error = error or view.table.write_range(gfn, mfn, order, kind, access)
+        return error
+
+    def add_page(self, gfn: int, order: int) -> bool:
+        """Populate 2^order frames at ``gfn`` (``populate_physmap``, ``p2m_add_page``)."""
+        if self.pages + (1 << order) > self.max_pages:
+            return False
+        mfn = self.machine.frames.allocate(order)
+        if mfn is None:
+            return False
+        for offset in range(1 << order):
+            old = self.host.lookup(gfn + offset)
+            if old.type in SPECIAL_TYPES:
+                self.crash("populated over grant, foreign or direct MMIO")
+                return False
+            if old.valid and old.type in RAM_TYPES:
+                self.m2p.pop(old.mfn, None)
+        self.pages += 1 << order
+        if self.host_write_range(gfn, mfn, order, PageType.RAM_RW, self.host_default_access):
+            return False
+        self._set_m2p(gfn, mfn, order)
+        return True
+
+    def remove_page(self, gfn: int) -> bool:
+        """Take one page back (``guest_remove_page``); a direct MMIO entry is refused."""
+        found = self.host.lookup(gfn)
+        if found.type == PageType.POPULATE_ON_DEMAND:  # p2m_pod_decrease_reservation
+            self.host_write_range(
+                gfn, INVALID_MFN, ORDER_4K, PageType.INVALID, self.host_default_access
+            )
+            return True
+        if found.type == PageType.MMIO_DIRECT or not found.valid:
+            return False
+        if self.remove_entry(None, gfn, found.mfn):
+            return False
+        self.pages -= 1
+        self.machine.frames.release(found.mfn)
+        return True
+
+    def remove_entry(self, view: View | None, gfn: int, mfn: int) -> int:
+        """``p2m_remove_entry``, order 0 (``p2m_remove_page`` up to 4.16); None is the host."""
+        found = (view.table if view else self.host).lookup(gfn)
+        if self.release.revert_refuses_non_ram:
+            refused = found.type not in ANY_RAM_TYPES and found.type != PageType.BROKEN
+        else:
+            refused = self.release.revert_refuses_mmio and found.type == PageType.MMIO_DIRECT
+        if refused:
+            return EILSEQ
+        if found.type not in SPECIAL_TYPES and found.type != PageType.SHARED:
+            self.m2p.pop(mfn, None)
+            if self.release.revert_refuses_non_ram:
+                self.dirty.discard(gfn)  # paging_mark_pfn_clean came with the stricter test, 4.22
+        if view is None:
+            return self.host_write(
+                gfn, INVALID_MFN, ORDER_4K, PageType.INVALID, self.host_default_access
+            )
+        return view.table.write(gfn, INVALID_MFN, ORDER_4K, PageType.INVALID, view.default_access)
+
+    def _set_m2p(self, gfn: int, mfn: int, order: int) -> None:
+        for offset in range(1 << order):
+            self.m2p[mfn + offset] = gfn + offset
+
+    def crash(self, reason: str) -> None:
+        """``domain_crash``."""
+        self.crashed = True
+        self.crash_reason = reason
+
+    # altp2m. Arguments are those of the hypercall; the gate has been passed.
+
+    def convert_access(self, number: int) -> int:
+        """``xenmem_access_to_p2m_access``: EINVAL for a number this release does not know."""
+        if number == self.release.default_access_number:
+            return self.host_default_access
+        if not 0 <= number < self.release.default_access_number:
+            raise Refused(EINVAL)
+        return number
+
+    def existing_view(self, index: int) -> View:
+        """Return a live view; EINVAL otherwise."""
+        if index < len(self.views) and self.views[index].exists:
+            return self.views[index]
+        raise Refused(EINVAL)
+
+    def _table_of(self, index: int) -> P2m:
+        """View 0 is the host p2m for access and suppress-#VE calls."""
+        return self.existing_view(index).table if index else self.host
+
+    def set_active(self, state: bool) -> None:
+        """``HVMOP_altp2m_set_domain_state``."""
+        if self.nested:
+            raise Refused(EINVAL)
+        if state == self.active:
+            return
+        if state:
+            self.active = True
+            try:
+                self._activate(self.views[0], self.host_default_access)
+            except Refused:
+                self.active = not self.release.failed_enable_clears_active
+                raise
+            for vcpu in self.vcpus:
+                vcpu.view = 0
+            return
+        self.active = False
+        for vcpu in self.vcpus:
+            vcpu.view = INVALID_VIEW
+            self._forget_veinfo(vcpu)
+        for view in self.views:
+            view.reset()
+            view.exists = view.visible = False
+
+    def _activate(self, view: View, default_access: int) -> None:
+        """``p2m_activate_altp2m``."""
+        if self.machine.xen_heap_exhausted:  # p2m_init_logdirty, rangeset_merge
+            raise Refused(ENOMEM)
+        view.default_access = default_access
+        view.min_remapped = ALL_GFNS
+        view.max_remapped = view.table.max_mapped = 0
+        view.exists = view.visible = True
+
+    def create_view(self, access: int) -> int:
+        """``p2m_init_next_altp2m``: the lowest free number; EINVAL where none is left."""
+        default_access = self.convert_access(access)
+        for index, view in enumerate(self.views):
+            if not view.exists:
+                self._activate(view, default_access)
+                return index
+        raise Refused(EINVAL)
+
+    def destroy_view(self, index: int) -> None:
+        """``p2m_destroy_altp2m_by_id``: every refusal is EBUSY."""
+        if not 0 < index < len(self.views) or not self.views[index].exists:
+            raise Refused(EBUSY)
+        if any(vcpu.view == index for vcpu in self.vcpus):
+            raise Refused(EBUSY)
+        self.views[index].reset()
+        self.views[index].exists = self.views[index].visible = False
+
+    def switch_to_view(self, index: int) -> None:
+        """``p2m_switch_domain_altp2m_by_id``: hidden views are refused."""
+        if index >= len(self.views) or not self.views[index].visible:
+            raise Refused(EINVAL)
+        for vcpu in self.vcpus:
+            vcpu.view = index
+
+    def switch_vcpu(self, vcpu: Vcpu, index: int) -> None:
+        """``p2m_switch_vcpu_altp2m_by_id``: hidden views are allowed, absent ones ignored."""
+        if self.active and index < len(self.views) and self.views[index].exists:
+            vcpu.view = index
+
+    def set_visibility(self, index: int, visible: bool) -> None:
+        """``p2m_set_altp2m_view_visibility``."""
+        self.existing_view(index).visible = visible
+
+    def vcpu_view(self, number: int) -> int:
+        """``HVMOP_altp2m_get_p2m_idx``."""
+        return self.vcpu(number).view
+
+    def vcpu(self, number: int) -> Vcpu:
+        """Return a vCPU; EINVAL if there is none."""
+        if number >= len(self.vcpus):
+            raise Refused(EINVAL)
+        return self.vcpus[number]
+
+    def effective_entry(self, table: P2m, view: View | None, gfn: int, *, copy: bool) -> Lookup:
+        """``altp2m_get_effective_entry``: the view's entry, else the host's if it is plain RAM.
+
+        ``copy`` puts a host superpage into the view first. The host itself answers with a hole
+        where there is one, and no error.
+        """
+        found = table.lookup(gfn)
+        if found.valid or view is None:
+            return found
+        found = self.host_lookup(gfn, populate=True, unshare=True)
+        if not found.valid or found.type != PageType.RAM_RW:
+            raise Refused(ESRCH)
+        if copy and found.order != ORDER_4K:
+            access = found.access
+            if self.release.superpage_copy_takes_view_default:
+                access = view.default_access
+            mask = (1 << found.order) - 1
+            error = table.write(
+                gfn & ~mask, found.mfn & ~mask, found.order, found.type, access, True
+            )
+            if error:
+                raise Refused(error)
+        return found
+
+    def set_mem_access(self, index: int, gfn: int, number: int) -> None:
+        """``p2m_set_mem_access`` for one gfn; ~0 sets the host's default, whatever the view."""
+        view = self.existing_view(index) if index else None
+        access = self.convert_access(number)
+        if gfn == ALL_GFNS:
+            self.host_default_access = access
+        else:
+            self._set_one_access(view, gfn, access)
+
+    def set_mem_access_multi(
+        self, index: int, accesses: Iterable[int], gfns: Iterable[int]
+    ) -> None:
+        """``p2m_set_mem_access_multi``: in order, up to the first error; ~0 is a plain gfn."""
+        view = self.existing_view(index) if index else None
+        for gfn, number in zip(gfns, accesses, strict=True):
+            self._set_one_access(view, gfn, self.convert_access(number))
+
+    def _set_one_access(self, view: View | None, gfn: int, access: int) -> None:
+        """``set_mem_access`` in ``mem_access.c``: a view skips what it cannot resolve."""
+        if view is None:
+            found = self.host_lookup(gfn, populate=True)
+            error = self.host_write(gfn, found.mfn, ORDER_4K, found.type, access)
+        else:
+            try:
+                found = self.effective_entry(view.table, view, gfn, copy=True)
+            except Refused as refused:
+                if refused.errno == ESRCH:
+                    return
+                raise
+            error = view.table.write(gfn, found.mfn, ORDER_4K, found.type, access)
+        if error:
+            raise Refused(error)
+
+    def get_mem_access(self, index: int, gfn: int) -> int:
+        """``p2m_get_mem_access``: the table's own answer, no fallback to the host."""
+        if gfn == ALL_GFNS:
+            if index:
+                return self.existing_view(index).default_access
+            return self.host_default_access
+        found = self._table_of(index).lookup(gfn)
+        if not found.mapped:
+            raise Refused(ESRCH)
+        if not 0 <= found.access < self.release.default_access_number:
+            raise Refused(ERANGE)
+        return found.access
+
+    def change_gfn(self, index: int, old_gfn: int, new_gfn: int) -> None:
+        """``p2m_change_altp2m_gfn``: remap or revert; a failed final write goes unreported."""
+        view = self.existing_view(index)
+        table = view.table
+        if new_gfn == ALL_GFNS:
+            found = table.lookup(old_gfn)
+            if found.valid and (error := self.remove_entry(view, old_gfn, found.mfn)):
+                raise Refused(error)
+            return
+        self.effective_entry(table, view, old_gfn, copy=True)
+        new = self.effective_entry(table, view, new_gfn, copy=False)
+        if table.write(old_gfn, new.mfn, ORDER_4K, new.type, new.access, True):
+            return
+        view.min_remapped = min(view.min_remapped, new_gfn)
+        view.max_remapped = max(view.max_remapped, new_gfn)
+
+    def set_suppress_ve(self, index: int, gfn: int, suppress: bool) -> None:
+        """``p2m_set_suppress_ve``."""
+        if gfn == ALL_GFNS:
+            raise Livelock("set_suppress_ve with gfn ~0 wraps its counter and never ends")
+        failure = self._set_suppress_ve(index, gfn, gfn, suppress)
+        if failure:
+            raise Refused(failure[1])
+
+    def set_suppress_ve_multi(
+        self, index: int, first: int, last: int, suppress: bool
+    ) -> tuple[int, int] | None:
+        """``p2m_set_suppress_ve_multi``: tries every gfn, returns the first failure."""
+        last = min(last, (1 << self.machine.physical_address_bits) - 1)
+        if first > last:
+            raise Refused(EINVAL)
+        return self._set_suppress_ve(index, first, last, suppress)
+
+    def _set_suppress_ve(
+        self, index: int, first: int, last: int, suppress: bool
+    ) -> tuple[int, int] | None:
+        view = self.existing_view(index) if index else None
+        table = view.table if view else self.host
+        failure: tuple[int, int] | None = None
+        beyond = None
+        if view and last > self.host.max_mapped:
+            # Above everything ever mapped each gfn fails alike; Xen walks them, we need not.
+            beyond = max(first, self.host.max_mapped + 1)
+            last = self.host.max_mapped
+        if last - first >= LIVELOCK_STEPS:
+            raise Livelock(f"suppress-#VE over {last - first + 1:#x} gfns would not end")
+        for gfn in range(first, last + 1):
+            try:
+                found = self.effective_entry(table, view, gfn, copy=False)
+                write = table.write if view else self.host_write
+                error = write(gfn, found.mfn, ORDER_4K, found.type, found.access, suppress)
+            except Refused as refused:
+                error = refused.errno
+            if error and failure is None:
+                failure = gfn, error
+        if failure is None and beyond is not None:
+            failure = beyond, ESRCH
+        return failure
+
+    def get_suppress_ve(self, index: int, gfn: int) -> bool:
+        """``p2m_get_suppress_ve``."""
+        found = self._table_of(index).lookup(gfn)
+        if not found.valid:
+            raise Refused(ESRCH)
+        return found.suppress_ve
+
+    def enable_notify(self, number: int, gfn: int) -> None:
+        """``altp2m_vcpu_enable_ve`` behind the checks of ``do_altp2m_op``."""
+        vcpu = self.vcpu(number)
+        if not self.machine.has_virtualisation_exceptions:
+            raise Refused(EOPNOTSUPP)
+        if vcpu.veinfo is not None:
+            raise Refused(EEXIST)
+        found = self.host_lookup(gfn, populate=True)
+        if found.type in PAGING_TYPES or found.type == PageType.SHARED:
+            raise Refused(EAGAIN)
+        if found.type == PageType.MMIO_DIRECT and self.release.notify_on_mmio_is_eperm:
+            raise Refused(EPERM)
+        if (
+            not found.valid
+            or found.type not in (PageType.RAM_RW, PageType.RAM_LOGDIRTY)
+            or found.mfn in self.special_frames
+        ):
+            raise Refused(EINVAL)
+        vcpu.veinfo = found.mfn
+        self.machine.frames.pin(found.mfn)
+
+    def disable_notify(self, number: int) -> None:
+        """``altp2m_vcpu_disable_ve``: 0 even where it was not enabled."""
+        vcpu = self.vcpu(number)
+        if not self.machine.has_virtualisation_exceptions:
+            raise Refused(EOPNOTSUPP)
+        self._forget_veinfo(vcpu)
+
+    def _forget_veinfo(self, vcpu: Vcpu) -> None:
+        if vcpu.veinfo is not None:
+            self.machine.frames.unpin(vcpu.veinfo)
+            vcpu.veinfo = None
+
+
+class Machine:
+    """The hypervisor: its release, its boot options, its domains."""
+
+    def __init__(
+        self,
+        release: Release,
+        *,
+        altp2m: bool = True,
+        privileged: bool = True,
+        library: Release | None = None,
+        executable_superpages: bool = True,
+        has_virtualisation_exceptions: bool = True,
+        physical_address_bits: int = 39,
+        memory_pages: int = 1 << 20,
+    ) -> None:
+        self.release = release
+        self.altp2m_supported = altp2m
+        self.privileged = privileged
+        self.library = library or release
+        self.executable_superpages = executable_superpages
+        self.has_virtualisation_exceptions = has_virtualisation_exceptions
+        self.physical_address_bits = physical_address_bits
+        self.xen_heap_exhausted = False
+        self.frames = Frames(memory_pages)
+        self.domains: dict[int, Domain] = {}
+
+    def add_domain(
+        self,
+        name: str,
+        *,
+        kind: str = "pvh",
+        mode: Altp2mMode = Altp2mMode.EXTERNAL,
+        view_count: int = _DEFAULT_VIEWS,
+        vcpus: int = 1,
+        memory_kib: int = 16 << 10,
+        max_kib: int | None = None,
+        pool_pages: int = 4096,
+        superpages: bool = True,
+        nested: bool = False,
+    ) -> Domain:
+        """Create a domain as libxl would: RAM from gfn 0, special pages below 4 GiB, paused."""
+        domid = max(self.domains, default=0) + 1
+        if not self.release.view_count_is_setting:
+            view_count = _DEFAULT_VIEWS
+        domain = Domain(
+            self,
+            domid,
+            name,
+            kind=kind,
+            mode=mode,
+            view_count=view_count,
+            vcpus=vcpus,
+            memory_kib=memory_kib,
+            max_kib=max_kib or memory_kib,
+            pool_pages=pool_pages,
+            nested=nested,
+        )
+        self.domains[domid] = domain
+        limit, domain.max_pages = domain.max_pages, 1 << 40
+        gfn, end = 0, memory_kib * 1024 // PAGE_SIZE
+        while gfn < end:
+            order = ORDER_2M if superpages and gfn + (1 << ORDER_2M) <= end else ORDER_4K
+            if not domain.add_page(gfn, order):
+                raise MemoryError(f"the mock host has no {memory_kib} KiB for {name}")
+            gfn += 1 << order
+        if domain.hvm:
+            self._add_special_pages(domain)
+        domain.max_pages = limit + _SPECIAL_PAGES
+        domain.pauses = 1
+        return domain
+
+    def _add_special_pages(self, domain: Domain) -> None:
+        first = _SPECIAL_PAGES_END - _SPECIAL_PAGES
+        for gfn in range(first, _SPECIAL_PAGES_END):
+            domain.add_page(gfn, ORDER_4K)
+        domain.params |= {
+            HVM_PARAM_MONITOR_RING_PFN: first + 1,
+            HVM_PARAM_BUFIOREQ_PFN: first + 3,
+            HVM_PARAM_STORE_PFN: first + 4,
+            HVM_PARAM_IOREQ_PFN: first + 5,
+            HVM_PARAM_IDENT_PT: (first + 6) << 12,
+            HVM_PARAM_CONSOLE_PFN: first + 7,
+        }
+        mfn = self.frames.allocate()
+        assert mfn is not None
+        domain.special_frames.add(mfn)
+        domain.host_write(_APIC_PAGE_GFN, mfn, ORDER_4K, PageType.MMIO_DIRECT, ACCESS_RWX)
+
+    def domain(self, domid: int) -> Domain:
+        """Return a domain; ESRCH if there is none."""
+        found = self.domains.get(domid)
+        if found is None:
+            raise Refused(ESRCH)
+        return found
+
+    def altp2m(self, domid: int, *, needs_active: bool = True) -> Domain:
+        """The gate of ``do_altp2m_op``: every check before the operation's own, in its order."""
+        if not self.altp2m_supported:
+            raise Refused(EOPNOTSUPP)
+        domain = self.domain(domid)
+        if not domain.hvm or (needs_active and not domain.active):
+            raise Refused(EOPNOTSUPP)
+        if domain.mode == Altp2mMode.DISABLED:
+            raise Refused(EINVAL)
+        if not domain.views:
+            raise Refused(EOPNOTSUPP)
+        if not self.privileged or domain.mode > Altp2mMode.LIMITED:
+            raise Refused(EPERM)
+        return domain

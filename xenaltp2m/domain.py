@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A domain: its facts, its memory, pages added to it, and its altp2m."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from xenaltp2m.altp2m import Altp2m
+from xenaltp2m.errors import BusyError, DomainNotFoundError, InvalidArgumentError, XenError
+from xenaltp2m.handle import Handle, UndoList
+from xenaltp2m.types import (
+    GFN_LIMIT,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    Access,
+    Altp2mMode,
+    DomainInfo,
+    DomId,
+    Gfn,
+)
+from xenaltp2m.view import check_gfn
+
+if TYPE_CHECKING:
+    from xenaltp2m.xen import Xen
+
+_HVM_PARAM_ALTP2M = 35
+_KIB_PER_PAGE = PAGE_SIZE // 1024
+_MAPPED_AT_ONCE = 256
+
+
+class Domain(Handle):
+    """A guest. Made by :meth:`xenaltp2m.xen.Xen.domain`.
+
+    Closing it closes its altp2m, takes back the pages added through it and its pauses, in this
+    order, and nothing else.
+
+    Attributes:
+        xen: The host it is on.
+        domid: Its number.
+        uuid: Its uuid.
+        memory: Its memory, as the host p2m has it.
+    """
+
+    def __init__(self, xen: Xen, info: DomainInfo) -> None:
+        super().__init__()
+        self.xen = xen
+        self.domid: DomId = info.domid
+        self.uuid: UUID = info.uuid
+        self.memory = Memory(self)
+        self._backend = xen.backend
+        self._altp2m: Altp2m | None = None
+
+    def __repr__(self) -> str:
+        return f"<Domain {self.domid}>"
+
+    # Facts.
+
+    def info(self) -> DomainInfo:
+        """Ask what the hypervisor knows of the domain now.
+
+        Raises:
+            DomainNotFoundError: It was destroyed.
+
+        ``xc_domain_getinfolist``.
+        """
+        self._check_open()
+        for found in self._backend.domain_getinfolist(self.domid, 1):
+            if found.domid == self.domid and found.uuid == self.uuid:
+                return found
+        raise DomainNotFoundError(f"domain {self.domid} ({self.uuid}) is gone", domid=self.domid)
+
+    @property
+    def name(self) -> str | None:
+        """Its name, if the toolstack gave it one. ``libxl_domid_to_name``, else xenstore."""
+        self._check_open()
+        return self._backend.domid_to_name(self.domid)
+
+    def config(self) -> dict[str, Any]:
+        """Return libxl's configuration: memory, devices, altp2m mode and count.
+
+        ``libxl_retrieve_domain_configuration``, ``libxl_domain_config_to_json``.
+        """
+        self._check_open()
+        found = json.loads(self._backend.domain_config_json(self.domid))
+        if not isinstance(found, dict):
+            raise XenError(
+                f"libxl's configuration of domain {self.domid} is not a JSON object",
+                op="domain_config_json",
+                domid=self.domid,
+            )
+        return found
+
+    @property
+    def altp2m_mode(self) -> Altp2mMode:
+        """Who may use the domain's altp2m. ``xc_hvm_param_get(HVM_PARAM_ALTP2M)``."""
+        self._check_open()
+        return Altp2mMode(self._backend.hvm_param_get(self.domid, _HVM_PARAM_ALTP2M))
+
+    @property
+    def maximum_gfn(self) -> Gfn:
+        """The highest gfn ever mapped; it never shrinks. ``xc_domain_maximum_gpfn``."""
+        self._check_open()
+        return Gfn(self._backend.domain_maximum_gpfn(self.domid))
+
+    def host_access(self, gfn: int) -> Access | None:
+        """Return a gfn's access in the host p2m, or None for a hole; needs altp2m to be on.
+
+        ``xc_altp2m_get_mem_access`` with view 0.
+        """
+        self._check_open()
+        check_gfn(gfn)
+        try:
+            number = self._backend.altp2m_get_mem_access(self.domid, 0, gfn)
+        except XenError as error:
+            if isinstance(error, LookupError):
+                return None
+            raise
+        return self._backend.release.access_by_number[number]
+
+    # Control.
+
+    def altp2m(self) -> Altp2m:
+        """Switch altp2m on, unless it is on, for as long as the result is open.
+
+        Raises:
+            UnsupportedError: Xen was not booted with ``altp2m=1``, or the domain is PV.
+            InvalidArgumentError: The domain was created without altp2m.
+            BusyError: This handle's altp2m is open already.
+        """
+        self._check_open()
+        if self._altp2m is not None and not self._altp2m.closed:
+            raise BusyError(f"{self._altp2m!r} is open already: use it, or close it first")
+        self._altp2m = Altp2m(self)
+        return self._altp2m
+
+    def pause(self) -> None:
+        """Stop the domain's vCPUs until as many :meth:`unpause`. ``xc_domain_pause``."""
+        self._check_open()
+        self._backend.domain_pause(self.domid)
+        self._undo.push(self._pause_words(), lambda: self._backend.domain_unpause(self.domid))
+
+    def unpause(self) -> None:
+        """Take back one :meth:`pause` of this handle. ``xc_domain_unpause``.
+
+        Raises:
+            InvalidArgumentError: This handle has not paused the domain: somebody else's pause is
+                not ours to take.
+        """
+        self._check_open()
+        if not self._undo.holds(self._pause_words()):
+            raise InvalidArgumentError(
+                f"{self!r} is not paused through this handle", op="domain_unpause", domid=self.domid
+            )
+        self._backend.domain_unpause(self.domid)
+        self._undo.drop(self._pause_words())
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keep the domain paused within a ``with`` block."""
+        self.pause()
+        try:
+            yield
+        finally:
+            self.unpause()
+
+    def _pause_words(self) -> str:
+        return f"pause of domain {self.domid}"
+
+    # Pages of our own.
+
+    def add_pages(self, count: int = 1) -> range:
+        """Give the domain new pages right above everything it ever had, for shadow pages.
+
+        The memory limit is raised for them. Both are taken back on close, after the views.
+        On error nothing is left.
+
+        Args:
+            count: How many.
+
+        Returns:
+            Their gfns: neighbours, so that the range of remap targets Xen keeps stays small.
+
+        Raises:
+            BusyError: The host has no memory left.
+
+        ``xc_domain_setmaxmem``, ``xc_domain_populate_physmap_exact``.
+        """
+        self._check_open()
+        if count < 1:
+            raise InvalidArgumentError(f"count is {count}: at least one page can be added")
+        first = self._backend.domain_maximum_gpfn(self.domid) + 1
+        if first + count > GFN_LIMIT:
+            raise InvalidArgumentError(f"{count} pages do not fit below gfn {GFN_LIMIT:#x}")
+        gfns = range(first, first + count)
+        limit = self.info().max_pages
+        undo = UndoList()
+        try:
+            self._set_limit(limit + count)
+            undo.push(f"raised memory limit of domain {self.domid}", lambda: self._set_limit(limit))
+            self._backend.domain_populate_physmap_exact(self.domid, array("Q", gfns))
+        except XenError as error:
+            undo.roll_back(error)
+            raise
+        self._undo.push(_pages_words(self.domid, gfns), lambda: self._take_back(gfns))
+        return gfns
+
+    def remove_pages(self, gfns: range) -> None:
+        """Take back pages that :meth:`add_pages` gave, before the close does.
+
+        Args:
+            gfns: Just what :meth:`add_pages` returned.
+
+        Raises:
+            InvalidArgumentError: They were not added through this handle.
+            BusyError: A view has remapped something to them, or around them: Xen would reset
+                that view. Destroy it first.
+        """
+        self._check_open()
+        words = _pages_words(self.domid, gfns)
+        if not self._undo.holds(words):
+            raise InvalidArgumentError(
+                f"gfns {gfns.start:#x}..{gfns.stop - 1:#x} are not pages this handle added",
+                domid=self.domid,
+            )
+        if self._altp2m is not None and not self._altp2m.closed:
+            for gfn in gfns:
+                if views := self._altp2m.tracking(gfn):
+                    raise BusyError(
+                        f"gfn {gfn:#x} lies among the remap targets of {views[0]!r}, which Xen "
+                        "would reset: destroy the view first",
+                        domid=self.domid,
+                        gfn=gfn,
+                        view=views[0].id,
+                    )
+        self._take_back(gfns)
+        self._undo.drop(words)
+
+    def _take_back(self, gfns: range) -> None:
+        self._backend.domain_decrease_reservation_exact(self.domid, array("Q", gfns))
+        self._set_limit(self.info().max_pages - len(gfns))
+
+    def _set_limit(self, pages: int) -> None:
+        self._backend.domain_setmaxmem(self.domid, pages * _KIB_PER_PAGE)
+
+    def close(self) -> None:
+        """Close its altp2m, then take back added pages and pauses; again is harmless."""
+        if not self.closed and self._altp2m is not None:
+            self._altp2m.close()
+        super().close()
+
+
+class Memory:
+    """A domain's guest-physical memory, as the host p2m has it: views and remaps do not show.
+
+    To read or write what a view shows in place of a page, use the gfn it is remapped to.
+    """
+
+    def __init__(self, domain: Domain) -> None:
+        self._domain = domain
+        self._backend = domain.xen.backend
+
+    def read(self, address: int, length: int) -> bytes:
+        """Read ``length`` bytes from a guest-physical address, across pages.
+
+        Raises:
+            InvalidArgumentError: The range is not in the guest's address space, or a page of it
+                is not memory.
+
+        ``xenforeignmemory_map``.
+        """
+        parts = []
+        for gfns, offset, size in self._spans(address, length):
+            with self._mapped(gfns, writable=False) as pages:
+                parts.append(b"".join(pages)[offset : offset + size])
+        return b"".join(parts)
+
+    def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """Write bytes at a guest-physical address, across pages.
+
+        Pages are mapped a megabyte at a time: on error what was written before stays.
+
+        Raises:
+            InvalidArgumentError: As :meth:`read`.
+
+        ``xenforeignmemory_map``.
+        """
+        source = memoryview(data).cast("B")
+        done = 0
+        for gfns, offset, size in self._spans(address, len(source)):
+            end = done + size
+            with self._mapped(gfns, writable=True) as pages:
+                for page in pages:
+                    part = source[done : min(done + PAGE_SIZE - offset, end)]
+                    page[offset : offset + len(part)] = part
+                    done += len(part)
+                    offset = 0  # noqa: PLW2901 - only the first page starts within
+
+    def read_page(self, gfn: int) -> bytes:
+        """Read one page: 4096 bytes."""
+        check_gfn(gfn)
+        return self.read(gfn << PAGE_SHIFT, PAGE_SIZE)
+
+    def write_page(self, gfn: int, data: bytes | bytearray | memoryview) -> None:
+        """Write one whole page.
+
+        Raises:
+            InvalidArgumentError: ``data`` is not 4096 bytes long.
+        """
+        check_gfn(gfn)
+        if len(data) != PAGE_SIZE:
+            raise InvalidArgumentError(f"a page is {PAGE_SIZE} bytes, not {len(data)}")
+        self.write(gfn << PAGE_SHIFT, data)
+
+    def _spans(self, address: int, length: int) -> Iterator[tuple[range, int, int]]:
+        """Yield what to map at once: (gfns, offset in the first page, bytes)."""
+        self._domain._check_open()
+        if address < 0 or length < 0 or address + length > GFN_LIMIT << PAGE_SHIFT:
+            raise InvalidArgumentError(
+                f"{length} bytes at {address:#x} are not in the guest-physical address space"
+            )
+        end = address + length
+        while address < end:
+            first = address >> PAGE_SHIFT
+            stop = min(end, (first + _MAPPED_AT_ONCE) << PAGE_SHIFT)
+            gfns = range(first, (stop - 1 >> PAGE_SHIFT) + 1)
+            yield gfns, address & (PAGE_SIZE - 1), stop - address
+            address = stop
+
+    @contextmanager
+    def _mapped(self, gfns: range, *, writable: bool) -> Iterator[list[memoryview]]:
+        pages = self._backend.foreignmemory_map(self._domain.domid, writable, gfns)
+        try:
+            yield pages
+        finally:
+            self._backend.foreignmemory_unmap(pages)
+
+
+def _pages_words(domid: int, gfns: range) -> str:
+    return f"pages {gfns.start:#x}..{gfns.stop - 1:#x} added to domain {domid}"

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What every handle has: one owner, one end, and a list of what to undo."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from xenaltp2m.errors import ClosedError, DomainNotFoundError, LeftoverError, XenError
+
+
+class UndoList:
+    """Steps that take back what was done, last first.
+
+    A step that fails stays in the list, so that a second try does just what is left.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[str, Callable[[], None]]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._steps)
+
+    def push(self, what: str, undo: Callable[[], None]) -> None:
+        """Remember how to take something back.
+
+        Args:
+            what: What stays in place if ``undo`` fails, in words.
+            undo: Takes it back; raises a XenError where it cannot.
+        """
+        self._steps.append((what, undo))
+
+    def holds(self, what: str) -> bool:
+        """Tell whether there is a step for ``what``."""
+        return any(step[0] == what for step in self._steps)
+
+    def drop(self, what: str) -> None:
+        """Forget the latest step for ``what``, because it has been taken already."""
+        for at in range(len(self._steps) - 1, -1, -1):
+            if self._steps[at][0] == what:
+                del self._steps[at]
+                return
+
+    def forget(self) -> None:
+        """Forget every step: they are somebody else's now, or their object is gone."""
+        self._steps.clear()
+
+    def unwind(self, doing: str) -> None:
+        """Take every step, last first; one that fails does not stop the others.
+
+        Args:
+            doing: What this is part of, for the message.
+
+        Raises:
+            LeftoverError: Some failed; the first failure is its cause.
+        """
+        failed: list[tuple[str, Callable[[], None]]] = []
+        failures: list[XenError] = []
+        for what, undo in reversed(self._steps):
+            try:
+                undo()
+            except DomainNotFoundError:
+                continue  # what was to be undone went with its domain
+            except XenError as error:
+                failed.append((what, undo))
+                failures.append(error)
+        self._steps = failed[::-1]
+        if failures:
+            first = failures[0]
+            raise LeftoverError(
+                f"{doing}: not everything could be undone: {first.message}",
+                left=[what for what, _ in failed],
+                **first.context(),
+            ) from first
+
+    def roll_back(self, cause: XenError) -> None:
+        """Take every step because ``cause`` happened half-way; the caller then re-raises it.
+
+        Raises:
+            LeftoverError: Some step failed; its cause is ``cause``.
+        """
+        try:
+            self.unwind(cause.message)
+        except LeftoverError as failure:
+            raise failure from cause
+
+
+class Handle:
+    """Something open that must be closed: a context manager with an idempotent ``close()``.
+
+    A handle that is never closed warns when it is collected; it makes no hypercall then, for the
+    garbage collector does not decide when a guest changes.
+
+    Thread-safety: one thread at a time may use a handle and its children.
+    """
+
+    def __init__(self) -> None:
+        self._closed = False
+        self._undo = UndoList()
+        self._warn = weakref.finalize(self, _warn_unclosed, type(self).__name__)
+
+    @property
+    def closed(self) -> bool:
+        """True once closed."""
+        return self._closed
+
+    def close(self) -> None:
+        """Take back what was done through this handle; again is harmless.
+
+        Raises:
+            LeftoverError: Something could not be taken back. The handle stays open and a second
+                ``close()`` tries just that again.
+        """
+        if self._closed:
+            return
+        self._undo.unwind(f"closing {self!r}")
+        self._closed = True
+        self._warn.detach()
+
+    def abandon(self) -> None:
+        """Close without undoing anything: what there was to undo went with its parent."""
+        self._undo.forget()
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"{self!r} is closed")
+
+    def __enter__(self) -> Self:
+        self._check_open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.close()
+        except XenError as failure:
+            if error is None:
+                raise
+            # The body's own error matters more; what is left must not be lost either.
+            error.add_note(str(failure))
+
+
+def _warn_unclosed(name: str) -> None:
+    warnings.warn(
+        f"a {name} was never closed: what it changed in its domain is still in place; "
+        "use it in a with statement",
+        ResourceWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A map from gfns to values that keeps neighbours of one value together."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
+from typing import Generic, NamedTuple, TypeVar
+
+V = TypeVar("V")
+
+
+class Run(NamedTuple, Generic[V]):
+    """The gfns of ``first`` up to, not including, ``end``, which share a value."""
+
+    first: int
+    end: int
+    value: V
+
+
+class Runs(Generic[V]):
+    """Values by gfn. A million neighbours with one value cost as much as one.
+
+    Single writes collect in a dict and are merged when somebody asks for runs, so that a write
+    costs no more than a dict's.
+    """
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        self._values: list[V] = []
+        self._pending: dict[int, V | None] = {}
+
+    def get(self, gfn: int) -> V | None:
+        """Return the value at ``gfn``, or None."""
+        if gfn in self._pending:
+            return self._pending[gfn]
+        at = bisect_right(self._starts, gfn) - 1
+        if at >= 0 and gfn < self._ends[at]:
+            return self._values[at]
+        return None
+
+    def set(self, gfn: int, value: V | None) -> None:
+        """Set one gfn; None forgets it."""
+        self._pending[gfn] = value
+
+    def set_many(self, gfns: Iterable[int], value: V | None) -> None:
+        """Set every gfn of ``gfns``; a range costs as much as one gfn. None forgets them."""
+        if isinstance(gfns, range) and gfns.step == 1:
+            self._merge()
+            self._splice(gfns.start, gfns.stop, value)
+        else:
+            self._pending.update(dict.fromkeys(gfns, value))
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._pending.clear()
+        for part in (self._starts, self._ends, self._values):
+            part.clear()
+
+    def __iter__(self) -> Iterator[Run[V]]:
+        """Yield the runs by gfn; neighbours of equal value are one run."""
+        self._merge()
+        return map(Run, self._starts, self._ends, self._values)
+
+    def __len__(self) -> int:
+        """Count the gfns that have a value."""
+        self._merge()
+        return sum(self._ends) - sum(self._starts)
+
+    def __bool__(self) -> bool:
+        return len(self) > 0
+
+    def _merge(self) -> None:
+        if not self._pending:
+            return
+        gfns = sorted(self._pending)
+        start = gfns[0]
+        for this, after in zip(gfns, [*gfns[1:], None], strict=True):
+            value = self._pending[this]
+            if after != this + 1 or self._pending[after] != value:
+                self._splice(start, this + 1, value)
+                if after is not None:
+                    start = after
+        self._pending.clear()
+
+    def _splice(self, start: int, end: int, value: V | None) -> None:
+        if start >= end:
+            return
+        low = bisect_left(self._ends, start)  # the first run that touches or follows start
+        high = bisect_right(self._starts, end)  # past the last run that touches or precedes end
+        runs: list[tuple[int, int, V]] = []
+        for at in range(low, high):
+            first, last, held = self._starts[at], self._ends[at], self._values[at]
+            if value is not None and held == value:
+                start, end = min(start, first), max(end, last)
+                continue
+            if first < start:
+                runs.append((first, min(last, start), held))
+            if last > end:
+                runs.append((max(first, end), last, held))
+        if value is not None:
+            runs.append((start, end, value))
+        runs.sort(key=lambda run: run[0])
+        self._starts[low:high] = [run[0] for run in runs]
+        self._ends[low:high] = [run[1] for run in runs]
+        self._values[low:high] = [run[2] for run in runs]

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The words of the field as Python types: access rights, modes, numbers, domain facts.
+
+Imports nothing of ours, needs no library, and touches no hypervisor.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import NewType
+from uuid import UUID
+
+DomId = NewType("DomId", int)
+"""A domain's number on this host, 0..0x7fef."""
+
+ViewId = NewType("ViewId", int)
+"""A view's number within its domain (Xen: altp2m index, p2midx, SLAT id); 0 is the default view."""
+
+Gfn = NewType("Gfn", int)
+"""A guest frame number: a guest-physical address shifted right by 12. Never an address."""
+
+VcpuId = NewType("VcpuId", int)
+"""A virtual CPU's number within its domain, from 0."""
+
+PAGE_SHIFT = 12
+PAGE_SIZE = 1 << PAGE_SHIFT
+
+ALL_GFNS = (1 << 64) - 1
+"""``~0`` as Xen reads it in a gfn argument: "the default" or "revert", depending on the call."""
+
+GFN_LIMIT = 1 << 36
+"""Gfns are below this: four levels of tables of 512 entries (``ept_set_entry``)."""
+
+HOST_VIEW = ViewId(0)
+"""View 0: access calls on it act on the host p2m, remaps and switches on the default view."""
+
+
+class Access(enum.Flag):
+    """What a guest may do with a page in a view.
+
+    Plain rights combine with ``|`` (``Access.R | Access.X is Access.RX``). The members below
+    ``RWX`` are Xen's modes that change by themselves or take a default; they do not combine.
+    The number Xen wants for each differs by release: see :func:`xenaltp2m.abi.releases.release`.
+    """
+
+    N = 0
+    R = 1
+    W = 2
+    X = 4
+    RW = R | W
+    RX = R | X
+    WX = W | X
+    RWX = R | W | X
+    RX2RW = 8 | RX
+    """Readable and executable until the first write, which silently makes it ``RW``."""
+    N2RWX = 16
+    """No access; the first access sends an event without pausing and makes it ``RWX``."""
+    R_PW = 32 | R
+    """As ``R``, but the CPU's page walk may set accessed and dirty bits (Xen 4.20 and later)."""
+    DEFAULT = 64
+    """The host p2m's default access at the time of the call."""
+
+    def __str__(self) -> str:
+        name = _ACCESS_NAMES.get(self)
+        if name is None:
+            return repr(self)
+        return name
+
+
+_ACCESS_NAMES = {
+    Access.RX2RW: "rx2rw",
+    Access.N2RWX: "n2rwx",
+    Access.R_PW: "r_pw",
+    Access.DEFAULT: "default",
+} | {
+    Access(bits): "".join(
+        letter if bits & bit else "-" for letter, bit in (("r", 1), ("w", 2), ("x", 4))
+    )
+    for bits in range(8)
+}
+
+
+class Altp2mMode(enum.IntEnum):
+    """Who may use a domain's altp2m (``altp2m=`` in xl.cfg, ``HVM_PARAM_ALTP2M``)."""
+
+    DISABLED = 0
+    MIXED = 1
+    """The guest itself and the control domain."""
+    EXTERNAL = 2
+    """The control domain only."""
+    LIMITED = 3
+    """The control domain; the guest may only name its #VE information page."""
+
+
+@dataclass(frozen=True, slots=True)
+class DomainInfo:
+    """What ``xc_domain_getinfolist`` says of a domain. Memory is counted in 4 KiB pages."""
+
+    domid: DomId
+    uuid: UUID
+    hvm: bool
+    """True for HVM and PVH guests, the only kinds that have views."""
+    paused: bool
+    dying: bool
+    shutdown: bool
+    shutdown_reason: int
+    """Xen's ``SHUTDOWN_*`` number; means something only where ``shutdown`` is true."""
+    pages: int
+    max_pages: int
+    vcpus: int
+    """Online vCPUs."""
+    max_vcpu_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class SuppressVeFailure:
+    """The first gfn a bulk suppress-#VE call could not change, and why."""
+
+    gfn: Gfn
+    errno: int

@@ -1,0 +1,519 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A view of a domain's memory: its own access rights and its own remaps.
+
+Xen may forget a view's entries behind its owner's back, so each view keeps a model of what was
+asked of it: to say what differs from the host p2m, to verify it, and to roll back.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from errno import ENOMEM
+from itertools import pairwise
+from typing import TYPE_CHECKING, TypeAlias
+
+from xenaltp2m.abi.releases import Release
+from xenaltp2m.errors import (
+    BusyError,
+    InvalidArgumentError,
+    LeftoverError,
+    NotMappedError,
+    UnsupportedError,
+    XenError,
+)
+from xenaltp2m.handle import Handle, UndoList
+from xenaltp2m.runs import Runs
+from xenaltp2m.types import (
+    ALL_GFNS,
+    GFN_LIMIT,
+    HOST_VIEW,
+    Access,
+    Gfn,
+    SuppressVeFailure,
+    ViewId,
+)
+
+if TYPE_CHECKING:
+    from xenaltp2m.altp2m import Altp2m
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with (gfns done, gfns in all) as a long operation goes on."""
+
+BATCH = 16384
+"""Gfns in one bulk call: Xen preempts itself within it, and progress is shown between."""
+
+_DEADLY = (Access.W, Access.WX)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A run of gfns in which a view differs from the host p2m, as far as it was asked to."""
+
+    first: Gfn
+    count: int
+    access: Access | None
+    """The access set, or None where only Xen's default applies."""
+    remapped_to: Gfn | None
+    """What the first gfn shows instead of its own page; the others follow on."""
+    suppress_ve: bool | None
+    """The suppress-#VE bit set, or None where it was left alone."""
+
+    @property
+    def last(self) -> Gfn:
+        """The last gfn of the run."""
+        return Gfn(self.first + self.count - 1)
+
+    def goes_on_in(self, other: Difference) -> bool:
+        """Tell whether ``other`` is the same difference, in the gfns that follow."""
+        new = self.remapped_to
+        expected = replace(
+            self,
+            first=Gfn(self.first + self.count),
+            count=other.count,
+            remapped_to=None if new is None else Gfn(new + self.count),
+        )
+        return other == expected
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """A gfn whose access in Xen is not what was set."""
+
+    gfn: Gfn
+    expected: Access
+    found: Access | None
+    """None where the view has no entry for the gfn: never taken, or wiped by Xen."""
+
+
+class View(Handle):
+    """A view made by :meth:`xenaltp2m.altp2m.Altp2m.create_view`; closing it destroys it.
+
+    Attributes:
+        id: Its number within the domain.
+        label: A name for people.
+        default_access: What pages get that the view copies from the host on first use (from Xen
+            4.19; before, they get the host's access).
+    """
+
+    def __init__(
+        self, altp2m: Altp2m, view_id: ViewId, default_access: Access, label: str | None
+    ) -> None:
+        super().__init__()
+        self._altp2m = altp2m
+        self._backend = altp2m.domain.xen.backend
+        self._domid = altp2m.domain.domid
+        self._numbers = self._backend.release.access_numbers
+        self._access: Runs[Access] = Runs()
+        self._remaps: dict[int, int] = {}
+        self._remap_low = ALL_GFNS
+        self._remap_high = 0
+        self._suppress_ve: Runs[bool] = Runs()
+        self._visible = True
+        self.id = view_id
+        self.label = label
+        self.default_access = default_access
+        self._undo.push(f"view {view_id} of domain {self._domid}", self._destroy)
+
+    def __repr__(self) -> str:
+        label = f" {self.label!r}" if self.label else ""
+        return f"<View {self.id}{label} of domain {self._domid}>"
+
+    # Access.
+
+    def set_access(
+        self, gfns: int | Iterable[int], access: Access, *, progress: Progress | None = None
+    ) -> None:
+        """Set what the guest may do with one gfn, or with many in bulk.
+
+        Xen passes over gfns that are not ordinary RAM (holes, MMIO, log-dirty pages) and calls
+        that success: :meth:`verify` finds them.
+
+        On error nothing has changed: what was set already is set back, to what the view had, or
+        would show by itself.
+
+        Args:
+            gfns: One gfn, a range, or any iterable of gfns.
+            access: Any but ``W`` and ``WX``, which EPT cannot express: the guest would crash.
+            progress: Called after each batch of a bulk operation.
+
+        Raises:
+            InvalidArgumentError: A gfn is not in 0..2^36-1, or the access kills the guest.
+            UnsupportedError: This Xen does not know the access.
+            OutOfMemoryError: The domain's p2m pool is exhausted.
+            LeftoverError: Setting back failed too.
+
+        ``xc_altp2m_set_mem_access``, ``xc_altp2m_set_mem_access_multi``.
+        """
+        self._check_open()
+        number = self._number(access)
+        if isinstance(gfns, int):
+            check_gfn(gfns)
+            self._backend.altp2m_set_mem_access(self._domid, self.id, gfns, number)
+            self._access.set(gfns, access)
+            return
+        wanted = gfn_array(gfns)
+        total = len(wanted)
+        numbers = bytes([number]) * min(total, BATCH)
+        view = memoryview(wanted)
+        for done in range(0, total, BATCH):
+            batch = view[done : done + BATCH]
+            try:
+                self._backend.altp2m_set_mem_access_multi(
+                    self._domid, self.id, numbers[: len(batch)], batch
+                )
+            except XenError as error:
+                self._set_back(view[: done + len(batch)], error)
+                raise
+            if progress is not None:
+                progress(done + len(batch), total)
+        self._access.set_many(gfns if isinstance(gfns, range) else wanted, access)
+
+    def access(self, gfn: int) -> Access | None:
+        """Return the access of the view's own entry, or None if it has none yet.
+
+        ``xc_altp2m_get_mem_access``: there is no fallback to the host p2m.
+        """
+        self._check_open()
+        check_gfn(gfn)
+        found = self._own_access(gfn)
+        if found is None:
+            # The errno does not tell an absent entry from an absent domain; this call does.
+            self._backend.altp2m_get_mem_access(self._domid, self.id, ALL_GFNS)
+        return found
+
+    def effective_access(self, gfn: int) -> Access | None:
+        """Return the access a vCPU in this view meets, or None if the gfn is a hole.
+
+        That is the access of the view's own entry, or else what Xen gives the page when it
+        copies it on first use: the view's default from 4.19, the host's access before.
+        """
+        found = self.access(gfn)
+        return self._lazy_access(gfn) if found is None else found
+
+    # Remaps.
+
+    def remap(self, gfn: int, new_gfn: int, *, access: Access | None = None) -> None:
+        """Let ``gfn`` show the page of ``new_gfn`` in this view.
+
+        Xen gives the remapped page the new gfn's rights, so its access is set afterwards; vCPUs
+        that run in the view may meet those rights in between. Pause the domain
+        (:meth:`xenaltp2m.domain.Domain.paused`) where that matters.
+
+        On error the gfn is as before.
+
+        Args:
+            gfn: The gfn whose page is replaced; ordinary RAM.
+            new_gfn: The gfn whose page is shown; ordinary RAM. If this view remaps it, too, what
+                it shows is shown.
+            access: The access the gfn gets; None keeps the rights it has in the view.
+
+        Raises:
+            NotMappedError: One of the gfns is not ordinary RAM in the host p2m.
+            OutOfMemoryError: The domain's p2m pool is exhausted.
+            LeftoverError: Setting it back failed too.
+
+        ``xc_altp2m_change_gfn``, ``xc_altp2m_set_mem_access``.
+        """
+        self._check_open()
+        check_gfn(gfn)
+        check_gfn(new_gfn)
+        wanted = self.effective_access(gfn) if access is None else access
+        undo = UndoList()
+        try:
+            if wanted is not None:
+                # change_gfn reports no failure of its last write (p2m_change_altp2m_gfn, 4.13 to
+                # 4.22). With an entry of 4K there before, that write needs no memory.
+                self._write_access(gfn, wanted)
+                undo.push(f"{self!r}: access {wanted} of gfn {gfn:#x}", lambda: self._reset(gfn))
+            self._backend.altp2m_change_gfn(self._domid, self.id, gfn, new_gfn)
+            shown = self._remaps.get(gfn, ALL_GFNS)
+            undo.push(
+                f"{self!r}: remap of gfn {gfn:#x} to {new_gfn:#x}",
+                lambda: self._backend.altp2m_change_gfn(self._domid, self.id, gfn, shown),
+            )
+            if wanted is not None:
+                self._write_access(gfn, wanted)
+        except XenError as error:
+            undo.roll_back(error)
+            raise
+        self._remaps[gfn] = self._remaps.get(new_gfn, new_gfn)
+        self._remap_low = min(self._remap_low, new_gfn)
+        self._remap_high = max(self._remap_high, new_gfn)
+        self._access.set(gfn, wanted)
+        self._suppress_ve.set(gfn, None)  # Xen sets it, for a caller outside the domain
+
+    def revert(self, gfn: int) -> None:
+        """Let a remapped gfn show its own page again; an access set on it is forgotten with it.
+
+        Only gfns this view remapped: reverting another would cut Xen's reverse map of the
+        guest's own page, and a live migration would lose what is written to it.
+
+        Raises:
+            InvalidArgumentError: The view does not remap the gfn.
+
+        ``xc_altp2m_change_gfn`` with ``~0``.
+        """
+        self._check_open()
+        check_gfn(gfn)
+        if gfn not in self._remaps:
+            raise InvalidArgumentError(
+                f"{self!r} does not remap gfn {gfn:#x}: there is nothing to revert",
+                op="altp2m_change_gfn",
+                domid=self._domid,
+                view=self.id,
+                gfn=gfn,
+            )
+        self._backend.altp2m_change_gfn(self._domid, self.id, gfn, ALL_GFNS)
+        del self._remaps[gfn]
+        self._access.set(gfn, None)
+        self._suppress_ve.set(gfn, None)
+
+    @property
+    def remaps(self) -> dict[Gfn, Gfn]:
+        """What is remapped to what: a copy."""
+        return {Gfn(old): Gfn(new) for old, new in sorted(self._remaps.items())}
+
+    def tracks(self, gfn: int) -> bool:
+        """Tell whether Xen resets this view when ``gfn`` is taken from the domain.
+
+        Xen keeps the lowest and highest gfn ever remapped to, and never shrinks that range.
+        """
+        return self._remap_low <= gfn <= self._remap_high
+
+    # Suppress #VE.
+
+    def set_suppress_ve(
+        self, gfns: int | Iterable[int], suppress: bool = True
+    ) -> list[SuppressVeFailure]:
+        """Choose whether a violation on these gfns is Xen's (True) or may become the guest's #VE.
+
+        Args:
+            gfns: One gfn, a range, or any iterable of gfns; each run of neighbours is one call.
+            suppress: The bit. Where the view has no entry yet, Xen makes one with the host's
+                access (``p2m_set_suppress_ve_multi``), which the view's default then no longer
+                covers: set the access of such gfns as well.
+
+        Returns:
+            The first failure of each run of neighbours, for Xen tries every gfn and tells the
+            first that failed. Empty for one gfn: its failure is raised.
+
+        Raises:
+            NotMappedError: The one gfn is not ordinary RAM.
+
+        ``xc_altp2m_set_suppress_ve``, ``xc_altp2m_set_supress_ve_multi``.
+        """
+        self._check_open()
+        if isinstance(gfns, int):
+            check_gfn(gfns)
+            self._backend.altp2m_set_suppress_ve(self._domid, self.id, gfns, suppress)
+            self._suppress_ve.set(gfns, suppress)
+            return []
+        failures = []
+        for first, last in neighbours(gfn_array(gfns)):
+            failure = self._backend.altp2m_set_suppress_ve_multi(
+                self._domid, self.id, first, last, suppress
+            )
+            self._suppress_ve.set_many(range(first, last + 1), suppress)
+            if failure is not None:
+                failures.append(SuppressVeFailure(Gfn(failure[0]), failure[1]))
+        return failures
+
+    def suppress_ve(self, gfn: int) -> bool | None:
+        """Return the suppress-#VE bit of the view's own entry, or None if it has none.
+
+        ``xc_altp2m_get_suppress_ve``.
+        """
+        self._check_open()
+        check_gfn(gfn)
+        try:
+            return self._backend.altp2m_get_suppress_ve(self._domid, self.id, gfn)
+        except NotMappedError:
+            self._backend.altp2m_get_mem_access(self._domid, self.id, ALL_GFNS)
+            return None
+
+    # Visibility.
+
+    @property
+    def visible(self) -> bool:
+        """Whether the guest's VMFUNC and a domain-wide switch reach the view."""
+        return self._visible
+
+    def set_visibility(self, visible: bool) -> None:
+        """Hide the view or show it again; vCPUs in it stay. ``xc_altp2m_set_visibility``."""
+        self._check_open()
+        self._backend.altp2m_set_visibility(self._domid, self.id, visible)
+        self._visible = visible
+
+    # What it should be, and what it is.
+
+    def differences(self) -> list[Difference]:
+        """List what was asked of this view, as runs of gfns; no hypercall is made."""
+        edges = {gfn for run in self._access for gfn in (run.first, run.end)}
+        edges |= {gfn for run in self._suppress_ve for gfn in (run.first, run.end)}
+        edges |= {edge for gfn in self._remaps for edge in (gfn, gfn + 1)}
+        found: list[Difference] = []
+        for first, end in pairwise(sorted(edges)):
+            new = self._remaps.get(first)
+            this = Difference(
+                Gfn(first),
+                end - first,
+                self._access.get(first),
+                None if new is None else Gfn(new),
+                self._suppress_ve.get(first),
+            )
+            if (this.access, this.remapped_to, this.suppress_ve) == (None, None, None):
+                continue
+            if found and found[-1].goes_on_in(this):
+                found[-1] = replace(found[-1], count=found[-1].count + this.count)
+            else:
+                found.append(this)
+        return found
+
+    def verify(self, *, progress: Progress | None = None) -> list[Mismatch]:
+        """Ask Xen for the access of every gfn it was set on, and list where it differs.
+
+        One call for each gfn: Xen has no bulk query.
+
+        Args:
+            progress: Called after each batch of gfns.
+
+        ``xc_altp2m_get_mem_access``.
+        """
+        self._check_open()
+        self._backend.altp2m_get_mem_access(self._domid, self.id, ALL_GFNS)
+        total, done = len(self._access), 0
+        mismatches = []
+        for run in self._access:
+            for gfn in range(run.first, run.end):
+                found = self._own_access(gfn)
+                if found != run.value:
+                    mismatches.append(Mismatch(Gfn(gfn), run.value, found))
+                done += 1
+                if progress is not None and (done % BATCH == 0 or done == total):
+                    progress(done, total)
+        return mismatches
+
+    # Inside.
+
+    def _number(self, access: Access) -> int:
+        number = self._numbers.get(access)
+        if number is None or access in _DEADLY:
+            raise refusal_of(access, self._backend.release)
+        return number
+
+    def _write_access(self, gfn: int, access: Access) -> None:
+        self._backend.altp2m_set_mem_access(self._domid, self.id, gfn, self._number(access))
+
+    def _own_access(self, gfn: int) -> Access | None:
+        try:
+            number = self._backend.altp2m_get_mem_access(self._domid, self.id, gfn)
+        except NotMappedError:
+            return None
+        return self._backend.release.access_by_number[number]
+
+    def _lazy_access(self, gfn: int) -> Access | None:
+        """What a gfn without an entry of its own gets when it is first used."""
+        try:
+            number = self._backend.altp2m_get_mem_access(self._domid, HOST_VIEW, gfn)
+        except NotMappedError:
+            return None
+        if self._backend.release.lazy_copy_takes_view_default:
+            return self.default_access
+        return self._backend.release.access_by_number[number]
+
+    def _reset(self, gfn: int) -> None:
+        """Put back the access that a gfn had, or would show by itself."""
+        access = self._access.get(gfn) or self._lazy_access(gfn)
+        if access is not None:
+            self._write_access(gfn, access)
+
+    def _set_back(self, gfns: memoryview, cause: XenError) -> None:
+        """Put back the access of gfns of which Xen may have set some, up to the failing one."""
+        try:
+            held = (self._access.get(gfn) or self._lazy_access(gfn) for gfn in gfns)
+            numbers = bytes(self._numbers[access or Access.DEFAULT] for access in held)
+            for done in range(0, len(gfns), BATCH):
+                self._backend.altp2m_set_mem_access_multi(
+                    self._domid,
+                    self.id,
+                    numbers[done : done + BATCH],
+                    gfns[done : done + BATCH],
+                )
+        except XenError as failure:
+            if failure.errno == cause.errno == ENOMEM:
+                return  # it stopped at the gfn where setting had stopped, so all before are back
+            raise LeftoverError(
+                f"{cause.message}; and setting back failed: {failure.message}",
+                left=[f"{self!r}: the new access of some of {len(gfns)} gfns"],
+                **cause.context(),
+            ) from cause
+
+    def _destroy(self) -> None:
+        try:
+            self._backend.altp2m_destroy_view(self._domid, self.id)
+        except BusyError:
+            if self.id not in self._altp2m.vcpu_views().values():
+                return  # it is gone: somebody switched altp2m off
+            self._altp2m.switch_to_view(None)
+            self._backend.altp2m_destroy_view(self._domid, self.id)
+
+
+def refusal_of(access: Access, release: Release) -> XenError:
+    """Make the error for an access that cannot be set on this release."""
+    op = "altp2m_set_mem_access"
+    if not isinstance(access, Access):
+        return InvalidArgumentError(f"access must be an xenaltp2m.Access, not {access!r}", op=op)
+    if access in _DEADLY:
+        return InvalidArgumentError(
+            f"access {access} is writable but not readable, which EPT cannot express: "
+            "the guest would crash",
+            op=op,
+        )
+    if access == Access.R_PW:
+        return UnsupportedError(f"access r_pw came with Xen 4.20; this is {release}", op=op)
+    return InvalidArgumentError(f"{access!r} is not an access: its modes do not combine", op=op)
+
+
+def check_gfn(gfn: int) -> None:
+    """Check that a number can be a gfn.
+
+    Raises:
+        InvalidArgumentError: It is not an integer in 0..2^36-1, what Xen's tables hold.
+    """
+    if not isinstance(gfn, int) or isinstance(gfn, bool):
+        raise InvalidArgumentError(f"a gfn must be an integer, not {gfn!r}")
+    if not 0 <= gfn < GFN_LIMIT:
+        raise InvalidArgumentError(
+            f"gfn {gfn:#x} is not in 0..{GFN_LIMIT - 1:#x}: a gfn is an address shifted right by 12"
+        )
+
+
+def gfn_array(gfns: Iterable[int]) -> array[int]:
+    """Turn gfns into the array that bulk calls take.
+
+    Raises:
+        InvalidArgumentError: One of them is not a gfn.
+    """
+    try:
+        found = array("Q", gfns)
+    except (TypeError, OverflowError) as error:
+        raise InvalidArgumentError(f"gfns must be integers in 0..2^36-1: {error}") from None
+    if found:
+        check_gfn(max(found))
+    return found
+
+
+def neighbours(gfns: array[int]) -> Iterator[tuple[int, int]]:
+    """Yield the runs of neighbouring gfns as (first, last), by gfn, each gfn once."""
+    first = last = None
+    for gfn in sorted(set(gfns)):
+        if first is None or last is None:
+            first = gfn
+        elif gfn != last + 1:
+            yield first, last
+            first = gfn
+        last = gfn
+    if first is not None and last is not None:
+        yield first, last

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The host: connect to it, find its domains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from uuid import UUID
+
+from xenaltp2m.abi.releases import Release
+from xenaltp2m.backend import Backend, open_backend
+from xenaltp2m.domain import Domain
+from xenaltp2m.errors import DomainNotFoundError, InvalidArgumentError
+from xenaltp2m.handle import Handle
+from xenaltp2m.types import DomainInfo
+
+_DOMAINS_AT_ONCE = 256
+
+
+def connect(backend: str | Backend = "libxc") -> Xen:
+    """Open a connection to a hypervisor.
+
+    Args:
+        backend: ``"libxc"`` for the Xen this runs on, as root in dom0; ``"mock"`` for a modelled
+            host with one domain called ``guest``; or a backend object, such as a
+            :class:`xenaltp2m.backend.mock.MockBackend` with domains of your own. Closing the
+            connection closes it, too.
+
+    Raises:
+        LibraryError: No usable libxenctrl was found.
+        XenError: This is not a Xen control domain.
+    """
+    return Xen(open_backend(backend) if isinstance(backend, str) else backend)
+
+
+class Xen(Handle):
+    """A host. Closing it closes its domains, then the backend.
+
+    Attributes:
+        backend: The backend underneath, for what the handles do not offer.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        super().__init__()
+        self.backend = backend
+        self._domains: list[Domain] = []
+        self._undo.push(f"connection to {backend.name}", backend.close)
+
+    def __repr__(self) -> str:
+        return f"<Xen {self.release} through {self.backend.name}>"
+
+    @property
+    def release(self) -> Release:
+        """The hypervisor's release, and what is different in it."""
+        return self.backend.release
+
+    def domains(self) -> Iterator[DomainInfo]:
+        """Yield every domain on the host, by number. ``xc_domain_getinfolist``."""
+        self._check_open()
+        first = 0
+        while found := self.backend.domain_getinfolist(first, _DOMAINS_AT_ONCE):
+            yield from found
+            first = found[-1].domid + 1
+
+    def domain(self, which: int | str | UUID) -> Domain:
+        """Open a domain.
+
+        Args:
+            which: A domid, a name, or a uuid; a string of digits is a domid, as for xl.
+
+        Raises:
+            DomainNotFoundError: There is none.
+        """
+        self._check_open()
+        domain = Domain(self, self._find(which))
+        self._domains = [known for known in self._domains if not known.closed]
+        self._domains.append(domain)
+        return domain
+
+    def _find(self, which: int | str | UUID) -> DomainInfo:
+        if isinstance(which, str):
+            which = _parse(which)
+        if isinstance(which, UUID):
+            for info in self.domains():
+                if info.uuid == which:
+                    return info
+            raise DomainNotFoundError(f"no domain has the uuid {which}")
+        if isinstance(which, str):
+            domid = self.backend.name_to_domid(which)
+            if domid is None:
+                raise DomainNotFoundError(f"no domain is called {which!r}")
+        elif isinstance(which, int) and not isinstance(which, bool):
+            domid = which
+        else:
+            raise InvalidArgumentError(f"a domain is a domid, a name or a uuid, not {which!r}")
+        for info in self.backend.domain_getinfolist(domid, 1):
+            if info.domid == domid:
+                return info
+        raise DomainNotFoundError(f"there is no domain {domid}", domid=domid)
+
+    def close(self) -> None:
+        """Close every domain opened here, then the backend; again is harmless."""
+        if not self.closed:
+            for domain in self._domains:
+                domain.close()
+        super().close()
+
+
+def _parse(text: str) -> int | str | UUID:
+    if text.isdecimal():
+        return int(text)
+    try:
+        return UUID(text)
+    except ValueError:
+        return text
