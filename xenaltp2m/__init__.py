@@ -18,6 +18,7 @@ from xenaltp2m.errors import (
     LibraryMismatchWarning,
     NotMappedError,
     OutOfMemoryError,
+    SymbolError,
     UnsupportedError,
     XenError,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "NotMappedError",
     "OutOfMemoryError",
     "SuppressVeFailure",
+    "SymbolError",
     "UnsupportedError",
     "VcpuId",
     "View",

@@ -102,6 +102,12 @@ class Domain(Handle):
         return Altp2mMode(self._backend.hvm_param_get(self.domid, _HVM_PARAM_ALTP2M))
 
     @property
+    def altp2m_active(self) -> bool:
+        """Whether altp2m is on now, through whichever handle. ``xc_altp2m_get_domain_state``."""
+        self._check_open()
+        return self._backend.altp2m_get_domain_state(self.domid)
+
+    @property
     def maximum_gfn(self) -> Gfn:
         """The highest gfn ever mapped; it never shrinks. ``xc_domain_maximum_gpfn``."""
         self._check_open()

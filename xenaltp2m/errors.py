@@ -112,6 +112,10 @@ class LibraryError(XenError):
     """No usable Xen library; lists every candidate and why it failed."""
 
 
+class SymbolError(XenError, ValueError):
+    """An image cannot be used: it is unreadable, damaged, or has no such symbol."""
+
+
 class LeftoverError(XenError):
     """An operation failed and so did undoing it.
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from xenaltp2m.errors import ClosedError, DomainNotFoundError, LeftoverError, XenError
+from xenaltp2m.errors import ClosedError, LeftoverError, XenError
 
 
 class UndoList:
@@ -33,10 +33,6 @@ class UndoList:
         """
         self._steps.append((what, undo))
 
-    def holds(self, what: str) -> bool:
-        """Tell whether there is a step for ``what``."""
-        return any(step[0] == what for step in self._steps)
-
     def drop(self, what: str) -> None:
         """Forget the latest step for ``what``, because it has been taken already."""
         for at in range(len(self._steps) - 1, -1, -1):
@@ -44,8 +40,13 @@ class UndoList:
                 del self._steps[at]
                 return
 
+    def adopt(self, other: UndoList) -> None:
+        """Take over the steps of another list, which has none after it."""
+        self._steps += other._steps
+        other.forget()
+
     def forget(self) -> None:
-        """Forget every step: they are somebody else's now, or their object is gone."""
+        """Forget every step: their object is gone."""
         self._steps.clear()
 
     def unwind(self, doing: str) -> None:
@@ -59,31 +60,36 @@ class UndoList:
         """
         failed: list[tuple[str, Callable[[], None]]] = []
         failures: list[XenError] = []
-        for what, undo in reversed(self._steps):
-            try:
-                undo()
-            except DomainNotFoundError:
-                continue  # what was to be undone went with its domain
-            except XenError as error:
-                failed.append((what, undo))
-                failures.append(error)
-        self._steps = failed[::-1]
+        left: list[str] = []
+        try:
+            while self._steps:
+                what, undo = self._steps[-1]
+                try:
+                    undo()
+                except XenError as error:
+                    failed.append((what, undo))
+                    failures.append(error)
+                    # A step that closes something tells better than its name what is left of it.
+                    left += error.left if isinstance(error, LeftoverError) else (what,)
+                self._steps.pop()
+        finally:
+            self._steps += reversed(failed)
         if failures:
             first = failures[0]
             raise LeftoverError(
                 f"{doing}: not everything could be undone: {first.message}",
-                left=[what for what, _ in failed],
+                left=left,
                 **first.context(),
             ) from first
 
-    def roll_back(self, cause: XenError) -> None:
+    def roll_back(self, cause: BaseException) -> None:
         """Take every step because ``cause`` happened half-way; the caller then re-raises it.
 
         Raises:
             LeftoverError: Some step failed; its cause is ``cause``.
         """
         try:
-            self.unwind(cause.message)
+            self.unwind(cause.message if isinstance(cause, XenError) else repr(cause))
         except LeftoverError as failure:
             raise failure from cause
 
@@ -116,14 +122,43 @@ class Handle:
         """
         if self._closed:
             return
-        self._undo.unwind(f"closing {self!r}")
+        try:
+            self._take_back()
+        except LeftoverError:
+            if not self._gone():
+                raise
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close without undoing anything: what there was to undo is gone."""
+        self._undo.forget()
         self._closed = True
         self._warn.detach()
 
-    def abandon(self) -> None:
-        """Close without undoing anything: what there was to undo went with its parent."""
-        self._undo.forget()
-        self.close()
+    def _take_back(self) -> None:
+        """Undo what was done; whatever fails is left for a second call."""
+        self._undo.unwind(f"closing {self!r}")
+
+    def _gone(self) -> bool:
+        """Tell whether what this handle is about has vanished, and all it changed with it."""
+        return False
+
+    def _roll_back(self, undo: UndoList, cause: BaseException, heir: UndoList | None = None) -> None:
+        """As :meth:`UndoList.roll_back`, but silent where everything has vanished.
+
+        Args:
+            undo: What was done before ``cause`` happened.
+            cause: Why it cannot be finished.
+            heir: Gets the steps that fail, to try again on close.
+        """
+        try:
+            undo.roll_back(cause)
+        except LeftoverError:
+            if self._gone():
+                return
+            if heir is not None:
+                heir.adopt(undo)
+            raise
 
     def _check_open(self) -> None:
         if self._closed:

@@ -109,7 +109,7 @@ class DomainInfo:
     pages: int
     max_pages: int
     vcpus: int
-    """Online vCPUs."""
+    """vCPUs that are up; in a PVH guest that never ran, only the first."""
     max_vcpu_id: int
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from errno import ENOMEM
 from itertools import pairwise
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -136,7 +135,8 @@ class View(Handle):
         Args:
             gfns: One gfn, a range, or any iterable of gfns.
             access: Any but ``W`` and ``WX``, which EPT cannot express: the guest would crash.
-            progress: Called after each batch of a bulk operation.
+            progress: Called after each batch of a bulk operation; what it raises ends that, as an
+                error would.
 
         Raises:
             InvalidArgumentError: A gfn is not in 0..2^36-1, or the access kills the guest.
@@ -147,6 +147,7 @@ class View(Handle):
         ``xc_altp2m_set_mem_access``, ``xc_altp2m_set_mem_access_multi``.
         """
         self._check_open()
+        access = self._settled(access)
         number = self._number(access)
         if isinstance(gfns, int):
             check_gfn(gfns)
@@ -157,17 +158,19 @@ class View(Handle):
         total = len(wanted)
         numbers = bytes([number]) * min(total, BATCH)
         view = memoryview(wanted)
-        for done in range(0, total, BATCH):
-            batch = view[done : done + BATCH]
-            try:
+        reached = 0
+        try:
+            while reached < total:
+                batch = view[reached : reached + BATCH]
+                reached += len(batch)
                 self._backend.altp2m_set_mem_access_multi(
                     self._domid, self.id, numbers[: len(batch)], batch
                 )
-            except XenError as error:
-                self._set_back(view[: done + len(batch)], error)
-                raise
-            if progress is not None:
-                progress(done + len(batch), total)
+                if progress is not None:
+                    progress(reached, total)
+        except BaseException as error:
+            self._set_back(view[:reached], error)
+            raise
         self._access.set_many(gfns if isinstance(gfns, range) else wanted, access)
 
     def access(self, gfn: int) -> Access | None:
@@ -180,7 +183,7 @@ class View(Handle):
         found = self._own_access(gfn)
         if found is None:
             # The errno does not tell an absent entry from an absent domain; this call does.
-            self._backend.altp2m_get_mem_access(self._domid, self.id, ALL_GFNS)
+            self._backend.altp2m_get_domain_state(self._domid)
         return found
 
     def effective_access(self, gfn: int) -> Access | None:
@@ -219,28 +222,37 @@ class View(Handle):
         self._check_open()
         check_gfn(gfn)
         check_gfn(new_gfn)
-        wanted = self.effective_access(gfn) if access is None else access
+        own = self.access(gfn)
+        held = self._lazy_access(gfn) if own is None else own
+        wanted = held if access is None else self._settled(access)
         undo = UndoList()
         try:
-            if wanted is not None:
+            if held is not None and wanted is not None:
                 # change_gfn reports no failure of its last write (p2m_change_altp2m_gfn, 4.13 to
                 # 4.22). With an entry of 4K there before, that write needs no memory.
                 self._write_access(gfn, wanted)
-                undo.push(f"{self!r}: access {wanted} of gfn {gfn:#x}", lambda: self._reset(gfn))
+                undo.push(self._words("access", gfn), lambda: self._write_access(gfn, held))
             self._backend.altp2m_change_gfn(self._domid, self.id, gfn, new_gfn)
-            shown = self._remaps.get(gfn, ALL_GFNS)
-            undo.push(
-                f"{self!r}: remap of gfn {gfn:#x} to {new_gfn:#x}",
-                lambda: self._backend.altp2m_change_gfn(self._domid, self.id, gfn, shown),
-            )
+            self._remap_low = min(self._remap_low, new_gfn)
+            self._remap_high = max(self._remap_high, new_gfn)
+            if own is None:
+                undo.forget()  # the entry came with the remap, and with its end it goes
+            elif (bit := self._suppress_ve.get(gfn)) is not None:
+                undo.push(
+                    self._words("suppress-#VE bit", gfn),
+                    lambda: self._backend.altp2m_set_suppress_ve(self._domid, self.id, gfn, bit),
+                )
+            undo.push(self._words("remap", gfn), lambda: self._show_again(gfn))
             if wanted is not None:
                 self._write_access(gfn, wanted)
-        except XenError as error:
-            undo.roll_back(error)
+        except BaseException as error:
+            self._roll_back(undo, error)
             raise
-        self._remaps[gfn] = self._remaps.get(new_gfn, new_gfn)
-        self._remap_low = min(self._remap_low, new_gfn)
-        self._remap_high = max(self._remap_high, new_gfn)
+        shown = self._remaps.get(new_gfn, new_gfn)
+        if shown == gfn:
+            self._remaps.pop(gfn, None)  # its own page: reverting it would do harm
+        else:
+            self._remaps[gfn] = shown
         self._access.set(gfn, wanted)
         self._suppress_ve.set(gfn, None)  # Xen sets it, for a caller outside the domain
 
@@ -330,7 +342,7 @@ class View(Handle):
         try:
             return self._backend.altp2m_get_suppress_ve(self._domid, self.id, gfn)
         except NotMappedError:
-            self._backend.altp2m_get_mem_access(self._domid, self.id, ALL_GFNS)
+            self._backend.altp2m_get_domain_state(self._domid)  # as for access()
             return None
 
     # Visibility.
@@ -382,6 +394,7 @@ class View(Handle):
         ``xc_altp2m_get_mem_access``.
         """
         self._check_open()
+        self._backend.altp2m_get_domain_state(self._domid)  # an absent domain is not a mismatch
         self._backend.altp2m_get_mem_access(self._domid, self.id, ALL_GFNS)
         total, done = len(self._access), 0
         mismatches = []
@@ -423,39 +436,80 @@ class View(Handle):
             return self.default_access
         return self._backend.release.access_by_number[number]
 
-    def _reset(self, gfn: int) -> None:
-        """Put back the access that a gfn had, or would show by itself."""
-        access = self._access.get(gfn) or self._lazy_access(gfn)
-        if access is not None:
-            self._write_access(gfn, access)
+    def _settled(self, access: Access) -> Access:
+        """What ``DEFAULT`` means now; any other access is itself."""
+        if access is not Access.DEFAULT:
+            return access
+        return self._altp2m.host_default()
 
-    def _set_back(self, gfns: memoryview, cause: XenError) -> None:
+    def _words(self, what: str, gfn: int) -> str:
+        return f"{what} of gfn {gfn:#x} in view {self.id} of domain {self._domid}"
+
+    def _show_again(self, gfn: int) -> None:
+        """Let a gfn show what it showed before a remap that cannot be finished."""
+        shown = self._remaps.get(gfn, ALL_GFNS)
+        if shown in self._remaps:
+            raise BusyError(
+                f"gfn {gfn:#x} showed the page of gfn {shown:#x}, which is remapped itself by now",
+                op="altp2m_change_gfn",
+                domid=self._domid,
+                view=self.id,
+                gfn=gfn,
+            )
+        self._backend.altp2m_change_gfn(self._domid, self.id, gfn, shown)
+
+    def _set_back(self, gfns: memoryview, cause: BaseException) -> None:
         """Put back the access of gfns of which Xen may have set some, up to the failing one."""
         try:
-            held = (self._access.get(gfn) or self._lazy_access(gfn) for gfn in gfns)
-            numbers = bytes(self._numbers[access or Access.DEFAULT] for access in held)
             for done in range(0, len(gfns), BATCH):
-                self._backend.altp2m_set_mem_access_multi(
-                    self._domid,
-                    self.id,
-                    numbers[done : done + BATCH],
-                    gfns[done : done + BATCH],
-                )
+                batch = gfns[done : done + BATCH]
+                numbers = bytes(self._numbers[self._prior_access(gfn)] for gfn in batch)
+                self._backend.altp2m_set_mem_access_multi(self._domid, self.id, numbers, batch)
         except XenError as failure:
-            if failure.errno == cause.errno == ENOMEM:
-                return  # it stopped at the gfn where setting had stopped, so all before are back
+            if self._gone():
+                return
+            left = self._not_back(gfns)
+            if not left:
+                return  # memory ran out at the same gfn as before, with all before it back
+            words = f"access of {len(left)} gfns from {min(left):#x} to {max(left):#x}"
+            about = failure.context() if not isinstance(cause, XenError) else cause.context()
             raise LeftoverError(
-                f"{cause.message}; and setting back failed: {failure.message}",
-                left=[f"{self!r}: the new access of some of {len(gfns)} gfns"],
-                **cause.context(),
+                f"setting access failed ({cause}); and setting it back: {failure.message}",
+                left=[f"{words} in view {self.id} of domain {self._domid}"],
+                **about,
             ) from cause
+
+    def _prior_access(self, gfn: int) -> Access:
+        """What the view had for a gfn, or would show by itself; DEFAULT for a hole."""
+        held = self._access.get(gfn)
+        if held is None:
+            held = self._lazy_access(gfn)
+        return Access.DEFAULT if held is None else held
+
+    def _not_back(self, gfns: memoryview) -> list[int]:
+        """List the gfns whose access is not the prior one, or cannot be known."""
+        left = []
+        for gfn in gfns:
+            try:
+                found = self._own_access(gfn)
+                if found is None or found == self._prior_access(gfn):
+                    continue
+            except XenError:
+                pass
+            left.append(gfn)
+        return left
+
+    def _gone(self) -> bool:
+        return self._altp2m.closed or self._altp2m._gone()
 
     def _destroy(self) -> None:
         try:
             self._backend.altp2m_destroy_view(self._domid, self.id)
         except BusyError:
-            if self.id not in self._altp2m.vcpu_views().values():
-                return  # it is gone: somebody switched altp2m off
+            try:
+                self._backend.altp2m_get_mem_access(self._domid, self.id, ALL_GFNS)
+            except InvalidArgumentError:
+                return  # EBUSY is also Xen's word for no such view
             self._altp2m.switch_to_view(None)
             self._backend.altp2m_destroy_view(self._domid, self.id)
 

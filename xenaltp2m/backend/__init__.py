@@ -63,13 +63,13 @@ class Backend(Protocol):
         """``xc_domain_getinfolist``: up to ``limit`` domains from ``first_domid`` on, by domid."""
 
     def name_to_domid(self, name: str) -> int | None:
-        """``libxl_name_to_domid``, else xenstore: the domid behind a name, or None."""
+        """The domid behind a name, or None: the search ``libxl_name_to_domid`` makes."""
 
     def domid_to_name(self, domid: int) -> str | None:
-        """``libxl_domid_to_name``, else xenstore: the name of a domain, or None."""
+        """A domain's name in xenstore, or None: the read ``libxl_domid_to_name`` makes."""
 
     def domain_config_json(self, domid: int) -> str:
-        """``libxl_domain_config_to_json``: libxl's configuration of a domain, a JSON object."""
+        """``libxl_userdata_retrieve`` of ``libxl-json``: a domain's configuration, a JSON object."""
 
     def domain_pause(self, domid: int) -> None:
         """``xc_domain_pause``: add one to the domain's pause count."""
@@ -187,7 +187,10 @@ class Backend(Protocol):
         """``xc_monitor_enable``: (event channel port of the domain, the ring's page)."""
 
     def monitor_unmap_ring(self, ring: memoryview) -> None:
-        """``munmap`` of the page that :meth:`monitor_enable` gave; the view is dead after it."""
+        """``munmap`` of the page that :meth:`monitor_enable` gave; the view is dead after it.
+
+        Slices and casts of it must be released before (:class:`~xenaltp2m.errors.BusyError`).
+        """
 
     def monitor_disable(self, domid: int) -> None:
         """``xc_monitor_disable``."""
@@ -280,7 +283,8 @@ class Backend(Protocol):
     def foreignmemory_unmap(self, pages: list[memoryview]) -> None:
         """``xenforeignmemory_unmap``: takes the very list that the map call gave.
 
-        Every view in it is released, so that a later touch is a ValueError, not a fault.
+        Every view in it is released, so that a later touch is a ValueError, not a fault. Slices
+        and casts must be released before (:class:`~xenaltp2m.errors.BusyError`).
         """
 
 

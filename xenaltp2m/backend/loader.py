@@ -100,9 +100,10 @@ class Loader:
         if self._environ.get(ENVIRONMENT):
             hint.append(f"{ENVIRONMENT} names one library, and no other is tried")
         elif (running := self.hypervisor_version()) is not None:
+            xen = f"{running[0]}.{running[1]}"
             hint.append(
-                f"install the libraries of Xen {running[0]}.{running[1]} "
-                f"(Debian: libxenmisc{running[0]}.{running[1]}), or name libxenctrl in {ENVIRONMENT}"
+                f"install the libraries of Xen {xen} (Debian: libxenmisc{xen}), "
+                f"or name libxenctrl in {ENVIRONMENT}"
             )
         else:
             hint.append('this machine does not run Xen: use the mock backend, connect("mock")')

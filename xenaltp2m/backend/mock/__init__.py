@@ -11,12 +11,22 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import os
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from errno import EACCES, EBADF, EBUSY, EINVAL, ENODEV, ENOENT, EOPNOTSUPP
+from errno import (
+    EACCES,
+    EBADF,
+    EBUSY,
+    EINVAL,
+    ENODATA,
+    ENODEV,
+    ENOENT,
+    ENOSYS,
+    EOPNOTSUPP,
+    EPERM,
+)
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from xenaltp2m import errors
@@ -25,7 +35,7 @@ from xenaltp2m.abi.releases import Release, release
 from xenaltp2m.backend import Bytes, Gfns, arguments
 from xenaltp2m.backend.mock.guest import Outcome, touch
 from xenaltp2m.backend.mock.machine import Domain, Livelock, Machine, Refused
-from xenaltp2m.backend.mock.monitor import Monitor
+from xenaltp2m.backend.mock.monitor import Channel, Monitor, Port
 from xenaltp2m.backend.mock.p2m import Entry
 from xenaltp2m.types import ALL_GFNS, PAGE_SIZE, Altp2mMode, DomainInfo, DomId
 
@@ -36,6 +46,7 @@ _R = TypeVar("_R")
 
 _LOG_LENGTH = 100_000
 _LOGGED_ITEMS = 64
+_MAX_PAGES = (1 << 32) - 1
 _SHUTDOWN_CRASH = 3
 _ABOUT = {
     "domid": "domid",
@@ -50,7 +61,7 @@ _ABOUT = {
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One backend call as the log keeps it; ``errno`` is 0 where it succeeded."""
+    """One call that reached the hypervisor, as the log keeps it; ``errno`` 0 is success."""
 
     op: str
     arguments: tuple[object, ...]
@@ -86,16 +97,16 @@ def _operation(
         bound.apply_defaults()
         named = bound.arguments
         arguments.check(op, named)
-        errno = 0
+        logged = tuple(_logged(named[name]) for name in names)
         try:
             self._inject(op)
-            return method(self, *args, **kwargs)
+            result = method(self, *args, **kwargs)
         except Refused as refused:
-            errno = refused.errno
+            self.calls.append(Call(op, logged, refused.errno))
             about = {_ABOUT[key]: named[key] for key in _ABOUT if key in named}
-            raise errors.from_errno(op, errno, **about) from None
-        finally:
-            self.calls.append(Call(op, tuple(_logged(named[name]) for name in names), errno))
+            raise errors.from_errno(op, refused.errno, **about) from None
+        self.calls.append(Call(op, logged, 0))
+        return result
 
     return call
 
@@ -124,6 +135,7 @@ class MockBackend:
         *,
         altp2m: bool = True,
         privileged: bool = True,
+        vm_event: bool = True,
         library: tuple[int, int] | None = None,
         executable_superpages: bool = False,
         has_virtualisation_exceptions: bool = True,
@@ -136,6 +148,7 @@ class MockBackend:
             xen: The hypervisor's release, (4, 14) to (4, 22).
             altp2m: Whether Xen was booted with ``altp2m=1`` on a CPU that can.
             privileged: Whether the caller is the control domain.
+            vm_event: Whether Xen was built with CONFIG_VM_EVENT, without which 4.22 can be.
             library: The libxenctrl's release where it is not the hypervisor's.
             executable_superpages: False on CPUs where Xen splits them for XSA-304.
             has_virtualisation_exceptions: Whether the CPU has #VE.
@@ -146,6 +159,7 @@ class MockBackend:
             release(*xen),
             altp2m=altp2m,
             privileged=privileged,
+            vm_event=vm_event,
             library=None if library is None else release(*library),
             executable_superpages=executable_superpages,
             has_virtualisation_exceptions=has_virtualisation_exceptions,
@@ -155,7 +169,7 @@ class MockBackend:
         self.calls: deque[Call] = deque(maxlen=_LOG_LENGTH)
         self._faults: list[_Fault] = []
         self._monitors: dict[int, Monitor] = {}
-        self._channels: dict[int, dict[int, Monitor]] = {}
+        self._channels: dict[int, Channel] = {}
         self._mappings: dict[int, _Mapping] = {}
         self._closed = False
 
@@ -237,8 +251,8 @@ class MockBackend:
         """Give everything back."""
         if self._closed:
             return
-        for channel in list(self._channels):
-            os.close(channel)
+        for channel in self._channels.values():
+            channel.close()
         self._channels.clear()
         for mapping in list(self._mappings.values()):
             self._unmap("close", mapping.handle)
@@ -256,14 +270,20 @@ class MockBackend:
                     self._faults.remove(fault)
                     raise Refused(fault.errno)
 
-    def _domctl(self, domid: int) -> Domain:
-        """Return a domain for a domctl, which a library of another release may not send."""
+    def _check_skew(self) -> None:
+        """Refuse a domctl from a library of another release."""
         if self.machine.library.domctl_version != self.release.domctl_version:
             raise Refused(EACCES)
-        return self.machine.domain(domid)
+
+    def _domctl(self, domid: int) -> Domain:
+        """Return the domain of a domctl."""
+        self._check_skew()
+        return self.machine.controlled(domid)
 
     def _monitor(self, domid: int) -> Monitor:
         domain = self._domctl(domid)
+        if not self.machine.vm_event:
+            raise Refused(EOPNOTSUPP)
         return self._monitors.setdefault(domid, Monitor(domain))
 
     def _require(self, op: str) -> None:
@@ -281,12 +301,16 @@ class MockBackend:
 
     @_operation
     def vm_event_get_version(self) -> int:
+        self._check_skew()
+        if not self.machine.vm_event:
+            raise Refused(EOPNOTSUPP)
         return self.release.vm_event_version
 
     @_operation
     def domain_getinfolist(self, first_domid: int, limit: int) -> list[DomainInfo]:
-        if self.machine.library.domctl_version != self.release.domctl_version:
-            raise Refused(EACCES)
+        self._check_skew()
+        if not self.machine.privileged:
+            raise Refused(EPERM)
         found = sorted(domid for domid in self.machine.domains if domid >= first_domid)
         return [_info(self.machine.domains[domid]) for domid in found[:limit]]
 
@@ -336,36 +360,46 @@ class MockBackend:
 
     @_operation
     def domain_maximum_gpfn(self, domid: int) -> int:
-        return self.machine.domain(domid).host.max_mapped
+        return self.machine.controlled(domid).host.max_mapped
 
     @_operation
     def domain_setmaxmem(self, domid: int, max_kib: int) -> None:
-        self._domctl(domid).max_pages = max_kib // (PAGE_SIZE // 1024)
+        self._domctl(domid).max_pages = min(max_kib // (PAGE_SIZE // 1024), _MAX_PAGES)
 
     @_operation
     def domain_populate_physmap_exact(self, domid: int, gfns: Gfns, order: int = 0) -> None:
-        domain = self.machine.domains.get(domid)
+        domain = self._own_memory(domid)
         if domain is None or not all(domain.add_page(gfn, order) for gfn in gfns):
             raise Refused(EBUSY)
 
     @_operation
     def domain_decrease_reservation_exact(self, domid: int, gfns: Gfns, order: int = 0) -> None:
-        domain = self.machine.domains.get(domid)
+        domain = self._own_memory(domid)
         pages = (gfn + offset for gfn in gfns for offset in range(1 << order))
         if domain is None or not all(domain.remove_page(gfn) for gfn in pages):
             raise Refused(EINVAL)
 
+    def _own_memory(self, domid: int) -> Domain | None:
+        """Whose memory a reservation call changes; Xen does nothing where it may not."""
+        return self.machine.domains.get(domid) if self.machine.privileged else None
+
     @_operation
     def hvm_param_get(self, domid: int, param: int) -> int:
-        return self.machine.domain(domid).get_param(param)
+        return self.machine.controlled(domid).get_param(param)
 
     @_operation
     def hvm_param_set(self, domid: int, param: int, value: int) -> None:
-        self.machine.domain(domid).set_param(param, value)
+        self.machine.controlled(domid).set_param(param, value)
+
+    def _hvm_domctl(self, domid: int) -> Domain:
+        domain = self._domctl(domid)
+        if not domain.hvm:
+            raise Refused(EINVAL)
+        return domain
 
     @_operation
     def domain_hvm_getcontext(self, domid: int) -> bytes:
-        domain = self._domctl(domid)
+        domain = self._hvm_domctl(domid)
         return b"".join(
             _record(layouts.HVM_CPU_TYPECODE, vcpu.number, bytes(vcpu.context))
             for vcpu in domain.vcpus
@@ -373,7 +407,7 @@ class MockBackend:
 
     @_operation
     def domain_hvm_getcontext_partial(self, domid: int, typecode: int, instance: int) -> bytes:
-        domain = self._domctl(domid)
+        domain = self._hvm_domctl(domid)
         if typecode != layouts.HVM_CPU_TYPECODE:
             raise Refused(EINVAL)
         if instance >= len(domain.vcpus):
@@ -382,25 +416,38 @@ class MockBackend:
 
     @_operation
     def domain_hvm_setcontext(self, domid: int, stream: Bytes) -> None:
-        domain = self._domctl(domid)
+        domain = self._hvm_domctl(domid)
+        contexts: dict[int, bytes] = {}
         rest = bytes(stream)
         head = layouts.HVM_DESCRIPTOR
-        while rest:
+        while True:
+            if len(rest) < head.size:
+                # hvm_load: "save did not end with a null entry"; -1 before it was given an errno
+                raise Refused(ENODATA if self.release.version >= (4, 19) else EPERM)
             kind, number, length = (
                 head.number(rest, name) for name in ("typecode", "instance", "length")
             )
             body, rest = rest[head.size : head.size + length], rest[head.size + length :]
+            if not kind:
+                break
             if kind == layouts.HVM_CPU_TYPECODE:
                 if number >= len(domain.vcpus) or len(body) != layouts.HVM_CPU.size:
                     raise Refused(EINVAL)
-                domain.vcpus[number].context[:] = body
+                contexts[number] = body
+        for number, body in contexts.items():
+            domain.vcpus[number].context[:] = body
 
     @_operation
     def domain_debug_control(self, domid: int, op: int, vcpu: int) -> None:
         domain = self._domctl(domid)
+        target = domain.vcpu(vcpu)
+        if not domain.hvm:
+            raise Refused(EINVAL)
         if op not in (0, 1):  # XEN_DOMCTL_DEBUG_OP_SINGLE_STEP_OFF, _ON
-            raise Refused(EOPNOTSUPP)
-        domain.vcpu(vcpu).single_step = op == 1
+            raise Refused(ENOSYS)
+        target.single_step = op == 1
+        if not op and self.release.version >= (4, 19):  # 897def94b5
+            target.fast_step_view = None
 
     @_operation
     def get_paging_mempool_size(self, domid: int) -> int:
@@ -440,8 +487,12 @@ class MockBackend:
     def _memory_event_domain(self, domid: int) -> Domain:
         """``mem_access_memop``: needs a monitor's ring, unlike the altp2m calls."""
         domain = self.machine.domain(domid)
+        if not self.machine.vm_event:
+            raise Refused(ENOSYS)
         if not domain.hvm:
             raise Refused(EINVAL)
+        if not self.machine.privileged:
+            raise Refused(EPERM)
         if not domain.listened:
             raise Refused(ENODEV)
         return domain
@@ -449,6 +500,8 @@ class MockBackend:
     @_operation
     def domain_set_access_required(self, domid: int, required: bool) -> None:
         domain = self._domctl(domid)
+        if not self.machine.vm_event:
+            raise Refused(ENOSYS)
         domain.access_required = required
         if domain.active:
             for view in domain.views:
@@ -484,17 +537,24 @@ class MockBackend:
 
     @_operation
     def altp2m_set_mem_access(self, domid: int, view: int, gfn: int, access: int) -> None:
-        self.machine.altp2m(domid).set_mem_access(view, gfn, access)
+        self._access_altp2m(domid).set_mem_access(view, gfn, access)
 
     @_operation
     def altp2m_set_mem_access_multi(
         self, domid: int, view: int, accesses: Bytes, gfns: Gfns
     ) -> None:
-        self.machine.altp2m(domid).set_mem_access_multi(view, bytes(accesses), gfns)
+        self._access_altp2m(domid).set_mem_access_multi(view, bytes(accesses), gfns)
 
     @_operation
     def altp2m_get_mem_access(self, domid: int, view: int, gfn: int) -> int:
-        return self.machine.altp2m(domid).get_mem_access(view, gfn)
+        return self._access_altp2m(domid).get_mem_access(view, gfn)
+
+    def _access_altp2m(self, domid: int) -> Domain:
+        """The gate of the access calls, which 4.22 may be built without."""
+        domain = self.machine.altp2m(domid)
+        if not self.machine.vm_event:
+            raise Refused(EOPNOTSUPP)
+        return domain
 
     @_operation
     def altp2m_change_gfn(self, domid: int, view: int, old_gfn: int, new_gfn: int) -> None:
@@ -618,70 +678,63 @@ class MockBackend:
 
     @_operation
     def evtchn_open(self) -> int:
-        channel = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_CLOEXEC)
-        self._channels[channel] = {}
-        return channel
+        channel = Channel()
+        self._channels[channel.fd] = channel
+        return channel.fd
 
     @_operation
     def evtchn_close(self, channel: int) -> None:
-        for monitor in self._ports(channel).values():
-            monitor.signal = None
+        self._channel(channel).close()
         del self._channels[channel]
-        os.close(channel)
 
     @_operation
     def evtchn_fd(self, channel: int) -> int:
-        self._ports(channel)
-        return channel
+        return self._channel(channel).fd
 
     @_operation
     def evtchn_bind_interdomain(self, channel: int, domid: int, remote_port: int) -> int:
-        ports = self._ports(channel)
+        bound = self._channel(channel)
         monitor = self._monitors.get(domid)
-        if monitor is None or not monitor.enabled or monitor.port != remote_port:
+        if monitor is None or not monitor.enabled or remote_port != monitor.port or monitor.signal:
             raise Refused(EINVAL)
-        port = max(ports, default=0) + 1
-        ports[port] = monitor
-        monitor.signal = channel
-        return port
+        return bound.bind(monitor)
 
     @_operation
     def evtchn_unbind(self, channel: int, port: int) -> None:
-        self._port(channel, port).signal = None
-        del self._channels[channel][port]
+        self._port(channel, port)
+        self._channels[channel].unbind(port)
 
     @_operation
     def evtchn_pending(self, channel: int) -> int:
-        ports = self._ports(channel)
-        os.eventfd_read(channel)
-        return next(iter(ports))
+        return self._channel(channel).pending()
 
     @_operation
     def evtchn_unmask(self, channel: int, port: int) -> None:
         self._port(channel, port)
+        self._channels[channel].unmask(port)
 
     @_operation
     def evtchn_notify(self, channel: int, port: int) -> None:
-        monitor = self._port(channel, port)
-        if monitor.enabled:
-            monitor.resume()
+        bound = self._port(channel, port)
+        if bound.remote == bound.monitor.port:
+            bound.monitor.resume()
 
-    def _ports(self, channel: int) -> dict[int, Monitor]:
+    def _channel(self, channel: int) -> Channel:
         if channel not in self._channels:
             raise Refused(EBADF)
         return self._channels[channel]
 
-    def _port(self, channel: int, port: int) -> Monitor:
-        monitor = self._ports(channel).get(port)
-        if monitor is None:
+    def _port(self, channel: int, port: int) -> Port:
+        bound = self._channel(channel).ports.get(port)
+        if bound is None:
             raise Refused(EINVAL)
-        return monitor
+        return bound
 
     @_operation
     def foreignmemory_map(
         self, domid: int, writable: bool, gfns: Sequence[int]
     ) -> list[memoryview]:
-        domain = self.machine.domain(domid)
+        domain = self.machine.controlled(domid)
         frames = []
         for gfn in gfns:
             found = domain.host_lookup(gfn, populate=True, unshare=writable)
@@ -724,7 +777,7 @@ def _info(domain: Domain) -> DomainInfo:
         shutdown_reason=_SHUTDOWN_CRASH if domain.crashed else 0,
         pages=domain.pages,
         max_pages=domain.max_pages,
-        vcpus=len(domain.vcpus),
+        vcpus=domain.online_vcpus,
         max_vcpu_id=len(domain.vcpus) - 1,
     )
 

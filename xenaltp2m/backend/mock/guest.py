@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 
-from xenaltp2m.backend.mock.machine import Domain, Vcpu, View
+from xenaltp2m.backend.mock.machine import Domain, Livelock, Vcpu, View
 from xenaltp2m.backend.mock.p2m import (
     ACCESS_N2RWX,
     ACCESS_RWX,
@@ -18,16 +18,19 @@ from xenaltp2m.backend.mock.p2m import (
     ORDER_4K,
     Lookup,
     P2m,
+    PageType,
     R,
     W,
     X,
     access_rights,
+    entry_rights,
 )
 
 _KINDS = {"r": R, "w": R | W, "x": X}
 """A write fault counts as a read too (``ept_handle_violation``)."""
 _ACCESS_RW = R | W
 _RETRIES = 8
+_WRITES_EMULATED = frozenset({PageType.RAM_RO, PageType.GRANT_MAP_RO, PageType.IOREQ_SERVER})
 
 
 class Outcome(enum.Enum):
@@ -46,32 +49,58 @@ class Outcome(enum.Enum):
 
 
 def touch(domain: Domain, vcpu: Vcpu, gfn: int, kind: str) -> Outcome:
-    """Let a vCPU read ("r"), write ("w") or fetch ("x") one gfn in its current view."""
+    """Let a vCPU read ("r"), write ("w") or fetch ("x") one gfn in its current view.
+
+    Raises:
+        Livelock: The vCPU would fault for ever: what Xen fills in has no rights, and being a
+            superpage is then no entry to Xen at all (``ept_get_entry``).
+    """
     wanted = _KINDS[kind]
     for _ in range(_RETRIES):
         if domain.crashed:
             return Outcome.CRASH
         view = domain.views[vcpu.view] if domain.active else None
         table = domain.host if view is None else view.table
+        host = domain.host_lookup(gfn, populate=True, unshare=bool(wanted & W))
         found = table.lookup(gfn)
         if not found.mapped:
-            host = domain.host_lookup(gfn, populate=True, unshare=bool(wanted & W))
             if view is None or not host.mapped:
-                if host.mapped:
-                    continue  # populated on demand
                 return Outcome.EMULATED
             _copy(domain, view, gfn, host)
             continue
-        rights = access_rights(found.access)
+        rights = entry_rights(found.type, found.access)
         if rights & W and not rights & R:
             domain.crash("EPT misconfiguration: writable but not readable")  # Intel SDM 28.3.3.1
             return Outcome.CRASH
-        if not wanted & ~rights:
-            return Outcome.DONE
-        outcome = _violation(domain, vcpu, view, table, gfn, found, wanted)
+        outcome: Outcome | None = Outcome.DONE
+        if wanted & ~access_rights(found.access):
+            outcome = _violation(domain, vcpu, view, table, gfn, found, wanted)
+        elif wanted & ~rights:
+            outcome = _type_fault(domain, gfn, found.type, wanted)
+        elif wanted & X and found.order and not domain.machine.executable_superpages:
+            outcome = _shatter(domain, table, gfn, found)
         if outcome is not None:
             return outcome
-    raise AssertionError(f"gfn {gfn:#x} did not settle")
+    raise Livelock(f"gfn {gfn:#x}: the vCPU faults for ever")
+
+
+def _shatter(domain: Domain, table: P2m, gfn: int, found: Lookup) -> Outcome:
+    """XSA-304: the superpage has no execute right, and a fetch makes a 4K entry of its gfn."""
+    if table.write(gfn, found.mfn, ORDER_4K, found.type, found.access):
+        domain.crash("a superpage could not be split: the p2m pool is exhausted")
+        return Outcome.CRASH
+    return Outcome.DONE
+
+
+def _type_fault(domain: Domain, gfn: int, kind: PageType, wanted: int) -> Outcome | None:
+    """What the page's type forbids, not its access; None to try again."""
+    if wanted & W and kind == PageType.RAM_LOGDIRTY:
+        domain.write_logdirty(gfn)
+        return None
+    if wanted & W and kind in _WRITES_EMULATED:
+        return Outcome.EMULATED
+    domain.crash(f"nobody handles the access to {kind.name}")
+    return Outcome.CRASH
 
 
 def _copy(domain: Domain, view: View, gfn: int, host: Lookup) -> None:

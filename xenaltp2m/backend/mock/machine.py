@@ -32,6 +32,7 @@ from xenaltp2m.backend.mock.p2m import (
     ACCESS_RWX,
     ANY_RAM_TYPES,
     INVALID_MFN,
+    ORDER_1G,
     ORDER_2M,
     ORDER_4K,
     PAGING_TYPES,
@@ -41,6 +42,7 @@ from xenaltp2m.backend.mock.p2m import (
     P2m,
     PageType,
     Pool,
+    pieces,
 )
 from xenaltp2m.types import ALL_GFNS, PAGE_SIZE, Altp2mMode
 
@@ -85,7 +87,7 @@ class Frames:
         self._next = 1 << ORDER_2M  # frame 0 stays nobody's, and 2M blocks stay aligned
         self._free: list[int] = []
         self._pins: Counter[int] = Counter()
-        self._released: set[int] = set()
+        self._released: dict[int, Domain] = {}
 
     def allocate(self, order: int = ORDER_4K) -> int | None:
         """Return the first of 2^order aligned free frames, or None if there are none."""
@@ -99,11 +101,15 @@ class Frames:
         self._next = first + size
         return first
 
-    def release(self, mfn: int) -> None:
-        """Take a frame back once nobody holds it; its contents are scrubbed, as Xen does."""
+    def release(self, mfn: int, owner: Domain) -> None:
+        """Take a frame back once nobody holds it: until then it counts as its owner's.
+
+        Its contents are scrubbed, as Xen does.
+        """
         if self._pins[mfn]:
-            self._released.add(mfn)
+            self._released[mfn] = owner
             return
+        owner.pages -= 1
         self.page(mfn)[:] = bytes(PAGE_SIZE)
         self._free.append(mfn)
 
@@ -114,9 +120,8 @@ class Frames:
     def unpin(self, mfn: int) -> None:
         """Let go of a frame (``put_page``)."""
         self._pins[mfn] -= 1
-        if not self._pins[mfn] and mfn in self._released:
-            self._released.remove(mfn)
-            self.release(mfn)
+        if not self._pins[mfn] and (owner := self._released.pop(mfn, None)) is not None:
+            self.release(mfn, owner)
 
     def page(self, mfn: int) -> memoryview:
         """Return a frame's 4096 bytes, shared with everyone who maps it."""
@@ -199,6 +204,7 @@ class Domain:
         self.active = False
         self.views = [View(self._table()) for _ in range(view_count)]
         self.vcpus = [Vcpu(number) for number in range(vcpus)]
+        self.online_vcpus = 1 if kind == "pvh" else vcpus
         self.params = {HVM_PARAM_ALTP2M: int(mode)}
         self.m2p: dict[int, int] = {}
         """Frame to gfn, as ``paging_mark_dirty`` and memory sharing look it up."""
@@ -277,8 +283,11 @@ class Domain:
         return self._propagate(gfn, mfn, order, kind, access)
 
     def host_write_range(self, gfn: int, mfn: int, order: int, kind: PageType, access: int) -> int:
-        """``p2m_set_entry`` on the host p2m, for orders 0 and 9."""
-        return self.host_write(gfn, mfn, order, kind, access)
+        """``p2m_set_entry`` on the host p2m: the views see each entry it writes."""
+        error = 0
+        for part, frame, size in pieces(gfn, mfn, order):
+            error = self.host_write(part, frame, size, kind, access) or error
+        return error
 
     def _propagate(self, gfn: int, mfn: int, order: int, kind: PageType, access: int) -> int:
         """``p2m_altp2m_propagate_change``: a drop may reset views, a change overwrites entries."""
@@ -305,38 +314,41 @@ class Domain:
 
     def add_page(self, gfn: int, order: int) -> bool:
         """Populate 2^order frames at ``gfn`` (``populate_physmap``, ``p2m_add_page``)."""
-        if self.pages + (1 << order) > self.max_pages:
+        if order > ORDER_1G or self.pages + (1 << order) > self.max_pages:
             return False
         mfn = self.machine.frames.allocate(order)
         if mfn is None:
             return False
+        self.pages += 1 << order  # and so it stays where what follows fails
+        refused = SPECIAL_TYPES
+        if not self.release.revert_refuses_mmio:  # direct MMIO: the same commit
+            refused -= {PageType.MMIO_DIRECT}
         for offset in range(1 << order):
             old = self.host.lookup(gfn + offset)
-            if old.type in SPECIAL_TYPES:
+            if old.type in refused:
                 self.crash("populated over grant, foreign or direct MMIO")
                 return False
             if old.valid and old.type in RAM_TYPES:
                 self.m2p.pop(old.mfn, None)
-        self.pages += 1 << order
         if self.host_write_range(gfn, mfn, order, PageType.RAM_RW, self.host_default_access):
             return False
         self._set_m2p(gfn, mfn, order)
         return True
 
     def remove_page(self, gfn: int) -> bool:
-        """Take one page back (``guest_remove_page``); a direct MMIO entry is refused."""
+        """Take one page back (``guest_remove_page``); from 4.16 not where it is direct MMIO."""
         found = self.host.lookup(gfn)
-        if found.type == PageType.POPULATE_ON_DEMAND:  # p2m_pod_decrease_reservation
-            self.host_write_range(
+        if found.type == PageType.POPULATE_ON_DEMAND or (  # p2m_pod_decrease_reservation
+            found.type == PageType.MMIO_DIRECT and not self.release.revert_refuses_mmio
+        ):
+            return not self.host_write(
                 gfn, INVALID_MFN, ORDER_4K, PageType.INVALID, self.host_default_access
             )
-            return True
         if found.type == PageType.MMIO_DIRECT or not found.valid:
             return False
         if self.remove_entry(None, gfn, found.mfn):
             return False
-        self.pages -= 1
-        self.machine.frames.release(found.mfn)
+        self.machine.frames.release(found.mfn, self)
         return True
 
     def remove_entry(self, view: View | None, gfn: int, mfn: int) -> int:
@@ -348,19 +360,33 @@ class Domain:
             refused = self.release.revert_refuses_mmio and found.type == PageType.MMIO_DIRECT
         if refused:
             return EILSEQ
-        if found.type not in SPECIAL_TYPES and found.type != PageType.SHARED:
+        tracked = found.type not in SPECIAL_TYPES and found.type != PageType.SHARED
+        if tracked:
             self.m2p.pop(mfn, None)
-            if self.release.revert_refuses_non_ram:
-                self.dirty.discard(gfn)  # paging_mark_pfn_clean came with the stricter test, 4.22
-        if view is None:
-            return self.host_write(
-                gfn, INVALID_MFN, ORDER_4K, PageType.INVALID, self.host_default_access
-            )
-        return view.table.write(gfn, INVALID_MFN, ORDER_4K, PageType.INVALID, view.default_access)
+            if self.release.version >= (4, 22):  # paging_mark_pfn_clean: 98fccdf0ac
+                self.dirty.discard(gfn)
+        write, default = self.host_write, self.host_default_access
+        if view is not None:
+            write, default = view.table.write, view.default_access
+        error = write(gfn, INVALID_MFN, ORDER_4K, PageType.INVALID, default)
+        if error and tracked and self.release.version >= (4, 16):  # undone since XSA-389
+            self.m2p[mfn] = gfn
+            self.dirty.add(gfn)
+        return error
 
     def _set_m2p(self, gfn: int, mfn: int, order: int) -> None:
         for offset in range(1 << order):
             self.m2p[mfn + offset] = gfn + offset
+
+    def write_logdirty(self, gfn: int) -> None:
+        """A guest wrote to a log-dirty page: note it, make it plain RAM (``p2m_change_type_one``).
+
+        The host entry gets the default access, and what views had for the gfn is overwritten.
+        """
+        self.dirty.add(gfn)
+        found = self.host.lookup(gfn)
+        if found.type == PageType.RAM_LOGDIRTY:
+            self.host_write(gfn, found.mfn, ORDER_4K, PageType.RAM_RW, self.host_default_access)
 
     def crash(self, reason: str) -> None:
         """``domain_crash``."""
@@ -607,8 +633,8 @@ class Domain:
             raise Refused(EOPNOTSUPP)
         if vcpu.veinfo is not None:
             raise Refused(EEXIST)
-        found = self.host_lookup(gfn, populate=True)
-        if found.type in PAGING_TYPES or found.type == PageType.SHARED:
+        found = self.host_lookup(gfn, populate=True, unshare=True)
+        if found.type in PAGING_TYPES:
             raise Refused(EAGAIN)
         if found.type == PageType.MMIO_DIRECT and self.release.notify_on_mmio_is_eperm:
             raise Refused(EPERM)
@@ -643,6 +669,7 @@ class Machine:
         *,
         altp2m: bool = True,
         privileged: bool = True,
+        vm_event: bool = True,
         library: Release | None = None,
         executable_superpages: bool = True,
         has_virtualisation_exceptions: bool = True,
@@ -652,6 +679,7 @@ class Machine:
         self.release = release
         self.altp2m_supported = altp2m
         self.privileged = privileged
+        self.vm_event = vm_event or release.version < (4, 22)  # always there before
         self.library = library or release
         self.executable_superpages = executable_superpages
         self.has_virtualisation_exceptions = has_virtualisation_exceptions
@@ -727,6 +755,13 @@ class Machine:
         found = self.domains.get(domid)
         if found is None:
             raise Refused(ESRCH)
+        return found
+
+    def controlled(self, domid: int) -> Domain:
+        """Return a domain for the control domain alone; EPERM for anybody else."""
+        found = self.domain(domid)
+        if not self.privileged:
+            raise Refused(EPERM)
         return found
 
     def altp2m(self, domid: int, *, needs_active: bool = True) -> Domain:

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import os
 import struct
+from collections import deque
+from collections.abc import Callable
 from errno import EBUSY, EEXIST, EINVAL, ENODEV, ENXIO, EOPNOTSUPP
+from functools import partial
 
 from xenaltp2m.backend.mock.machine import HVM_PARAM_MONITOR_RING_PFN, Domain, Refused
 
@@ -17,8 +20,11 @@ _RING = struct.Struct("<IIII")  # req_prod, req_event, rsp_prod, rsp_event
 _SLOTS = 8
 _SLOTS_AT = 64
 _EVENT_SIZE = {6: 384, 7: 400}
-_RESPONSE = struct.Struct("<IIIIH")  # version, flags, reason, vcpu_id, altp2m_idx
-_VCPU_PAUSED, _ALTERNATE_P2M = 1 << 0, 1 << 7
+_RSP_EVENT = struct.Struct("<12xI")
+_RESPONSE = struct.Struct("<IIIIH6xH")
+"""version, flags, reason, vcpu_id, altp2m_idx, u.fast_singlestep.p2midx"""
+_VCPU_PAUSED, _TOGGLE_SINGLESTEP, _ALTERNATE_P2M = 1 << 0, 1 << 4, 1 << 7
+_FAST_SINGLESTEP = 1 << 11
 
 _MSR_RANGES = (range(0x2000), range(0x40000000, 0x40002000), range(0xC0000000, 0xC0002000))
 _CTRLREGS = 4
@@ -44,6 +50,8 @@ class Monitor:
     def __init__(self, domain: Domain) -> None:
         self.domain = domain
         self.port = 0
+        """The domain's end of the event channel; 0 while there is none."""
+        self._last_port = 0
         self.ring_frame: int | None = None
         self.taken = 0
         """Responses taken so far (``rsp_cons``)."""
@@ -51,8 +59,8 @@ class Monitor:
         """vCPUs queued for room in the ring."""
         self.switches: dict[str, dict[str, int]] = {}
         """Which events are sent, with the options given."""
-        self.signal: int | None = None
-        """The eventfd of the agent bound to the port."""
+        self.signal: Callable[[], None] | None = None
+        """Makes the port of the agent bound to this monitor fire."""
 
     @property
     def enabled(self) -> bool:
@@ -62,20 +70,21 @@ class Monitor:
     def enable(self) -> memoryview:
         """``xc_monitor_enable``: the ring's page, taken out of the guest's reach."""
         domain = self.domain
-        gfn = domain.params.get(HVM_PARAM_MONITOR_RING_PFN, 0)
-        if not domain.host.lookup(gfn).mapped:
-            domain.add_page(gfn, 0)  # a second enable leaves this page behind, as in Xen
+        gfn = domain.get_param(HVM_PARAM_MONITOR_RING_PFN)
+        # A second enable leaves this page behind, as in Xen.
+        if not domain.host.lookup(gfn).mapped and not domain.add_page(gfn, 0):
+            raise Refused(EBUSY)
         if self.enabled:
             raise Refused(EBUSY)
         if not gfn:
             raise Refused(EOPNOTSUPP)
         frame = domain.host.lookup(gfn).mfn
-        domain.remove_entry(None, gfn, frame)
-        domain.pages -= 1
+        domain.machine.frames.pin(frame)
+        domain.remove_page(gfn)
         self.ring_frame = frame
         domain.listened = True
         self.taken = 0
-        self.port += 1
+        self.port = self._last_port = self._last_port + 1
         ring = domain.machine.frames.page(frame)
         ring[:] = bytes(len(ring))
         _RING.pack_into(ring, 0, 0, 1, 0, 1)
@@ -85,12 +94,14 @@ class Monitor:
         """``vm_event_disable``: every switch falls, paused vCPUs stay paused."""
         if self.ring_frame is None:
             raise Refused(EINVAL)
+        self.switches.clear()  # arch_monitor_cleanup_domain, also where the next line refuses
         if self.waiting_vcpus:
             raise Refused(EBUSY)
-        self.domain.machine.frames.release(self.ring_frame)
+        self.domain.machine.frames.unpin(self.ring_frame)
         self.ring_frame = None
+        self.port = 0
+        self.signal = None
         self.domain.listened = False
-        self.switches.clear()
 
     def resume(self) -> None:
         """``vm_event_resume``: take every response in the ring."""
@@ -103,19 +114,27 @@ class Monitor:
         while self.taken != produced:
             slot = _SLOTS_AT + self.taken % _SLOTS * _EVENT_SIZE[version]
             self.taken = (self.taken + 1) & 0xFFFFFFFF
-            spoken, flags, _reason, number, view = _RESPONSE.unpack_from(ring, slot)
+            _RSP_EVENT.pack_into(ring, 0, (self.taken + 1) & 0xFFFFFFFF)
+            spoken, flags, _reason, number, view, step_view = _RESPONSE.unpack_from(ring, slot)
             if spoken != version or number >= len(domain.vcpus):
                 continue
             vcpu = domain.vcpus[number]
             if not vcpu.event_pauses:
                 continue
+            if flags & _TOGGLE_SINGLESTEP:
+                vcpu.single_step = not vcpu.single_step
+            elif flags & _FAST_SINGLESTEP and step_view < len(domain.views):
+                vcpu.single_step = True
+                vcpu.fast_step_view = step_view
             if flags & _ALTERNATE_P2M:
                 domain.switch_vcpu(vcpu, view)
             if flags & _VCPU_PAUSED:
                 vcpu.event_pauses -= 1
 
     def capabilities(self) -> int:
-        """``xc_monitor_get_capabilities``."""
+        """``xc_monitor_get_capabilities``: none for a PV domain."""
+        if not self.domain.hvm:
+            return 0
         bits = sum(1 << bit for bit in _CAPABILITIES.values())
         for bit, since in _NEWER_CAPABILITIES.values():
             if self.domain.release.version >= since:
@@ -124,6 +143,7 @@ class Monitor:
 
     def switch(self, event: str, enable: bool, **options: int) -> None:
         """``arch_monitor_domctl_event``: EEXIST where nothing would change."""
+        self._require_events()
         if (event in self.switches) == enable:
             raise Refused(EEXIST)
         if enable:
@@ -133,12 +153,14 @@ class Monitor:
 
     def switch_ctrlreg(self, index: int, enable: bool, **options: int) -> None:
         """``XEN_DOMCTL_MONITOR_EVENT_WRITE_CTRLREG``."""
+        self._require_events()
         if index >= _CTRLREGS:
             raise Refused(EINVAL)
         self.switch(f"ctrlreg {index}", enable, **options)
 
     def switch_msr(self, msr: int, enable: bool, **options: int) -> None:
         """``XEN_DOMCTL_MONITOR_EVENT_MOV_TO_MSR``: its bitmap lives from enable to disable."""
+        self._require_events()
         event = f"msr {msr:#x}"
         if enable and event not in self.switches:
             if not self.enabled:
@@ -158,4 +180,73 @@ class Monitor:
     def wake(self) -> None:
         """Tell the agent that a request is in the ring."""
         if self.signal is not None:
-            os.eventfd_write(self.signal, 1)
+            self.signal()
+
+    def _require_events(self) -> None:
+        """``monitor_domctl``: no event is among a PV domain's capabilities."""
+        if not self.domain.hvm:
+            raise Refused(EOPNOTSUPP)
+
+
+class Port:
+    """The agent's end of an event channel: fires once, then not before it is unmasked."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self.monitor = monitor
+        self.remote = monitor.port
+        self.masked = False
+        self.pending = False
+
+
+class Channel:
+    """An open ``/dev/xen/evtchn``: its eventfd counts the fired ports that wait to be read."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_CLOEXEC)
+        self.ports: dict[int, Port] = {}
+        self._fired: deque[int] = deque()
+
+    def bind(self, monitor: Monitor) -> int:
+        """``evtchn_bind_interdomain``: a port that fires at once, for what may have been missed."""
+        number = max(self.ports, default=0) + 1
+        self.ports[number] = Port(monitor)
+        monitor.signal = partial(self._fire, number)
+        self._fire(number)
+        return number
+
+    def unbind(self, number: int) -> None:
+        """Let go of a port, and of its event if that waits to be read."""
+        port = self.ports.pop(number)
+        if port.remote == port.monitor.port:
+            port.monitor.signal = None
+        if number in self._fired:
+            self._fired.remove(number)
+            os.eventfd_read(self.fd)
+
+    def pending(self) -> int:
+        """Wait for a port that fired."""
+        os.eventfd_read(self.fd)
+        return self._fired.popleft()
+
+    def unmask(self, number: int) -> None:
+        """Let a port fire again, at once if it was signalled meanwhile."""
+        port = self.ports[number]
+        port.masked = False
+        if port.pending:
+            port.pending = False
+            self._fire(number)
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for number in list(self.ports):
+            self.unbind(number)
+        os.close(self.fd)
+
+    def _fire(self, number: int) -> None:
+        port = self.ports[number]
+        if port.masked:
+            port.pending = True
+            return
+        port.masked = True
+        self._fired.append(number)
+        os.eventfd_write(self.fd, 1)

@@ -88,6 +88,11 @@ def access_rights(access: int) -> int:
     return _ACCESS_RIGHTS[access]
 
 
+def entry_rights(kind: PageType, access: int) -> int:
+    """Return the R, W and X bits the CPU sees in a 4K entry: the type's and the access's both."""
+    return _TYPE_RIGHTS.get(kind, 0) & _ACCESS_RIGHTS[access]
+
+
 class Entry(NamedTuple):
     """A leaf: what one gfn, or one superpage, maps to."""
 
@@ -209,7 +214,9 @@ class P2m:
             index = gfn >> level * _TABLE_ORDER & _INDEX_MASK
             child = table.get(index)
             if not isinstance(child, dict):
-                if child is not None and self._present(child, level):
+                if child is not None and (
+                    child.type == PageType.POPULATE_ON_DEMAND or self._present(child, level)
+                ):
                     subtree = self._split(child, level, target)
                     split = True
                 else:
@@ -238,15 +245,8 @@ class P2m:
     def write_range(self, gfn: int, mfn: int, order: int, kind: PageType, access: int) -> int:
         """Write 2^order gfns in the largest entries that fit (``p2m_set_entry``); last errno."""
         error = 0
-        todo = 1 << order
-        while todo:
-            bits = gfn | todo | (0 if mfn == INVALID_MFN else mfn)
-            step = next(o for o in (ORDER_1G, ORDER_2M, ORDER_4K) if not bits & ((1 << o) - 1))
-            error = self.write(gfn, mfn, step, kind, access) or error
-            gfn += 1 << step
-            if mfn != INVALID_MFN:
-                mfn += 1 << step
-            todo -= 1 << step
+        for part, frame, size in pieces(gfn, mfn, order):
+            error = self.write(part, frame, size, kind, access) or error
         return error
 
     def flush(self) -> None:
@@ -269,7 +269,7 @@ class P2m:
                 yield gfn, order, child
 
     def _present(self, entry: Entry, level: int) -> bool:
-        rights = _TYPE_RIGHTS.get(entry.type, 0) & _ACCESS_RIGHTS[entry.access]
+        rights = entry_rights(entry.type, entry.access)
         if level and not self._executable_superpages:
             rights &= ~X
         return bool(rights)
@@ -279,7 +279,10 @@ class P2m:
             return None
         step = 1 << (level - 1) * _TABLE_ORDER
         table: _Table = {
-            index: entry._replace(mfn=entry.mfn + index * step) for index in range(_INDEX_MASK + 1)
+            index: entry
+            if entry.mfn == INVALID_MFN
+            else entry._replace(mfn=entry.mfn + index * step)
+            for index in range(_INDEX_MASK + 1)
         }
         if level - 1 > target:
             for index, child in table.items():
@@ -290,6 +293,19 @@ class P2m:
                     return None
                 table[index] = subtree
         return table
+
+
+def pieces(gfn: int, mfn: int, order: int) -> Iterator[tuple[int, int, int]]:
+    """Cut 2^order gfns into the entries ``p2m_set_entry`` writes: (gfn, frame, order) of each."""
+    todo = 1 << order
+    while todo:
+        bits = gfn | todo | (0 if mfn == INVALID_MFN else mfn)
+        size = next(o for o in (ORDER_1G, ORDER_2M, ORDER_4K) if not bits & ((1 << o) - 1))
+        yield gfn, mfn, size
+        gfn += 1 << size
+        if mfn != INVALID_MFN:
+            mfn += 1 << size
+        todo -= 1 << size
 
 
 def _hole(order: int, kind: PageType = PageType.MMIO_DM) -> Lookup:

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The Backend Protocol over libxenctrl and its companions: the only module that calls C.
+"""The Backend Protocol over libxenctrl and its companions: the only package that calls C.
 
 Nothing is opened by importing it. :class:`LibxcBackend` opens libxenctrl; the other libraries are
 opened when they are first needed. Each function is looked up once, at its first use, and an absent
 one raises :class:`~xenaltp2m.errors.UnsupportedError`.
 
 Every number is checked before C sees it, because C truncates: a domid to 16 bits
-(``xc_altp2m.c``), a control register's index to 8 (``xc_monitor.c``). cffi checks nothing that
-fits the C type, and takes whatever has an ``__int__``.
+(``xc_altp2m.c``), a control register's index to 8 (``xc_monitor.c``); cffi minds only C's
+prototype, and takes whatever has an ``__int__``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno as _errno
 import functools
 import itertools
@@ -21,16 +20,16 @@ import sys
 import threading
 import warnings
 import weakref
-from array import array
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 from uuid import UUID
 
 from xenaltp2m import errors
 from xenaltp2m.abi import layouts
-from xenaltp2m.abi._ffi import ffi as _ffi
-from xenaltp2m.abi.releases import SYMBOL_SINCE, Release, release
+from xenaltp2m.abi.releases import Release, release
 from xenaltp2m.backend import Bytes, Gfns, arguments
+from xenaltp2m.backend.libxc import clib
+from xenaltp2m.backend.libxc.clib import NULL, checked, constant, ffi, new, operation, refusal, text
 from xenaltp2m.backend.loader import Library, Loader, mismatch
 from xenaltp2m.backend.mapping import Mapping
 from xenaltp2m.errors import ClosedError, InvalidArgumentError, UnsupportedError, XenError
@@ -38,28 +37,12 @@ from xenaltp2m.types import PAGE_SIZE, DomainInfo, DomId
 
 __all__ = ["LibxcBackend"]
 
-ffi: Any = _ffi
-
-_BOOL = ffi.typeof("bool *")
-_INT = ffi.typeof("int *")
-_INT32 = ffi.typeof("int32_t *")
-_UINT = ffi.typeof("unsigned int *")
-_UINT16 = ffi.typeof("uint16_t *")
-_UINT32 = ffi.typeof("uint32_t *")
-_UINT64 = ffi.typeof("uint64_t *")
-_PFN = ffi.typeof("xen_pfn_t *")
-_ACCESS = ffi.typeof("xenmem_access_t *")
-_BYTES = ffi.typeof("uint8_t[]")
-_UINT64S = ffi.typeof("uint64_t[]")
-_PFNS = ffi.typeof("xen_pfn_t[]")
-_new = ffi.new
-_NULL = ffi.NULL
-
 _PROT_READ, _PROT_WRITE = 1, 2  # <sys/mman.h>, Linux
 _EXTRAVERSION_SIZE = 16  # xen_extraversion_t, public/version.h
 _COMMANDLINE_SIZE = 1024  # xen_commandline_t
+_DOMAINS_AT_ONCE = 256
 _NARROW = 1 << 8
-"""Bound of the fields that are a byte in the hypercall, whatever their type in C's prototype:
+"""Bound of fields that are a byte in the hypercall, whatever their type in C's prototype:
 ``xen_mem_access_op.access`` (memory.h) and ``mov_to_cr.index`` (domctl.h)."""
 
 _CLOSED = "the backend is closed"
@@ -117,146 +100,6 @@ def _odd(name: str, value: int, limit: int) -> int:
     raise arguments.out_of_range(op, name, number, limit)
 
 
-def _bulk(op: str, accesses: Bytes, gfns: Gfns) -> tuple[Any, Any, int]:
-    """Lend C the arrays of a bulk access call; nothing is copied."""
-    arguments.check_bulk(op, accesses, gfns)
-    count = _number("count", len(gfns))
-    return _lend(op, "accesses", _BYTES, accesses), _lend(op, "gfns", _UINT64S, gfns), count
-
-
-def _lend(op: str, name: str, ctype: Any, buffer: object) -> Any:
-    try:
-        return ffi.from_buffer(ctype, buffer)
-    except (BufferError, TypeError, ValueError) as error:
-        raise InvalidArgumentError(f"{op}: {name}: {error}", op=op) from None
-
-
-def _copied_gfns(op: str, gfns: Gfns | Sequence[int]) -> array[int]:
-    try:
-        return array("Q", gfns)
-    except (OverflowError, TypeError) as error:
-        raise InvalidArgumentError(f"{op}: gfns: {error}", op=op) from None
-
-
-# What C says.
-
-
-def _operation(function: str) -> str:
-    """The Protocol's name for a C function."""
-    if function == "xc_altp2m_set_supress_ve_multi":
-        return "altp2m_set_suppress_ve_multi"
-    return function.removeprefix("xc_").removeprefix("xen")
-
-
-def _refusal(
-    function: str,
-    *,
-    domid: int | None = None,
-    view: int | None = None,
-    gfn: int | None = None,
-    vcpu: int | None = None,
-) -> XenError:
-    """Make the error for a C call that has just failed: the one place that reads errno.
-
-    errno tells the whole truth: of libxenctrl's altp2m functions only the bulk one ever sets
-    ``xc_get_last_error`` (``xc_altp2m.c``), and that one is shared by all threads.
-    """
-    number = ffi.errno
-    return errors.from_errno(
-        _operation(function), number, domid=domid, view=view, gfn=gfn, vcpu=vcpu
-    )
-
-
-class _Absent:
-    """Stands for a function that the library lacks."""
-
-    def __init__(self, symbol: str, library: str) -> None:
-        self._symbol = symbol
-        self._library = library
-
-    def __call__(self, *_: object) -> NoReturn:
-        op = _operation(self._symbol)
-        since = SYMBOL_SINCE.get(self._symbol)
-        if since is not None:
-            error = errors.missing_symbol(op, self._symbol, since)
-            error.add_note(f"the loaded library is {self._library}")
-            raise error
-        raise UnsupportedError(
-            f"{op}: {self._library} has no {self._symbol}, which Xen 4.14 and older have",
-            op=op,
-            hint=("the file is not the library its name says, or a cut-down build of it",),
-        )
-
-
-class _Functions:
-    """One library's functions as attributes; the library is opened when the first is wanted."""
-
-    def __init__(self, prefix: str, open_library: Callable[[], Library]) -> None:
-        self.prefix = prefix
-        self._open_library = functools.cache(open_library)
-
-    def __getattr__(self, symbol: str) -> Any:
-        # Reached once for each function: afterwards it is an attribute like any other.
-        if not symbol.startswith(self.prefix):
-            raise AttributeError(symbol)
-        library = self._open_library()
-        function: Any
-        try:
-            function = getattr(library.handle, symbol)
-        except ffi.error:  # declared, but not in this library; undeclared is AttributeError
-            function = _Absent(symbol, library.name)
-        setattr(self, symbol, function)
-        return function
-
-
-class _Closed:
-    """Takes the place of every library once the backend is closed, so that open costs no test."""
-
-    def __init__(self, why: str) -> None:
-        self._why = why
-
-    def __getattr__(self, symbol: str) -> NoReturn:
-        raise ClosedError(self._why, op=_operation(symbol))
-
-
-class _Log:
-    """Where the C libraries say why they failed: memory, not the caller's stderr.
-
-    Without a logger libxenctrl, libxenevtchn and libxenforeignmemory write to stderr, and libxl
-    crashes (``xtl_logv``, ``tools/libs/toollog/xtl_core.c``).
-    """
-
-    def __init__(self, toollog: Any, libc: Any, resources: contextlib.ExitStack) -> None:
-        self._fd = os.memfd_create("xenaltp2m-log")
-        # Appending: the stream must not leave a hole where take() has cut the file off.
-        stream = libc.fdopen(self._fd, b"a")
-        if stream == _NULL:
-            os.close(self._fd)
-            raise _refusal("fdopen")
-        resources.callback(libc.fclose, stream)
-        created = toollog.xtl_createlogger_stdiostream(
-            stream,
-            ffi.integer_const("XTL_ERROR"),
-            ffi.integer_const("XTL_STDIOSTREAM_HIDE_PROGRESS"),
-        )
-        if created == _NULL:
-            raise _refusal("xtl_createlogger_stdiostream")
-        self.logger = ffi.cast("xentoollog_logger *", created)
-        resources.callback(toollog.xtl_logger_destroy, self.logger)
-
-    def take(self) -> str:
-        """Return what was logged since the last time."""
-        text = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
-        os.ftruncate(self._fd, 0)
-        return text.decode(errors="replace").strip()
-
-    def annotate(self, error: XenError) -> XenError:
-        """Add what was logged to an error."""
-        if text := self.take():
-            error.add_note(text)
-        return error
-
-
 _opened: weakref.WeakSet[LibxcBackend] = weakref.WeakSet()
 
 
@@ -301,44 +144,48 @@ class LibxcBackend:
         self._loader = loader or Loader(ffi.dlopen, os.environ)
         self._library = self._loader.xenctrl()
         self._lock = threading.Lock()
-        self._resources = contextlib.ExitStack()
+        self._undo: list[Callable[[], object]] = []
         self._channels: dict[int, Any] = {}
         self._channel_numbers = itertools.count(1)
-        self._mappings: dict[int, _Mapping] = {}
+        self._mappings: dict[int, Mapping] = {}
         self._fmem: Any = None
         self._store: Any = None
         self._libxl: Any = None
         self._closed: str | None = None
 
-        self._c: Any = _Functions("xc_", lambda: self._library)
+        self._c: Any = clib.Functions("xc_", lambda: self._library)
         self._toollog: Any = self._companion("xtl_", "libxentoollog")
         self._evtchn: Any = self._companion("xenevtchn_", "libxenevtchn")
         self._foreignmemory: Any = self._companion("xenforeignmemory_", "libxenforeignmemory")
         self._xenstore: Any = self._companion("xs_", "libxenstore")
         self._light: Any = self._companion("libxl_", "libxenlight")
-        self._libc: Any = _Functions("", lambda: Library("libc", ffi.dlopen(None)))
+        self._libc: Any = clib.Functions("", lambda: Library("libc", ffi.dlopen(None)))
 
-        _opened.add(self)
         try:
-            self._log = _Log(self._toollog, self._libc, self._resources)
-            self._xch = self._c.xc_interface_open(self._log.logger, self._log.logger, 0)
-            if self._xch == _NULL:
-                raise self._log.annotate(_refusal("xc_interface_open"))
-            self._give_back_with("xc_interface_close", self._c.xc_interface_close, self._xch)
+            self._log = clib.Log(self._toollog, self._libc, self._undo)
+            self._xch = self._open_interface()
             self._release = self._running_release()
+            if difference := mismatch(self._library.version, self._release.version):
+                warnings.warn(difference, errors.LibraryMismatchWarning, stacklevel=2)
         except BaseException:
             self.close()
             raise
-        if text := mismatch(self._library.version, self._release.version):
-            warnings.warn(text, errors.LibraryMismatchWarning, stacklevel=2)
+        _opened.add(self)
 
-    def _companion(self, prefix: str, which: str) -> _Functions:
-        return _Functions(prefix, lambda: self._loader.companion(which, self._library))
+    def _companion(self, prefix: str, which: str) -> clib.Functions:
+        return clib.Functions(prefix, lambda: self._loader.companion(which, self._library))
+
+    def _open_interface(self) -> Any:
+        handle = self._c.xc_interface_open(self._log.logger, self._log.logger, 0)
+        if handle == NULL:
+            raise self._log.annotate(refusal("xc_interface_open"))
+        self._close_at_end("xc_interface_close", self._c.xc_interface_close, handle)
+        return handle
 
     def _running_release(self) -> Release:
-        version = self._c.xc_version(self._xch, ffi.integer_const("XENVER_version"), _NULL)
+        version = self._c.xc_version(self._xch, constant("XENVER_version"), NULL)
         if version < 0:
-            raise _refusal("xc_version")
+            raise refusal("xc_version")
         try:
             return release(version >> 16, version & 0xFFFF)
         except ValueError as error:
@@ -355,7 +202,7 @@ class LibxcBackend:
         for functions in tables:
             if function.startswith(functions.prefix):
                 try:
-                    return not isinstance(getattr(functions, function), _Absent)
+                    return not isinstance(getattr(functions, function), clib.Absent)
                 except (AttributeError, errors.LibraryError):
                     return False
         return False
@@ -363,25 +210,35 @@ class LibxcBackend:
     def close(self) -> None:
         """Give back every mapping, channel and handle; again is harmless.
 
-        Consistency on error: everything is given back that can be, whatever fails; then the last
-        failure is raised, with the others as its context.
+        Consistency on error: everything is given back that can be, whatever fails; then the first
+        failure is raised, with the others in its notes.
         """
         with self._lock:
             if self._closed is not None:
                 return
-            resources = self._resources.pop_all()
+            undo = [*self._undo]
             for mapping in self._mappings.values():
-                resources.callback(mapping.close)
+                undo.append(functools.partial(mapping.close, "close"))
             for handle in self._channels.values():
-                function = self._evtchn.xenevtchn_close
-                resources.callback(_give_back, "xenevtchn_close", function, handle)
+                close = self._evtchn.xenevtchn_close
+                undo.append(functools.partial(checked, "xenevtchn_close", close, handle))
             self._shut(_CLOSED)
-        resources.close()
+        failures = []
+        for give_back in reversed(undo):
+            try:
+                give_back()
+            except (XenError, OSError) as error:
+                failures.append(error)
+        if failures:
+            first, *others = failures
+            for other in others:
+                first.add_note(f"then: {other}")
+            raise first
 
     def _disown(self) -> None:
-        """Become closed in a forked child: the handles are the parent's to close."""
+        """Become closed in a forked child: the C handles are the parent's to close."""
         self._lock = threading.Lock()  # another thread of the parent may have held it
-        self._resources.pop_all()
+        self._log.close()
         for mapping in self._mappings.values():
             mapping.release()
         if self._closed is None:
@@ -389,37 +246,37 @@ class LibxcBackend:
 
     def _shut(self, why: str) -> None:
         self._closed = why
-        self._c = self._toollog = self._evtchn = self._foreignmemory = _Closed(why)
-        self._xenstore = self._light = self._libc = self._c
+        self._c = self._evtchn = self._foreignmemory = self._xenstore = clib.Closed(why)
+        self._light = self._toollog = self._libc = self._c
+        self._undo.clear()
         self._channels.clear()
         self._mappings.clear()
         _opened.discard(self)
 
-    def _give_back_with(self, name: str, function: Callable[[Any], int], handle: Any) -> None:
-        self._resources.callback(_give_back, name, function, handle)
+    def _close_at_end(self, function: str, call: Any, handle: Any) -> None:
+        self._undo.append(functools.partial(checked, function, call, handle))
 
     def _call(
         self,
         function: str,
         domid: int,
-        *arguments: Any,
+        *args: Any,
         view: int | None = None,
         gfn: int | None = None,
         vcpu: int | None = None,
     ) -> int:
         """Call a libxenctrl function about a domain; the keywords are for its error."""
-        result: int = getattr(self._c, function)(self._xch, domid, *arguments)
+        result: int = getattr(self._c, function)(self._xch, domid, *args)
         if result < 0:
-            raise _refusal(function, domid=domid, view=view, gfn=gfn, vcpu=vcpu)
+            raise refusal(function, domid=domid, view=view, gfn=gfn, vcpu=vcpu)
         return result
 
     # The host.
 
     def _version_text(self, what: str, size: int) -> str:
-        text = _new("char[]", size)
-        if self._c.xc_version(self._xch, ffi.integer_const(what), text) < 0:
-            raise _refusal("xc_version")
-        return _text(ffi.string(text, size))
+        room = new("char[]", size)
+        checked("xc_version", self._c.xc_version, self._xch, constant(what), room)
+        return text(ffi.string(room, size))
 
     def xen_extraversion(self) -> str:
         return self._version_text("XENVER_extraversion", _EXTRAVERSION_SIZE)
@@ -430,7 +287,7 @@ class LibxcBackend:
     def vm_event_get_version(self) -> int:
         version: int = self._c.xc_vm_event_get_version(self._xch)
         if version < 0:
-            raise _refusal("xc_vm_event_get_version")
+            raise refusal("xc_vm_event_get_version")
         return version
 
     # Domains.
@@ -442,12 +299,12 @@ class LibxcBackend:
         layout = layouts.DOMAIN_INFO.at(version)
         # The library strides by its own structure's size: twice the newest known leaves room for
         # a future one, and the check below notices if the stride was another.
-        room = _new("char[]", 2 * layout.size * limit or 1)
+        room = new("char[]", 2 * layout.size * limit or 1)
         count: int = self._c.xc_domain_getinfolist(
             self._xch, first, limit, ffi.cast("xc_domaininfo_t *", room)
         )
         if count < 0:
-            raise _refusal("xc_domain_getinfolist")
+            raise refusal("xc_domain_getinfolist")
         raw = memoryview(ffi.buffer(room)).toreadonly()
         found = [_domain_info(layout, raw, index * layout.size) for index in range(count)]
         domids = [first - 1, *(info.domid for info in found)]
@@ -461,25 +318,34 @@ class LibxcBackend:
     def name_to_domid(self, name: str) -> int | None:
         """Look a name up among those of the domains that exist, as libxl and xl do."""
         wanted = name.encode(errors="surrogateescape")
-        for info in self.domain_getinfolist(0, arguments.DOMID_LIMIT):
-            if self._stored_name("name_to_domid", info.domid) == wanted:
-                return info.domid
+        for domid in self._every_domid():
+            if self._stored_name("name_to_domid", domid) == wanted:
+                return domid
         return None
+
+    def _every_domid(self) -> Iterator[int]:
+        first = 0
+        while first < arguments.DOMID_LIMIT:
+            batch = self.domain_getinfolist(first, _DOMAINS_AT_ONCE)
+            yield from (info.domid for info in batch)
+            if len(batch) < _DOMAINS_AT_ONCE:
+                return
+            first = batch[-1].domid + 1
 
     def domid_to_name(self, domid: int) -> str | None:
         """Read ``/local/domain/<domid>/name`` from xenstore, as libxl and xl do."""
         name = self._stored_name("domid_to_name", _domid(domid))
-        return None if name is None else _text(name)
+        return None if name is None else text(name)
 
     def _stored_name(self, op: str, domid: int) -> bytes | None:
         # Not through libxl: libxl_domid_to_name is this very read (libxl_utils.c, 4.14 to 4.22),
         # behind a second privcmd handle and a process-wide fork handler.
-        length = _new(_UINT)
+        length = new(clib.UINT)
         path = f"/local/domain/{domid}/name".encode()
         store = self._xenstore_handle()
         data = self._xenstore.xs_read(store, 0, path, length)  # 0: XBT_NULL, no transaction
-        if data == _NULL:
-            error = _refusal("xs_read", domid=domid)
+        if data == NULL:
+            error = refusal("xs_read", domid=domid)
             if error.errno == _errno.ENOENT:
                 return None
             error.op = op
@@ -493,9 +359,9 @@ class LibxcBackend:
         with self._lock:
             if self._store is None or self._closed:
                 handle = self._xenstore.xs_open(0)
-                if handle == _NULL:
-                    raise _refusal("xs_open")
-                self._resources.callback(self._xenstore.xs_close, handle)
+                if handle == NULL:
+                    raise refusal("xs_open")
+                self._undo.append(functools.partial(self._xenstore.xs_close, handle))
                 self._store = handle
         return self._store
 
@@ -511,7 +377,7 @@ class LibxcBackend:
         found = self.domain_getinfolist(_domid(domid), 1)
         if not found or found[0].domid != domid:  # libxl says NOMEM or LOCK_FAIL then
             raise errors.from_errno(op, _errno.ESRCH, domid=domid)
-        data, length = _new("uint8_t **"), _new(_INT)
+        data, length = new("uint8_t **"), new(clib.INT)
         context = self._libxl_context()
         code: int = self._light.libxl_userdata_retrieve(context, domid, b"libxl-json", data, length)
         if code:
@@ -526,20 +392,20 @@ class LibxcBackend:
                 hint=("the domain was not created by libxl (xl, libvirt), but by other means",),
             )
         try:
-            return _text(ffi.buffer(data[0], length[0])[:].rstrip(b"\0"))
+            return text(ffi.buffer(data[0], length[0])[:].rstrip(b"\0"))
         finally:
             self._libc.free(data[0])
 
     def _libxl_context(self) -> Any:
         with self._lock:
             if self._libxl is None or self._closed:
-                context = _new("libxl_ctx **")
-                version = ffi.integer_const("LIBXL_VERSION")
+                context = new("libxl_ctx **")
+                version = constant("LIBXL_VERSION")
                 code = self._light.libxl_ctx_alloc(context, version, 0, self._log.logger)
                 if code:
                     op = "libxl_ctx_alloc"
                     raise self._log.annotate(XenError(f"{op}: libxl error {code}", op=op))
-                self._resources.callback(self._light.libxl_ctx_free, context[0])
+                self._undo.append(functools.partial(self._light.libxl_ctx_free, context[0]))
                 self._libxl = context[0]
         return self._libxl
 
@@ -550,31 +416,29 @@ class LibxcBackend:
         self._call("xc_domain_unpause", _domid(domid))
 
     def domain_maximum_gpfn(self, domid: int) -> int:
-        gpfn = _new(_PFN)
+        gpfn = new(clib.PFN)
         self._call("xc_domain_maximum_gpfn", _domid(domid), gpfn)
         return int(gpfn[0])
 
     def domain_setmaxmem(self, domid: int, max_kib: int) -> None:
         self._call("xc_domain_setmaxmem", _domid(domid), _number("max_kib", max_kib))
 
+    # libxenctrl writes the gfns back after these two (BOUNCE_BOTH, xc_domain.c): it gets a copy.
+
     def domain_populate_physmap_exact(self, domid: int, gfns: Gfns, order: int = 0) -> None:
         function = "xc_domain_populate_physmap_exact"
-        extents = self._extents(function, gfns)
+        extents = clib.copy_gfns("domain_populate_physmap_exact", gfns)
         order = _number("order", order)
-        self._call(function, _domid(domid), len(gfns), order, 0, extents, gfn=_only(gfns))
+        self._call(function, _domid(domid), len(extents), order, 0, extents, gfn=_only(gfns))
 
     def domain_decrease_reservation_exact(self, domid: int, gfns: Gfns, order: int = 0) -> None:
         function = "xc_domain_decrease_reservation_exact"
-        extents = self._extents(function, gfns)
+        extents = clib.copy_gfns("domain_decrease_reservation_exact", gfns)
         order = _number("order", order)
-        self._call(function, _domid(domid), len(gfns), order, extents, gfn=_only(gfns))
-
-    def _extents(self, function: str, gfns: Gfns) -> Any:
-        # A copy: libxenctrl writes the list back after the call (xc_domain.c, BOUNCE_BOTH).
-        return ffi.from_buffer(_PFNS, _copied_gfns(_operation(function), gfns))
+        self._call(function, _domid(domid), len(extents), order, extents, gfn=_only(gfns))
 
     def hvm_param_get(self, domid: int, param: int) -> int:
-        value = _new(_UINT64)
+        value = new(clib.UINT64)
         self._call("xc_hvm_param_get", _domid(domid), _number("param", param), value)
         return int(value[0])
 
@@ -584,8 +448,8 @@ class LibxcBackend:
 
     def domain_hvm_getcontext(self, domid: int) -> bytes:
         """``xc_domain_hvm_getcontext``, once for the size and once for the stream."""
-        size = self._call("xc_domain_hvm_getcontext", _domid(domid), _NULL, 0)
-        stream = _new(_BYTES, size)
+        size = self._call("xc_domain_hvm_getcontext", _domid(domid), NULL, 0)
+        stream = new(clib.BYTES, size)
         used = self._call("xc_domain_hvm_getcontext", domid, stream, size)
         return bytes(ffi.buffer(stream, min(used, size)))
 
@@ -601,12 +465,12 @@ class LibxcBackend:
         if typecode != layouts.HVM_CPU_TYPECODE:
             return _record(self.domain_hvm_getcontext(domid), domid, typecode, instance)
         function = "xc_domain_hvm_getcontext_partial"
-        record = _new(_BYTES, layouts.HVM_CPU.size)
+        record = new(clib.BYTES, layouts.HVM_CPU.size)
         self._call(function, domid, typecode, instance, record, len(record), vcpu=instance)
         return bytes(ffi.buffer(record))
 
     def domain_hvm_setcontext(self, domid: int, stream: Bytes) -> None:
-        lent = _lend("domain_hvm_setcontext", "stream", _BYTES, stream)
+        lent = clib.lend("domain_hvm_setcontext", "stream", clib.BYTES, stream)
         self._call("xc_domain_hvm_setcontext", _domid(domid), lent, len(lent))
 
     def domain_debug_control(self, domid: int, op: int, vcpu: int) -> None:
@@ -614,7 +478,7 @@ class LibxcBackend:
         self._call("xc_domain_debug_control", _domid(domid), what, which, vcpu=vcpu)
 
     def get_paging_mempool_size(self, domid: int) -> int:
-        size = _new(_UINT64)
+        size = new(clib.UINT64)
         self._call("xc_get_paging_mempool_size", _domid(domid), size)
         return int(size[0])
 
@@ -630,11 +494,11 @@ class LibxcBackend:
 
     def set_mem_access_multi(self, domid: int, accesses: Bytes, gfns: Gfns) -> None:
         """``xc_set_mem_access_multi``; the arrays are lent to C, not copied."""
-        bulk = _bulk("set_mem_access_multi", accesses, gfns)
+        bulk = clib.lend_bulk("set_mem_access_multi", accesses, gfns)
         self._call("xc_set_mem_access_multi", _domid(domid), *bulk)
 
     def get_mem_access(self, domid: int, gfn: int) -> int:
-        access = _new(_ACCESS)
+        access = new(clib.ACCESS)
         self._call("xc_get_mem_access", _domid(domid), _gfn(gfn), access, gfn=gfn)
         return int(access[0])
 
@@ -644,7 +508,7 @@ class LibxcBackend:
     # altp2m.
 
     def altp2m_get_domain_state(self, domid: int) -> bool:
-        state = _new(_BOOL)
+        state = new(clib.BOOL)
         self._call("xc_altp2m_get_domain_state", _domid(domid), state)
         return bool(state[0])
 
@@ -660,7 +524,7 @@ class LibxcBackend:
         self._call(function, _domid(domid), _number("vcpu", vcpu), vcpu=vcpu)
 
     def altp2m_create_view(self, domid: int, default_access: int) -> int:
-        view = _new(_UINT16)
+        view = new(clib.UINT16)
         access = _access(default_access, "default_access")
         self._call("xc_altp2m_create_view", _domid(domid), access, view)
         return int(view[0])
@@ -680,12 +544,12 @@ class LibxcBackend:
         self, domid: int, view: int, accesses: Bytes, gfns: Gfns
     ) -> None:
         """``xc_altp2m_set_mem_access_multi``; the arrays are lent to C, not copied."""
-        bulk = _bulk("altp2m_set_mem_access_multi", accesses, gfns)
+        bulk = clib.lend_bulk("altp2m_set_mem_access_multi", accesses, gfns)
         function = "xc_altp2m_set_mem_access_multi"
         self._call(function, _domid(domid), _view(view), *bulk, view=view)
 
     def altp2m_get_mem_access(self, domid: int, view: int, gfn: int) -> int:
-        access = _new(_ACCESS)
+        access = new(clib.ACCESS)
         function = "xc_altp2m_get_mem_access"
         self._call(function, _domid(domid), _view(view), _gfn(gfn), access, view=view, gfn=gfn)
         return int(access[0])
@@ -714,7 +578,7 @@ class LibxcBackend:
         Xen clamps ``last_gfn`` to what the CPU can address (``p2m_set_suppress_ve_multi``), so a
         range up to 2^64-1 ends. C writes the two results on a failure only, and the errno negated.
         """
-        error_gfn, error_code = _new(_PFN), _new(_INT32)
+        error_gfn, error_code = new(clib.PFN), new(clib.INT32)
         first, last = _gfn(first_gfn, "first_gfn"), _gfn(last_gfn, "last_gfn")
         self._call(
             "xc_altp2m_set_supress_ve_multi",
@@ -731,13 +595,13 @@ class LibxcBackend:
         return (int(error_gfn[0]), -error_code[0]) if error_code[0] else None
 
     def altp2m_get_suppress_ve(self, domid: int, view: int, gfn: int) -> bool:
-        suppress = _new(_BOOL)
+        suppress = new(clib.BOOL)
         function = "xc_altp2m_get_suppress_ve"
         self._call(function, _domid(domid), _view(view), _gfn(gfn), suppress, view=view, gfn=gfn)
         return bool(suppress[0])
 
     def altp2m_get_vcpu_p2m_idx(self, domid: int, vcpu: int) -> int:
-        view = _new(_UINT16)
+        view = new(clib.UINT16)
         function = "xc_altp2m_get_vcpu_p2m_idx"
         self._call(function, _domid(domid), _number("vcpu", vcpu), view, vcpu=vcpu)
         return int(view[0])
@@ -753,15 +617,16 @@ class LibxcBackend:
 
         On an error a note says which of its six steps failed (``xc_vm_event_enable``).
         """
-        port = _new(_UINT32)
+        port = new(clib.UINT32)
+        enable = self._c.xc_monitor_enable
         self._log.take()
-        page = self._c.xc_monitor_enable(self._xch, _domid(domid), port)
-        if page == _NULL:
-            raise self._log.annotate(_refusal("xc_monitor_enable", domid=domid))
-        whole, memory = _view_of(page, 1, writable=True)
-        unmap = functools.partial(self._libc.munmap, page, PAGE_SIZE)
-        self._mappings[id(whole)] = _Mapping(whole, [whole], memory, unmap, "monitor_unmap_ring")
-        return int(port[0]), whole
+        page = enable(self._xch, _domid(domid), port)
+        if page == NULL:
+            raise self._log.annotate(refusal("xc_monitor_enable", domid=domid))
+        unmap = functools.partial(checked, "monitor_unmap_ring", self._libc.munmap, page, PAGE_SIZE)
+        mapping = Mapping(ffi.buffer(page, PAGE_SIZE), writable=True, unmap=unmap)
+        self._mappings[id(mapping.whole)] = mapping
+        return int(port[0]), mapping.whole
 
     def monitor_unmap_ring(self, ring: memoryview) -> None:
         """``munmap`` of a ring's page.
@@ -778,7 +643,7 @@ class LibxcBackend:
         self._call("xc_monitor_resume", _domid(domid))
 
     def monitor_get_capabilities(self, domid: int) -> int:
-        capabilities = _new(_UINT32)
+        capabilities = new(clib.UINT32)
         self._call("xc_monitor_get_capabilities", _domid(domid), capabilities)
         return int(capabilities[0])
 
@@ -845,8 +710,8 @@ class LibxcBackend:
 
     def evtchn_open(self) -> int:
         handle = self._evtchn.xenevtchn_open(self._log.logger, 0)
-        if handle == _NULL:
-            raise self._log.annotate(_refusal("xenevtchn_open"))
+        if handle == NULL:
+            raise self._log.annotate(refusal("xenevtchn_open"))
         channel = next(self._channel_numbers)
         self._channels[channel] = handle
         return channel
@@ -854,7 +719,7 @@ class LibxcBackend:
     def evtchn_close(self, channel: int) -> None:
         close, handle = self._evtchn.xenevtchn_close, self._channel("evtchn_close", channel)
         del self._channels[channel]
-        _give_back("xenevtchn_close", close, handle)
+        checked("xenevtchn_close", close, handle)
 
     def evtchn_fd(self, channel: int) -> int:
         return self._channel_call("xenevtchn_fd", channel)
@@ -888,12 +753,12 @@ class LibxcBackend:
         return handle
 
     def _channel_call(
-        self, function: str, channel: int, *arguments: int, domid: int | None = None
+        self, function: str, channel: int, *args: int, domid: int | None = None
     ) -> int:
         call = getattr(self._evtchn, function)
-        result: int = call(self._channel(_operation(function), channel), *arguments)
+        result: int = call(self._channel(operation(function), channel), *args)
         if result < 0:
-            raise _refusal(function, domid=domid)
+            raise refusal(function, domid=domid)
         return result
 
     # Memory.
@@ -902,23 +767,22 @@ class LibxcBackend:
         self, domid: int, writable: bool, gfns: Sequence[int]
     ) -> list[memoryview]:
         """``xenforeignmemory_map``; read-only views where the pages are mapped read-only."""
-        wanted = _copied_gfns("foreignmemory_map", gfns)
+        _domid(domid)
+        frames = clib.copy_gfns("foreignmemory_map", gfns)
         protection = _PROT_READ | (_PROT_WRITE if _flag("writable", writable) else 0)
-        handle, frames = self._foreignmemory_handle(), ffi.from_buffer(_PFNS, wanted)
+        handle, count = self._foreignmemory_handle(), len(frames)
         # No array for each page's error: all pages, or none and the first one's errno.
         address = self._foreignmemory.xenforeignmemory_map(
-            handle, _domid(domid), protection, len(wanted), frames, _NULL
+            handle, domid, protection, count, frames, NULL
         )
-        if address == _NULL:
-            raise _refusal("xenforeignmemory_map", domid=domid, gfn=_only(wanted))
-        whole, memory = _view_of(address, len(wanted), writable=writable)
-        pages = [whole[start : start + PAGE_SIZE] for start in range(0, whole.nbytes, PAGE_SIZE)]
+        if address == NULL:
+            raise refusal("xenforeignmemory_map", domid=domid, gfn=_only(gfns))
         function = "xenforeignmemory_unmap"
-        unmap = functools.partial(
-            self._foreignmemory.xenforeignmemory_unmap, handle, address, len(wanted)
-        )
-        self._mappings[id(pages)] = _Mapping(pages, [*pages, whole], memory, unmap, function)
-        return pages
+        call = self._foreignmemory.xenforeignmemory_unmap
+        unmap = functools.partial(checked, function, call, handle, address, count)
+        mapping = Mapping(ffi.buffer(address, count * PAGE_SIZE), writable=writable, unmap=unmap)
+        self._mappings[id(mapping.pages)] = mapping
+        return mapping.pages
 
     def foreignmemory_unmap(self, pages: list[memoryview]) -> None:
         """``xenforeignmemory_unmap``.
@@ -932,10 +796,10 @@ class LibxcBackend:
         with self._lock:
             if self._fmem is None or self._closed:
                 handle = self._foreignmemory.xenforeignmemory_open(self._log.logger, 0)
-                if handle == _NULL:
-                    raise self._log.annotate(_refusal("xenforeignmemory_open"))
+                if handle == NULL:
+                    raise self._log.annotate(refusal("xenforeignmemory_open"))
                 close = self._foreignmemory.xenforeignmemory_close
-                self._give_back_with("xenforeignmemory_close", close, handle)
+                self._close_at_end("xenforeignmemory_close", close, handle)
                 self._fmem = handle
         return self._fmem
 
@@ -945,27 +809,12 @@ class LibxcBackend:
         mapping = self._mappings.get(id(handed))
         if mapping is None:
             raise arguments.unknown_mapping(op)
-        mapping.close()
+        mapping.close(op)
         del self._mappings[id(handed)]
-
-
-def _give_back(name: str, function: Callable[[Any], int], handle: Any) -> None:
-    if function(handle) < 0:
-        raise _refusal(name)
-
-
-def _view_of(address: Any, pages: int, *, writable: bool) -> tuple[memoryview, weakref.ref[Any]]:
-    memory = ffi.buffer(address, pages * PAGE_SIZE)
-    view = memoryview(memory)
-    return (view if writable else view.toreadonly()), weakref.ref(memory)
 
 
 def _only(gfns: Gfns | Sequence[int]) -> int | None:
     return gfns[0] if len(gfns) == 1 else None
-
-
-def _text(raw: bytes) -> str:
-    return raw.decode(errors="surrogateescape")
 
 
 def _domain_info(layout: layouts.Layout, raw: memoryview, base: int) -> DomainInfo:

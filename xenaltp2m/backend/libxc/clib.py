@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""C functions as Python attributes, what they say when they fail, and buffers lent to them."""
+
+from __future__ import annotations
+
+import functools
+import os
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from xenaltp2m import errors
+from xenaltp2m.abi._ffi import ffi as _ffi
+from xenaltp2m.abi.releases import SYMBOL_SINCE
+from xenaltp2m.backend import Bytes, Gfns, arguments
+from xenaltp2m.backend.loader import Library
+from xenaltp2m.errors import ClosedError, InvalidArgumentError, UnsupportedError, XenError
+
+ffi: Any = _ffi
+NULL = ffi.NULL
+new = ffi.new
+constant = ffi.integer_const
+
+BOOL = ffi.typeof("bool *")
+INT = ffi.typeof("int *")
+INT32 = ffi.typeof("int32_t *")
+UINT = ffi.typeof("unsigned int *")
+UINT16 = ffi.typeof("uint16_t *")
+UINT32 = ffi.typeof("uint32_t *")
+UINT64 = ffi.typeof("uint64_t *")
+PFN = ffi.typeof("xen_pfn_t *")
+ACCESS = ffi.typeof("xenmem_access_t *")
+BYTES = ffi.typeof("uint8_t[]")
+UINT64S = ffi.typeof("uint64_t[]")
+PFNS = ffi.typeof("xen_pfn_t[]")
+
+
+def operation(function: str) -> str:
+    """Return the Protocol's name for a C function."""
+    if function == "xc_altp2m_set_supress_ve_multi":
+        return "altp2m_set_suppress_ve_multi"
+    return function.removeprefix("xc_").removeprefix("xen")
+
+
+def refusal(
+    function: str,
+    *,
+    domid: int | None = None,
+    view: int | None = None,
+    gfn: int | None = None,
+    vcpu: int | None = None,
+) -> XenError:
+    """Make the error for a C call that failed just now: the one place that reads errno.
+
+    errno tells the whole truth: of libxenctrl's altp2m functions only the bulk one ever sets
+    ``xc_get_last_error`` (``xc_altp2m.c``), and that is shared by all threads.
+    """
+    number = ffi.errno
+    return errors.from_errno(
+        operation(function), number, domid=domid, view=view, gfn=gfn, vcpu=vcpu
+    )
+
+
+def checked(function: str, call: Callable[..., int], *args: Any) -> None:
+    """Make a call whose only answer is success or an errno."""
+    if call(*args) < 0:
+        raise refusal(function)
+
+
+class Absent:
+    """Stands for a function that the library lacks."""
+
+    def __init__(self, symbol: str, library: str) -> None:
+        self._symbol = symbol
+        self._library = library
+
+    def __call__(self, *_: object) -> NoReturn:
+        op = operation(self._symbol)
+        since = SYMBOL_SINCE.get(self._symbol)
+        if since is not None:
+            error = errors.missing_symbol(op, self._symbol, since)
+            error.add_note(f"the loaded library is {self._library}")
+            raise error
+        raise UnsupportedError(
+            f"{op}: {self._library} has no {self._symbol}, which came with Xen 4.14 or older",
+            op=op,
+            hint=("the file is not what its name says, or a cut-down build of it",),
+        )
+
+
+class Functions:
+    """One library's functions as attributes; the library is opened when the first is wanted.
+
+    Presence decides what can be called: an absent function becomes an :class:`Absent`.
+    """
+
+    def __init__(self, prefix: str, open_library: Callable[[], Library]) -> None:
+        """Remember how to open the library, and the prefix that its functions' names share."""
+        self.prefix = prefix
+        self._open_library = functools.cache(open_library)
+
+    def __getattr__(self, symbol: str) -> Any:
+        # Reached once for each function: afterwards it is an attribute like any other.
+        if not symbol.startswith(self.prefix):
+            raise AttributeError(symbol)
+        library = self._open_library()
+        function: Any
+        try:
+            function = getattr(library.handle, symbol)
+        except ffi.error:  # declared, but not in this library; undeclared is AttributeError
+            function = Absent(symbol, library.name)
+        setattr(self, symbol, function)
+        return function
+
+
+class Closed:
+    """Takes the place of every library once a backend is closed: being open costs no test."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def __getattr__(self, symbol: str) -> NoReturn:
+        raise ClosedError(self._why, op=operation(symbol))
+
+
+class Log:
+    """Where the C libraries say why they failed: a file in memory, not the caller's stderr.
+
+    Without a logger libxenctrl, libxenevtchn and libxenforeignmemory write to stderr, and libxl
+    crashes (``xtl_logv``, ``tools/libs/toollog/xtl_core.c``).
+    """
+
+    def __init__(self, toollog: Any, libc: Any, undo: list[Callable[[], object]]) -> None:
+        """Make a logger, and append to ``undo`` what gives it back."""
+        # A file object: once closed it refuses, where a bare descriptor might be another's.
+        self._file = os.fdopen(os.memfd_create("xenaltp2m-log"), "rb", buffering=0)
+        undo.append(self.close)
+        descriptor = os.dup(self._file.fileno())
+        # Appending: the stream must not leave a hole where take() has cut the file off.
+        stream = libc.fdopen(descriptor, b"a")
+        if stream == NULL:
+            os.close(descriptor)
+            raise refusal("fdopen")
+        undo.append(functools.partial(libc.fclose, stream))
+        logger = toollog.xtl_createlogger_stdiostream(
+            stream, constant("XTL_ERROR"), constant("XTL_STDIOSTREAM_HIDE_PROGRESS")
+        )
+        if logger == NULL:
+            raise refusal("xtl_createlogger_stdiostream")
+        self.logger = ffi.cast("xentoollog_logger *", logger)
+        undo.append(functools.partial(toollog.xtl_logger_destroy, self.logger))
+
+    def take(self) -> str:
+        """Return what was logged since the last time."""
+        self._file.seek(0)
+        text = self._file.read()
+        os.ftruncate(self._file.fileno(), 0)
+        return text.decode(errors="replace").strip()
+
+    def annotate(self, error: XenError) -> XenError:
+        """Add what was logged to an error."""
+        if text := self.take():
+            error.add_note(text)
+        return error
+
+    def close(self) -> None:
+        """Let go of the file, and of nothing that C made."""
+        self._file.close()
+
+
+def lend(op: str, name: str, ctype: Any, buffer: object) -> Any:
+    """Lend C a Python buffer; nothing is copied, and it cannot be resized while the loan lives."""
+    try:
+        return ffi.from_buffer(ctype, buffer)
+    except (BufferError, TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"{op}: {name}: {error}", op=op) from None
+
+
+def lend_bulk(op: str, accesses: Bytes, gfns: Gfns) -> tuple[Any, Any, int]:
+    """Lend C the arrays of a bulk access call."""
+    arguments.check_bulk(op, accesses, gfns)
+    return lend(op, "accesses", BYTES, accesses), lend(op, "gfns", UINT64S, gfns), len(gfns)
+
+
+def copy_gfns(op: str, gfns: Gfns | Sequence[int]) -> Any:
+    """Make a C array of gfns."""
+    try:
+        return ffi.from_buffer(PFNS, array("Q", gfns))
+    except (OverflowError, TypeError) as error:
+        raise InvalidArgumentError(f"{op}: gfns: {error}", op=op) from None
+
+
+def text(raw: bytes) -> str:
+    """Decode what C says; bytes that are not UTF-8 survive a round trip."""
+    return raw.decode(errors="surrogateescape")

@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A guest's image, an ELF file: which symbol lies where, and what is loaded where.
+
+The file may come from anywhere. Its size, its tables and every offset in it are bounded and
+checked before use; whatever is wrong with it ends in a :class:`~xenaltp2m.errors.SymbolError`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import os
+import stat
+import struct
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, NoReturn
+
+from elftools.common.utils import struct_parse
+from elftools.elf.elffile import ELFFile
+
+from xenaltp2m.errors import SymbolError
+from xenaltp2m.types import GFN_LIMIT, PAGE_SHIFT
+
+MAX_FILE = 1 << 30
+"""Bytes in an image; a Linux kernel with debugging information has about half."""
+
+MAX_SYMBOLS = 1 << 21
+MAX_NAMES = 1 << 28
+"""Bytes in all names together: symbols may share their ends, so the file's size bounds nothing."""
+
+_MAX_SEGMENTS = 256
+_MAX_SECTIONS = 1 << 14
+_MACHINES = ("EM_386", "EM_X86_64")
+_WRITABLE, _EXECUTABLE = 2, 1
+_UNDEFINED_SECTION = 0
+_PLACES = frozenset((0, 1, 2, 10))
+"""STT_NOTYPE, OBJECT, FUNC and GNU_IFUNC: the types whose value is an address."""
+_LOCAL = 0
+_SYMBOL = {32: struct.Struct("<IIIBBH"), 64: struct.Struct("<IBBHQQ")}
+
+
+@dataclass(frozen=True, slots=True)
+class Symbol:
+    """A name for a place in the image."""
+
+    name: str
+    address: int
+    """As the guest's code uses it: virtual. Where paging is off, guest-physical."""
+    size: int
+    """Bytes; 0 where the file does not tell, as for labels in assembly."""
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """An address, told by the symbol it lies in."""
+
+    symbol: Symbol
+    offset: int
+
+    def __str__(self) -> str:
+        return f"{self.symbol.name}+{self.offset:#x}" if self.offset else self.symbol.name
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A part of the image that is loaded into memory."""
+
+    address: int
+    """Guest-physical, where the loader puts it."""
+    virtual: int
+    """Where the guest's code sees it."""
+    size: int
+    """Bytes in memory: ``data``, then zeros."""
+    data: bytes = field(repr=False)
+    writable: bool
+    executable: bool
+
+    def holds(self, address: int, size: int = 1) -> bool:
+        """Tell whether ``size`` bytes from a virtual address on lie within."""
+        return self.virtual <= address and address + size <= self.virtual + self.size
+
+
+class Image:
+    """An ELF image of a guest, read once and whole; the file is closed again.
+
+    Attributes:
+        name: What it was called when it was opened.
+        segments: What is loaded, in the file's order.
+        symbols: Every symbol with an address, by address.
+    """
+
+    def __init__(self, content: bytes | BinaryIO, name: str = "image") -> None:
+        """Read an image.
+
+        Args:
+            content: The file, or its bytes; must be seekable.
+            name: What messages call it.
+
+        Raises:
+            SymbolError: It is not an ELF image for x86, or is damaged, or past a limit.
+        """
+        self.name = name
+        reader = _Reader(io.BytesIO(content) if isinstance(content, bytes) else content, name)
+        self.segments = tuple(reader.segments())
+        found = sorted(reader.symbols(), key=lambda entry: entry[:2])
+        self.symbols = tuple(symbol for _, _, symbol in found)
+        self._addresses = [symbol.address for symbol in self.symbols]
+        self._by_name: dict[str, list[tuple[int, Symbol]]] = {}
+        for _, rank, symbol in found:
+            self._by_name.setdefault(symbol.name, []).append((rank, symbol))
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Image:
+        """Read an image from a file.
+
+        Raises:
+            SymbolError: It cannot be read, or is not a usable image.
+        """
+        name = os.fspath(path)
+        try:
+            # O_NONBLOCK: a FIFO must not hold us up before fstat can tell what it is.
+            descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise SymbolError(f"{name}: {error.strerror}", errno=error.errno) from error
+        except ValueError as error:
+            raise SymbolError(f"{name!r} is not a file name: {error}") from error
+        with os.fdopen(descriptor, "rb") as stream:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise SymbolError(f"{name}: not a regular file")
+            return cls(stream, name)
+
+    def __repr__(self) -> str:
+        return f"<Image {self.name} of {len(self.symbols)} symbols>"
+
+    def symbol(self, name: str) -> Symbol:
+        """Find a symbol by its name; a global one is preferred to local ones.
+
+        Raises:
+            SymbolError: There is none, or several local ones at different addresses.
+        """
+        found = self._by_name.get(name)
+        if not found:
+            close = difflib.get_close_matches(name, self._by_name, 3) if self._few() else []
+            known = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise SymbolError(f"{self.name} has no symbol {name!r}{known}")
+        best = max(rank >= _GLOBAL for rank, _ in found)
+        chosen = [symbol for rank, symbol in found if (rank >= _GLOBAL) == best]
+        if len({symbol.address for symbol in chosen}) > 1:
+            places = ", ".join(f"{symbol.address:#x}" for symbol in chosen[:4])
+            more = ", ..." if len(chosen) > 4 else ""
+            raise SymbolError(f"{self.name} has several symbols {name!r}: at {places}{more}")
+        return chosen[-1]
+
+    def address(self, name: str) -> int:
+        """Return a symbol's address; see :attr:`Symbol.address`.
+
+        Raises:
+            SymbolError: As :meth:`symbol`.
+        """
+        return self.symbol(name).address
+
+    def locate(self, address: int) -> Location | None:
+        """Say which symbol an address lies in, or None where the image has nothing there."""
+        segment = next((segment for segment in self.segments if segment.holds(address)), None)
+        at = bisect_right(self._addresses, address) - 1
+        if segment is None or at < 0:
+            return None
+        symbol = self.symbols[at]
+        offset = address - symbol.address
+        if symbol.address < segment.virtual or (symbol.size and offset >= symbol.size):
+            return None
+        return Location(symbol, offset)
+
+    def segment(self, symbol: Symbol) -> Segment:
+        """Return the segment that a symbol lies in, all of it.
+
+        Raises:
+            SymbolError: It lies in none: it is a number rather than a place, or reaches too far.
+        """
+        for segment in self.segments:
+            if segment.holds(symbol.address, max(symbol.size, 1)):
+                return segment
+        raise SymbolError(
+            f"{self.name}: {symbol.name!r}, {symbol.size} bytes at {symbol.address:#x}, "
+            "is not in memory that the image loads"
+        )
+
+    def physical(self, symbol: Symbol) -> int:
+        """Return the guest-physical address a symbol is loaded at.
+
+        Raises:
+            SymbolError: As :meth:`segment`.
+        """
+        segment = self.segment(symbol)
+        return symbol.address - segment.virtual + segment.address
+
+    def gfns(self, name: str) -> range:
+        """Return the gfns a symbol lies in: one, unless it crosses a page boundary.
+
+        Raises:
+            SymbolError: There is no such symbol, or it is not in memory.
+        """
+        symbol = self.symbol(name)
+        first = self.physical(symbol)
+        last = first + max(symbol.size, 1) - 1
+        return range(first >> PAGE_SHIFT, (last >> PAGE_SHIFT) + 1)
+
+    def _few(self) -> bool:
+        """Whether looking for similar names is quick enough."""
+        return len(self._by_name) <= 20_000
+
+
+_GLOBAL = 2
+"""Ranks: 0 a local label, 1 a local function or object, 2 and 3 the same but global or weak."""
+
+
+class _Reader:
+    """Reads the tables of an ELF file, trusting none of its numbers."""
+
+    def __init__(self, stream: BinaryIO, name: str) -> None:
+        self._stream = stream
+        self._name = name
+        self._length = stream.seek(0, io.SEEK_END)
+        if self._length > MAX_FILE:
+            self._refuse(f"{self._length} bytes; the limit is {MAX_FILE}")
+        try:
+            self._elf = ELFFile(stream)
+            machine = self._elf["e_machine"]
+        except Exception as error:  # noqa: BLE001 - damaged headers raise nearly anything there
+            self._refuse("not an ELF file, or its header is damaged", error)
+        if machine not in _MACHINES or not self._elf.little_endian:
+            self._refuse(f"an ELF file, but not for x86 ({machine})")
+
+    def segments(self) -> Iterator[Segment]:
+        loaded = 0
+        for header in self._table("Elf_Phdr", "e_phoff", "e_phnum", "e_phentsize", _MAX_SEGMENTS):
+            if header["p_type"] != "PT_LOAD":
+                continue
+            address, size, length = header["p_paddr"], header["p_memsz"], header["p_filesz"]
+            if length > size or address + size > GFN_LIMIT << PAGE_SHIFT:
+                self._refuse(f"a segment of {size:#x} bytes at {address:#x} cannot be loaded")
+            loaded += length
+            if loaded > self._length:
+                self._refuse("its segments overlap in the file")
+            yield Segment(
+                address,
+                header["p_vaddr"],
+                size,
+                self._read(header["p_offset"], length, "a segment"),
+                bool(header["p_flags"] & _WRITABLE),
+                bool(header["p_flags"] & _EXECUTABLE),
+            )
+
+    def symbols(self) -> Iterator[tuple[int, int, Symbol]]:
+        """Yield (address, rank, symbol) of .symtab, else of .dynsym."""
+        sections = list(self._table("Elf_Shdr", "e_shoff", "e_shnum", "e_shentsize", _MAX_SECTIONS))
+        for kind in ("SHT_SYMTAB", "SHT_DYNSYM"):
+            for section in sections:
+                if section["sh_type"] == kind:
+                    yield from self._symbols(section, sections)
+                    return
+
+    def _symbols(self, section: Any, sections: list[Any]) -> Iterator[tuple[int, int, Symbol]]:
+        layout = _SYMBOL[self._elf.elfclass]
+        size, link = section["sh_size"], section["sh_link"]
+        if section["sh_entsize"] != layout.size or size % layout.size:
+            self._refuse("the symbol table's entries have no valid size")
+        if size // layout.size > MAX_SYMBOLS:
+            self._refuse(f"{size // layout.size} symbols; the limit is {MAX_SYMBOLS}")
+        if link >= len(sections) or sections[link]["sh_type"] != "SHT_STRTAB":
+            self._refuse("the symbol table names no string table")
+        table = self._read(section["sh_offset"], size, "the symbol table")
+        names = self._read(
+            sections[link]["sh_offset"], sections[link]["sh_size"], "the string table"
+        )
+        budget = MAX_NAMES
+        for fields in layout.iter_unpack(table):
+            if layout is _SYMBOL[32]:
+                at, address, size, info, _, index = fields
+            else:
+                at, info, _, index, address, size = fields
+            if index == _UNDEFINED_SECTION or info & 15 not in _PLACES:
+                continue
+            end = names.find(b"\0", at, at + budget)
+            if end < 0:
+                self._refuse("a symbol's name is not in the string table, or does not end")
+            if end == at:
+                continue
+            budget -= end - at
+            rank = _GLOBAL * (info >> 4 != _LOCAL) + (info & 15 != 0)
+            name = names[at:end].decode("utf-8", "backslashreplace")
+            yield address, rank, Symbol(name, address, size)
+
+    def _table(self, entry: str, offset: str, count: str, size: str, limit: int) -> Iterator[Any]:
+        """Yield the entries of one of the two header tables."""
+        header, layout = self._elf.header, getattr(self._elf.structs, entry)
+        if not header[offset] or not header[count]:
+            return
+        if header[count] > limit:
+            self._refuse(f"{header[count]} entries in a header table; the limit is {limit}")
+        if header[size] != layout.sizeof():
+            self._refuse("a header table's entries have no valid size")
+        whole = self._read(header[offset], header[count] * header[size], "a header table")
+        stream = io.BytesIO(whole)
+        for _ in range(header[count]):
+            try:
+                yield struct_parse(layout, stream)
+            except Exception as error:  # noqa: BLE001 - as above
+                self._refuse("a header table is damaged", error)
+
+    def _read(self, offset: int, length: int, what: str) -> bytes:
+        if offset + length > self._length:
+            self._refuse(
+                f"{what} ends {offset + length - self._length} bytes behind the file's end"
+            )
+        try:
+            self._stream.seek(offset)
+            found = self._stream.read(length)
+        except OSError as error:
+            self._refuse(f"{what} cannot be read: {error.strerror}", error)
+        if len(found) != length:
+            self._refuse(f"{what} was cut off while it was read")
+        return found
+
+    def _refuse(self, why: str, cause: BaseException | None = None) -> NoReturn:
+        raise SymbolError(f"{self._name}: {why}") from cause
