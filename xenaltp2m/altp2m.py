@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
-from xenaltp2m.errors import InvalidArgumentError, XenError
+from xenaltp2m.errors import InvalidArgumentError, NotMappedError, XenError
 from xenaltp2m.handle import Handle, UndoList
 from xenaltp2m.types import ALL_GFNS, HOST_VIEW, Access, VcpuId, ViewId
 from xenaltp2m.view import View, check_gfn, refusal_of
@@ -32,17 +34,18 @@ class Altp2m(Handle):
         self._backend = domain.xen.backend
         self._domid = domain.domid
         self._views: dict[ViewId, View] = {}
-        self._prior_view: ViewId | None = None
+        self._notified: set[int] = set()
+        self._prior_views: set[ViewId] = set()
         self._switched_on = False
+        self._moved = False
         try:
-            if not self._backend.altp2m_get_domain_state(self._domid):
-                self._backend.altp2m_set_domain_state(self._domid, True)
-                self._switched_on = True
-        except XenError:
-            self._warn.detach()
-            self._closed = True
+            if self._backend.altp2m_get_domain_state(self._domid):
+                self._prior_views.update(self.vcpu_views().values())
+            else:
+                self._switch_on()
+        except BaseException:
+            self.abandon()
             raise
-        self._undo.push(f"altp2m of domain {self._domid}", self._tear_down)
 
     def __repr__(self) -> str:
         return f"<Altp2m of domain {self._domid}>"
@@ -68,6 +71,8 @@ class Altp2m(Handle):
         """
         self._check_open()
         release = self._backend.release
+        if default_access is Access.DEFAULT:
+            default_access = self._host_default()
         number = release.access_numbers.get(default_access)
         if number is None or default_access in (Access.W, Access.WX):
             raise refusal_of(default_access, release)
@@ -78,19 +83,7 @@ class Altp2m(Handle):
                 DecorativeDefaultWarning,
                 stacklevel=2,
             )
-        undo = UndoList()
         view_id = ViewId(self._backend.altp2m_create_view(self._domid, number))
-        undo.push(
-            f"view {view_id} of domain {self._domid}",
-            lambda: self._backend.altp2m_destroy_view(self._domid, view_id),
-        )
-        if default_access is Access.DEFAULT:
-            try:
-                found = self._backend.altp2m_get_mem_access(self._domid, view_id, ALL_GFNS)
-            except XenError as error:
-                undo.roll_back(error)
-                raise
-            default_access = release.access_by_number[found]
         view = self._views[view_id] = View(self, view_id, default_access, label)
         return view
 
@@ -108,9 +101,15 @@ class Altp2m(Handle):
             if self._views.get(view.id) is not view or view.closed:
                 raise InvalidArgumentError(f"{view!r} is not an open view of {self!r}")
             target = view.id
-        if self._prior_view is None and not self._switched_on:
-            self._prior_view = self._common_view()
+        if len(self._prior_views) > 1 and not self._moved:
+            warnings.warn(
+                f"the vCPUs of domain {self._domid} were in views {sorted(self._prior_views)}; Xen "
+                "can only move all of them, so that closing will leave them in view 0",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         self._backend.altp2m_switch_to_view(self._domid, target)
+        self._moved = True
 
     def vcpu_view(self, vcpu: int) -> ViewId:
         """Return the number of the view a vCPU is in. ``xc_altp2m_get_vcpu_p2m_idx``."""
@@ -119,6 +118,7 @@ class Altp2m(Handle):
 
     def vcpu_views(self) -> dict[VcpuId, ViewId]:
         """Return the view of every vCPU, by vCPU."""
+        self._check_open()
         last = self.domain.info().max_vcpu_id
         return {VcpuId(vcpu): self.vcpu_view(vcpu) for vcpu in range(last + 1)}
 
@@ -135,51 +135,105 @@ class Altp2m(Handle):
         self._check_open()
         check_gfn(gfn)
         self._backend.altp2m_set_vcpu_enable_notify(self._domid, vcpu, gfn)
-        self._undo.push(_notify_page(self._domid, vcpu), lambda: self._disable_notify(vcpu))
+        self._notified.add(vcpu)
 
     def disable_notify(self, vcpu: int) -> None:
         """Take a vCPU's #VE page back. ``xc_altp2m_set_vcpu_disable_notify``."""
         self._check_open()
-        self._disable_notify(vcpu)
-        self._undo.drop(_notify_page(self._domid, vcpu))
+        self._backend.altp2m_set_vcpu_disable_notify(self._domid, vcpu)
+        self._notified.discard(vcpu)
 
     def tracking(self, gfn: int) -> list[View]:
         """List the views that Xen would reset if ``gfn`` were taken from the domain."""
         return [view for view in self.views if view.tracks(gfn)]
 
-    def _disable_notify(self, vcpu: int) -> None:
-        self._backend.altp2m_set_vcpu_disable_notify(self._domid, vcpu)
+    def abandon(self) -> None:
+        """Close without undoing anything: the views, too, are gone."""
+        super().abandon()
+        for view in self._views.values():
+            view.abandon()
 
-    def _common_view(self) -> ViewId:
-        """The view all vCPUs are in; 0, with a warning, where they are in several."""
-        views = set(self.vcpu_views().values())
-        if len(views) == 1:
-            return views.pop()
-        warnings.warn(
-            f"the vCPUs of domain {self._domid} are in views {sorted(views)}; Xen can only move "
-            "all of them, so that closing will leave them in view 0",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        return HOST_VIEW
-
-    def _tear_down(self) -> None:
-        """Semantics: vCPUs out, views gone, altp2m off; switching it off does all three."""
-        if self._switched_on:
-            self._backend.altp2m_set_domain_state(self._domid, False)
-            for view in self._views.values():
-                view.abandon()
-            self._views.clear()
-            self._switched_on = False
-            return
-        if self._prior_view is not None:
-            self._backend.altp2m_switch_to_view(self._domid, self._prior_view)
+    def _switch_on(self) -> None:
+        """Switch altp2m on; up to 4.15 a failure may leave it on all the same."""
         undo = UndoList()
-        for view in self.views:
-            undo.push(f"{view!r}", view.close)
+        undo.push(f"altp2m of domain {self._domid}", self._switch_off)
+        try:
+            self._backend.altp2m_set_domain_state(self._domid, True)
+        except BaseException as error:
+            self._roll_back(undo, error, heir=self.domain._undo)
+            raise
+        self._switched_on = True
+
+    def _switch_off(self) -> None:
+        if self._backend.altp2m_get_domain_state(self._domid):
+            self._backend.altp2m_set_domain_state(self._domid, False)
+
+    def _take_back(self) -> None:
+        """Semantics: vCPUs out, views gone, altp2m off; switching it off does all three."""
+        undo = UndoList()
+        if self._switched_on:
+            undo.push(f"altp2m of domain {self._domid}", self._switch_off)
+        else:
+            undo.push(
+                f"vCPUs of domain {self._domid} outside view {self._prior_view}",
+                self._switch_back,
+            )
+            for vcpu in sorted(self._notified):
+                undo.push(
+                    f"#VE page of vCPU {vcpu} of domain {self._domid}",
+                    partial(self.disable_notify, vcpu),
+                )
+            for view in self.views:
+                undo.push("", view.close)
+            with suppress(XenError):
+                self._switch_back()  # tried again once the views are gone
         undo.unwind(f"closing {self!r}")
-        self._views.clear()
 
+    @property
+    def _prior_view(self) -> ViewId:
+        """The view all vCPUs were in; 0 where they were in several."""
+        return min(self._prior_views) if len(self._prior_views) == 1 else HOST_VIEW
 
-def _notify_page(domid: int, vcpu: int) -> str:
-    return f"#VE page of vCPU {vcpu} of domain {domid}"
+    def _switch_back(self) -> None:
+        """Move vCPUs that were moved to the view they were in; to view 0 if that is gone."""
+        if not self._moved:
+            return
+        try:
+            self._backend.altp2m_switch_to_view(self._domid, self._prior_view)
+        except InvalidArgumentError:
+            if self._exists(self._prior_view):
+                raise  # its owner hid it
+            self._backend.altp2m_switch_to_view(self._domid, HOST_VIEW)
+        self._moved = False
+
+    def _vacate(self) -> None:
+        """Move the vCPUs out of our views, wherever they may go."""
+        self._moved = True
+        try:
+            self._switch_back()
+        except InvalidArgumentError:
+            self._backend.altp2m_switch_to_view(self._domid, HOST_VIEW)
+
+    def _exists(self, view: ViewId) -> bool:
+        """Tell whether a view exists, by a call that tells it from an absent entry."""
+        try:
+            self._backend.altp2m_get_suppress_ve(self._domid, view, 0)
+        except InvalidArgumentError:
+            return False
+        except NotMappedError:
+            return True  # and has no entry for gfn 0
+        return True
+
+    def _gone(self) -> bool:
+        """With its domain, or because somebody switched altp2m off."""
+        if self.domain._gone():
+            return True
+        try:
+            return not self._backend.altp2m_get_domain_state(self._domid)
+        except XenError:
+            return False  # not known
+
+    def _host_default(self) -> Access:
+        """What ``Access.DEFAULT`` means now."""
+        number = self._backend.altp2m_get_mem_access(self._domid, HOST_VIEW, ALL_GFNS)
+        return self._backend.release.access_by_number[number]

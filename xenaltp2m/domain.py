@@ -7,14 +7,23 @@ import json
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from xenaltp2m.altp2m import Altp2m
-from xenaltp2m.errors import BusyError, DomainNotFoundError, InvalidArgumentError, XenError
+from xenaltp2m.errors import (
+    BusyError,
+    DomainNotFoundError,
+    InvalidArgumentError,
+    LeftoverError,
+    NotMappedError,
+    XenError,
+)
 from xenaltp2m.handle import Handle, UndoList
 from xenaltp2m.types import (
     GFN_LIMIT,
+    HOST_VIEW,
     PAGE_SHIFT,
     PAGE_SIZE,
     Access,
@@ -31,6 +40,8 @@ if TYPE_CHECKING:
 _HVM_PARAM_ALTP2M = 35
 _KIB_PER_PAGE = PAGE_SIZE // 1024
 _MAPPED_AT_ONCE = 256
+_UNLIMITED = (1 << 32) - 1
+"""What ``xc_domain_setmaxmem`` makes of any more pages (``XEN_DOMCTL_max_mem``)."""
 
 
 class Domain(Handle):
@@ -54,6 +65,8 @@ class Domain(Handle):
         self.memory = Memory(self)
         self._backend = xen.backend
         self._altp2m: Altp2m | None = None
+        self._added: dict[range, UndoList] = {}
+        self._pauses = UndoList()
 
     def __repr__(self) -> str:
         return f"<Domain {self.domid}>"
@@ -69,10 +82,12 @@ class Domain(Handle):
         ``xc_domain_getinfolist``.
         """
         self._check_open()
-        for found in self._backend.domain_getinfolist(self.domid, 1):
-            if found.domid == self.domid and found.uuid == self.uuid:
-                return found
-        raise DomainNotFoundError(f"domain {self.domid} ({self.uuid}) is gone", domid=self.domid)
+        found = self._find()
+        if found is None:
+            raise DomainNotFoundError(
+                f"domain {self.domid} ({self.uuid}) is gone", domid=self.domid
+            )
+        return found
 
     @property
     def name(self) -> str | None:
@@ -121,11 +136,10 @@ class Domain(Handle):
         self._check_open()
         check_gfn(gfn)
         try:
-            number = self._backend.altp2m_get_mem_access(self.domid, 0, gfn)
-        except XenError as error:
-            if isinstance(error, LookupError):
-                return None
-            raise
+            number = self._backend.altp2m_get_mem_access(self.domid, HOST_VIEW, gfn)
+        except NotMappedError:
+            self._backend.altp2m_get_domain_state(self.domid)  # ESRCH where the domain is gone
+            return None
         return self._backend.release.access_by_number[number]
 
     # Control.
@@ -136,11 +150,15 @@ class Domain(Handle):
         Raises:
             UnsupportedError: Xen was not booted with ``altp2m=1``, or the domain is PV.
             InvalidArgumentError: The domain was created without altp2m.
-            BusyError: This handle's altp2m is open already.
+            BusyError: It is open already, through this handle of the domain or another.
         """
         self._check_open()
-        if self._altp2m is not None and not self._altp2m.closed:
-            raise BusyError(f"{self._altp2m!r} is open already: use it, or close it first")
+        for domain in self.xen._domains:
+            if domain.domid == self.domid and domain._open_altp2m is not None:
+                raise BusyError(
+                    f"{domain._open_altp2m!r} is open already: use it, or close it first",
+                    domid=self.domid,
+                )
         self._altp2m = Altp2m(self)
         return self._altp2m
 
@@ -148,7 +166,7 @@ class Domain(Handle):
         """Stop the domain's vCPUs until as many :meth:`unpause`. ``xc_domain_pause``."""
         self._check_open()
         self._backend.domain_pause(self.domid)
-        self._undo.push(self._pause_words(), lambda: self._backend.domain_unpause(self.domid))
+        self._pauses.push(self._pause_words, self._unpause)
 
     def unpause(self) -> None:
         """Take back one :meth:`pause` of this handle. ``xc_domain_unpause``.
@@ -158,24 +176,49 @@ class Domain(Handle):
                 not ours to take.
         """
         self._check_open()
-        if not self._undo.holds(self._pause_words()):
+        if not self._pauses:
             raise InvalidArgumentError(
                 f"{self!r} is not paused through this handle", op="domain_unpause", domid=self.domid
             )
-        self._backend.domain_unpause(self.domid)
-        self._undo.drop(self._pause_words())
+        self._unpause()
+        self._pauses.drop()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Keep the domain paused within a ``with`` block."""
+        """Keep the domain paused within a ``with`` block.
+
+        Raises:
+            LeftoverError: It is still paused; closing the domain tries again.
+        """
         self.pause()
         try:
             yield
-        finally:
-            self.unpause()
+        except BaseException as error:
+            try:
+                self._end_pause()
+            except LeftoverError as failure:
+                error.add_note(str(failure))
+            raise
+        self._end_pause()
 
+    def _end_pause(self) -> None:
+        if self.closed:
+            return  # which took the pause back
+        undo = UndoList()
+        undo.push(self._pause_words, self.unpause)
+        undo.unwind(f"unpausing {self!r}")
+
+    @property
     def _pause_words(self) -> str:
         return f"pause of domain {self.domid}"
+
+    def _unpause(self) -> None:
+        try:
+            self._backend.domain_unpause(self.domid)
+        except InvalidArgumentError:
+            if self.info().paused:
+                raise
+            # Somebody else has taken our pause back.
 
     # Pages of our own.
 
@@ -204,15 +247,21 @@ class Domain(Handle):
             raise InvalidArgumentError(f"{count} pages do not fit below gfn {GFN_LIMIT:#x}")
         gfns = range(first, first + count)
         limit = self.info().max_pages
+        raised = min(count, _UNLIMITED - limit)
         undo = UndoList()
         try:
-            self._set_limit(limit + count)
-            undo.push(f"raised memory limit of domain {self.domid}", lambda: self._set_limit(limit))
+            self._set_limit(limit + raised)
+            undo.push(
+                f"memory limit of domain {self.domid}, raised for gfns {gfns.start:#x} and up",
+                lambda: self._set_limit(self.info().max_pages - raised),
+            )
+            # Before the call, for one that fails may have given some.
+            undo.push(_pages_words(self.domid, gfns), partial(self._take_pages, list(gfns)))
             self._backend.domain_populate_physmap_exact(self.domid, array("Q", gfns))
-        except XenError as error:
-            undo.roll_back(error)
+        except BaseException as error:
+            self._roll_back(undo, error, heir=self._undo)
             raise
-        self._undo.push(_pages_words(self.domid, gfns), lambda: self._take_back(gfns))
+        self._added[gfns] = undo
         return gfns
 
     def remove_pages(self, gfns: range) -> None:
@@ -225,39 +274,118 @@ class Domain(Handle):
             InvalidArgumentError: They were not added through this handle.
             BusyError: A view has remapped something to them, or around them: Xen would reset
                 that view. Destroy it first.
+            LeftoverError: Some could not be taken back; again tries just those.
         """
         self._check_open()
-        words = _pages_words(self.domid, gfns)
-        if not self._undo.holds(words):
+        added = self._added.get(gfns)
+        if added is None:
             raise InvalidArgumentError(
                 f"gfns {gfns.start:#x}..{gfns.stop - 1:#x} are not pages this handle added",
                 domid=self.domid,
             )
-        if self._altp2m is not None and not self._altp2m.closed:
-            for gfn in gfns:
-                if views := self._altp2m.tracking(gfn):
-                    raise BusyError(
-                        f"gfn {gfn:#x} lies among the remap targets of {views[0]!r}, which Xen "
-                        "would reset: destroy the view first",
-                        domid=self.domid,
-                        gfn=gfn,
-                        view=views[0].id,
-                    )
-        self._take_back(gfns)
-        self._undo.drop(words)
+        self._check_untracked(gfns)
+        added.unwind(f"removing pages of {self!r}")
+        del self._added[gfns]
 
-    def _take_back(self, gfns: range) -> None:
-        self._backend.domain_decrease_reservation_exact(self.domid, array("Q", gfns))
-        self._set_limit(self.info().max_pages - len(gfns))
+    def _check_untracked(self, gfns: range) -> None:
+        if self._open_altp2m is None:
+            return
+        for gfn in gfns:
+            if views := self._open_altp2m.tracking(gfn):
+                raise BusyError(
+                    f"gfn {gfn:#x} lies among the remap targets of {views[0]!r}, which Xen "
+                    "would reset: destroy the view first",
+                    domid=self.domid,
+                    gfn=gfn,
+                    view=views[0].id,
+                )
+
+    def _take_pages(self, gfns: list[int]) -> None:
+        """Take pages back, and out of ``gfns``; those that are gone already are passed over."""
+        try:
+            self._backend.domain_decrease_reservation_exact(self.domid, array("Q", gfns))
+        except XenError:
+            for gfn in list(gfns):  # Xen has stopped at the first that is gone
+                try:
+                    self._backend.domain_decrease_reservation_exact(self.domid, array("Q", [gfn]))
+                except XenError:
+                    if self._is_memory(gfn):
+                        raise
+                gfns.remove(gfn)
+        gfns.clear()
+
+    def _is_memory(self, gfn: int) -> bool:
+        try:
+            self.memory.read(gfn << PAGE_SHIFT, 1)
+        except InvalidArgumentError:
+            return False
+        return True
 
     def _set_limit(self, pages: int) -> None:
         self._backend.domain_setmaxmem(self.domid, pages * _KIB_PER_PAGE)
 
+    # Its end.
+
+    def _finish(self, undo: UndoList) -> None:
+        """Take back what was needed for a while; what fails is for the close to try again."""
+        try:
+            undo.unwind(f"reading or writing the memory of {self!r}")
+        except LeftoverError:
+            self._undo.adopt(undo)
+            raise
+
+    @property
+    def _open_altp2m(self) -> Altp2m | None:
+        if self._altp2m is None or self._altp2m.closed:
+            return None
+        return self._altp2m
+
+    def abandon(self) -> None:
+        """Close without undoing anything: the domain, with its altp2m, is gone."""
+        super().abandon()
+        if self._altp2m is not None:
+            self._altp2m.abandon()
+
     def close(self) -> None:
-        """Close its altp2m, then take back added pages and pauses; again is harmless."""
-        if not self.closed and self._altp2m is not None:
-            self._altp2m.close()
+        """Close its altp2m, then take back added pages, then pauses; again is harmless.
+
+        Raises:
+            LeftoverError: Something could not be taken back; again tries just that.
+        """
+        if not self.closed and self._gone():
+            self.abandon()  # its number may be another domain's by now
         super().close()
+
+    def _take_back(self) -> None:
+        doing = f"closing {self!r}"
+        undo = UndoList()
+        undo.push("", lambda: self._pauses.unwind(doing))
+        for gfns in self._added:
+            undo.push("", partial(self._remove_or_tell, gfns))
+        undo.push("", lambda: self._undo.unwind(doing))
+        if self._open_altp2m is not None:
+            undo.push("", self._open_altp2m.close)
+        undo.unwind(doing)
+
+    def _remove_or_tell(self, gfns: range) -> None:
+        try:
+            self.remove_pages(gfns)
+        except BusyError as error:
+            left = self._added[gfns].left
+            raise LeftoverError(error.message, left=left, **error.context()) from error
+
+    def _find(self) -> DomainInfo | None:
+        for found in self._backend.domain_getinfolist(self.domid, 1):
+            if found.domid == self.domid and found.uuid == self.uuid:
+                return found
+        return None
+
+    def _gone(self) -> bool:
+        try:
+            found = self._find()
+        except XenError:
+            return False  # not known
+        return found is None or found.dying
 
 
 class Memory:
@@ -340,10 +468,15 @@ class Memory:
     @contextmanager
     def _mapped(self, gfns: range, *, writable: bool) -> Iterator[list[memoryview]]:
         pages = self._backend.foreignmemory_map(self._domain.domid, writable, gfns)
+        undo = UndoList()
+        undo.push(
+            f"mapping of gfns {gfns.start:#x}..{gfns.stop - 1:#x} of domain {self._domain.domid}",
+            lambda: self._backend.foreignmemory_unmap(pages),
+        )
         try:
             yield pages
         finally:
-            self._backend.foreignmemory_unmap(pages)
+            self._domain._finish(undo)
 
 
 def _pages_words(domid: int, gfns: range) -> str:

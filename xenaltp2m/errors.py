@@ -184,6 +184,8 @@ _HOLE = (
 )
 _LAZY = "the view has no entry of its own for the gfn yet: it fills from the host p2m on first use"
 _OLD_XEN = "this Xen is older than the operation"
+_NO_VM_EVENT = "the hypervisor was built without CONFIG_VM_EVENT (Xen 4.22)"
+_NO_VCPU = "no such vCPU"
 
 HINTS: dict[tuple[str, int], tuple[str, ...]] = {
     ("altp2m", _errno.EOPNOTSUPP): (_HOST_OFF, _INACTIVE, _NOT_HVM, _NO_COUNT, _OLD_XEN),
@@ -206,6 +208,7 @@ HINTS: dict[tuple[str, int], tuple[str, ...]] = {
         _BAD_ACCESS,
         _MODE_OFF,
     ),
+    ("altp2m_create_view", _errno.ENOMEM): ("Xen has no memory for the view's log-dirty ranges",),
     ("altp2m_destroy_view", _errno.EBUSY): (
         "a vCPU is in the view: switch every vCPU to another first",
         "no such view (Xen says EBUSY for that too)",
@@ -223,28 +226,24 @@ HINTS: dict[tuple[str, int], tuple[str, ...]] = {
         "the gfn is 2^36 or more",
         _MODE_OFF,
     ),
-    ("altp2m_set_mem_access", _errno.EOPNOTSUPP): (
-        _HOST_OFF,
-        _INACTIVE,
-        _NOT_HVM,
-        "the hypervisor was built without CONFIG_VM_EVENT (Xen 4.22)",
-    ),
+    ("altp2m_set_mem_access", _errno.EOPNOTSUPP): (_HOST_OFF, _INACTIVE, _NOT_HVM, _NO_VM_EVENT),
     ("altp2m_set_mem_access_multi", _errno.EINVAL): (
         _BAD_VIEW,
         "an access this release does not know; the gfns before it were changed",
         "a gfn is 2^36 or more; the gfns before it were changed",
         _MODE_OFF,
     ),
+    ("altp2m_set_mem_access_multi", _errno.EOPNOTSUPP): (
+        _HOST_OFF,
+        _INACTIVE,
+        _NOT_HVM,
+        _NO_VM_EVENT,
+    ),
     ("altp2m_set_mem_access_multi", _errno.ENOMEM): (
         _NO_POOL + "; the gfns before the failing one were changed",
     ),
     ("altp2m_get_mem_access", _errno.ESRCH): (_LAZY, _HOLE, _NO_DOMAIN),
-    ("altp2m_get_mem_access", _errno.EOPNOTSUPP): (
-        _HOST_OFF,
-        _INACTIVE,
-        _NOT_HVM,
-        "the hypervisor was built without CONFIG_VM_EVENT (Xen 4.22)",
-    ),
+    ("altp2m_get_mem_access", _errno.EOPNOTSUPP): (_HOST_OFF, _INACTIVE, _NOT_HVM, _NO_VM_EVENT),
     ("altp2m_change_gfn", _errno.ESRCH): (_HOLE + " (the old or the new one)", _NO_DOMAIN),
     ("altp2m_change_gfn", _errno.EILSEQ): (
         "the view's entry is not RAM (direct MMIO): Xen refuses to remove it",
@@ -257,9 +256,9 @@ HINTS: dict[tuple[str, int], tuple[str, ...]] = {
         _BAD_VIEW,
         _MODE_OFF,
     ),
-    ("altp2m_get_vcpu_p2m_idx", _errno.EINVAL): ("no such vCPU", _MODE_OFF),
+    ("altp2m_get_vcpu_p2m_idx", _errno.EINVAL): (_NO_VCPU, _MODE_OFF),
     ("altp2m_set_vcpu_enable_notify", _errno.EINVAL): (
-        "no such vCPU",
+        _NO_VCPU,
         "the page is missing, special, or not ordinary RAM",
         _MODE_OFF,
     ),
@@ -278,7 +277,7 @@ HINTS: dict[tuple[str, int], tuple[str, ...]] = {
         _PRIVILEGE,
         _POLICY,
     ),
-    ("altp2m_set_vcpu_disable_notify", _errno.EINVAL): ("no such vCPU", _MODE_OFF),
+    ("altp2m_set_vcpu_disable_notify", _errno.EINVAL): (_NO_VCPU, _MODE_OFF),
     ("altp2m_set_vcpu_disable_notify", _errno.EOPNOTSUPP): (
         "the CPU has no #VE (Intel Broadwell and later have)",
         _HOST_OFF,
@@ -288,9 +287,16 @@ HINTS: dict[tuple[str, int], tuple[str, ...]] = {
     ("hvm_param_set", _errno.EEXIST): (_MODE_FIXED,),
     ("hvm_param_set", _errno.EINVAL): (
         "a value or parameter Xen does not know, or the domain has nested virtualisation",
+        _NOT_HVM,
     ),
+    ("hvm_param_get", _errno.EINVAL): ("a parameter Xen does not know", _NOT_HVM),
     ("monitor_enable", _errno.EBUSY): (
         "a monitor is, or was, active: another agent, or one that was killed",
+        "the ring's page is gone and the domain is at its memory limit (domain_setmaxmem)",
+    ),
+    ("monitor_enable", _errno.EOPNOTSUPP): (
+        "the toolstack gave the domain no page for the ring (HVM_PARAM_MONITOR_RING_PFN)",
+        _NO_VM_EVENT,
     ),
     ("monitor_enable", _errno.EINVAL): ("the domain is the caller's own, or is not HVM or PVH",),
     ("monitor_disable", _errno.EINVAL): ("no monitor is enabled on the domain",),
@@ -299,7 +305,12 @@ HINTS: dict[tuple[str, int], tuple[str, ...]] = {
     ),
     ("monitor_resume", _errno.ENODEV): (_NO_RING,),
     ("monitor", _errno.EEXIST): ("the event is already switched that way",),
-    ("monitor", _errno.EOPNOTSUPP): ("this CPU or this Xen cannot send the event",),
+    ("monitor", _errno.EOPNOTSUPP): (
+        "this CPU or this Xen cannot send the event",
+        "the domain is PV: only HVM and PVH guests can be monitored",
+        _NO_VM_EVENT,
+    ),
+    ("vm_event_get_version", _errno.EOPNOTSUPP): (_NO_VM_EVENT,),
     ("monitor", _errno.EPERM): ("a domain cannot monitor itself", _PRIVILEGE),
     ("monitor_mov_to_msr", _errno.ENXIO): (_NO_RING,),
     ("monitor_mov_to_msr", _errno.EINVAL): (
@@ -310,19 +321,43 @@ HINTS: dict[tuple[str, int], tuple[str, ...]] = {
     ("set_mem_access", _errno.ENODEV): (_NO_RING,),
     ("set_mem_access", _errno.EINVAL): (
         "no gfns, gfns beyond the domain's maximum gfn, or an access this release does not know",
+        _NOT_HVM,
     ),
+    ("set_mem_access", _errno.ENOSYS): (_NO_VM_EVENT,),
     ("set_mem_access_multi", _errno.ENODEV): (_NO_RING,),
+    ("set_mem_access_multi", _errno.EINVAL): (
+        "an access this release does not know, or a gfn of 2^36 or more; those before it were set",
+        _NOT_HVM,
+    ),
+    ("set_mem_access_multi", _errno.ENOSYS): (_NO_VM_EVENT,),
     ("get_mem_access", _errno.ENODEV): (_NO_RING,),
     ("get_mem_access", _errno.ESRCH): ("the gfn is a hole in the host p2m", _NO_DOMAIN),
-    ("get_mem_access", _errno.EINVAL): ("the gfn is beyond the domain's maximum gfn",),
+    ("get_mem_access", _errno.EINVAL): ("the gfn is beyond the domain's maximum gfn", _NOT_HVM),
+    ("get_mem_access", _errno.ENOSYS): (_NO_VM_EVENT,),
+    ("domain_set_access_required", _errno.ENOSYS): (_NO_VM_EVENT,),
     ("domain_populate_physmap_exact", _errno.EBUSY): (
         "the domain is at its memory limit: raise it first (domain_setmaxmem)",
         "the host has no memory left",
         _NO_DOMAIN,
     ),
     ("domain_decrease_reservation_exact", _errno.EINVAL): (
-        "a gfn is a hole, or its page is still mapped by another domain",
+        "a gfn is a hole, or direct MMIO; those before it were taken back",
         _NO_DOMAIN,
+    ),
+    ("domain_unpause", _errno.EINVAL): ("the domain is not paused, or not by a toolstack",),
+    ("domain_debug_control", _errno.EINVAL): (_NO_VCPU, _NOT_HVM),
+    ("domain_hvm_getcontext", _errno.EINVAL): (_NOT_HVM,),
+    ("domain_hvm_getcontext_partial", _errno.EINVAL): ("Xen saves no such record", _NOT_HVM),
+    ("domain_hvm_getcontext_partial", _errno.ENOENT): (_NO_VCPU,),
+    ("domain_hvm_setcontext", _errno.EINVAL): (
+        "a record that Xen does not know, or of the wrong size, or for a vCPU that is not there",
+        _NOT_HVM,
+    ),
+    ("domain_hvm_setcontext", _errno.ENODATA): ("the stream is cut short",),
+    ("set_paging_mempool_size", _errno.EINVAL): ("the size is not a whole number of pages",),
+    ("foreignmemory_map", _errno.EINVAL): ("a gfn is a hole in the host p2m, or MMIO",),
+    ("evtchn_bind_interdomain", _errno.EINVAL): (
+        "the domain has no such port, or another agent has bound it",
     ),
     ("interface_open", _errno.ENOENT): (
         "this kernel is not running as a Xen control domain (no /dev/xen/privcmd)",

@@ -28,17 +28,20 @@ class UndoList:
         """Remember how to take something back.
 
         Args:
-            what: What stays in place if ``undo`` fails, in words.
+            what: What stays in place if ``undo`` fails, in words; empty where its LeftoverError
+                tells.
             undo: Takes it back; raises a XenError where it cannot.
         """
         self._steps.append((what, undo))
 
-    def drop(self, what: str) -> None:
-        """Forget the latest step for ``what``, because it has been taken already."""
-        for at in range(len(self._steps) - 1, -1, -1):
-            if self._steps[at][0] == what:
-                del self._steps[at]
-                return
+    @property
+    def left(self) -> list[str]:
+        """What stays in place if no step is taken, in words."""
+        return [what for what, _ in reversed(self._steps)]
+
+    def drop(self) -> None:
+        """Forget the latest step, because it has been taken already."""
+        self._steps.pop()
 
     def adopt(self, other: UndoList) -> None:
         """Take over the steps of another list, which has none after it."""
@@ -69,13 +72,15 @@ class UndoList:
                 except XenError as error:
                     failed.append((what, undo))
                     failures.append(error)
-                    # A step that closes something tells better than its name what is left of it.
-                    left += error.left if isinstance(error, LeftoverError) else (what,)
+                    left += [what] if what else []
+                    left += error.left if isinstance(error, LeftoverError) else ()
                 self._steps.pop()
         finally:
             self._steps += reversed(failed)
         if failures:
             first = failures[0]
+            while isinstance(first, LeftoverError) and isinstance(first.__cause__, XenError):
+                first = first.__cause__  # what a child could not close, and why
             raise LeftoverError(
                 f"{doing}: not everything could be undone: {first.message}",
                 left=left,
@@ -89,7 +94,7 @@ class UndoList:
             LeftoverError: Some step failed; its cause is ``cause``.
         """
         try:
-            self.unwind(cause.message if isinstance(cause, XenError) else repr(cause))
+            self.unwind(in_words(cause))
         except LeftoverError as failure:
             raise failure from cause
 
@@ -143,7 +148,9 @@ class Handle:
         """Tell whether what this handle is about has vanished, and all it changed with it."""
         return False
 
-    def _roll_back(self, undo: UndoList, cause: BaseException, heir: UndoList | None = None) -> None:
+    def _roll_back(
+        self, undo: UndoList, cause: BaseException, heir: UndoList | None = None
+    ) -> None:
         """As :meth:`UndoList.roll_back`, but silent where everything has vanished.
 
         Args:
@@ -181,6 +188,11 @@ class Handle:
                 raise
             # The body's own error matters more; what is left must not be lost either.
             error.add_note(str(failure))
+
+
+def in_words(cause: BaseException) -> str:
+    """Say in a line what happened."""
+    return cause.message if isinstance(cause, XenError) else repr(cause)
 
 
 def _warn_unclosed(name: str) -> None:

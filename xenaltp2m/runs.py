@@ -63,13 +63,14 @@ class Runs(Generic[V]):
         self._merge()
         return map(Run, self._starts, self._ends, self._values)
 
-    def __len__(self) -> int:
-        """Count the gfns that have a value."""
+    def __bool__(self) -> bool:
+        self._merge()
+        return bool(self._starts)
+
+    def count(self) -> int:
+        """Count the gfns that have a value; ``len`` would be taken for the number of runs."""
         self._merge()
         return sum(self._ends) - sum(self._starts)
-
-    def __bool__(self) -> bool:
-        return len(self) > 0
 
     def _merge(self) -> None:
         if not self._pending:

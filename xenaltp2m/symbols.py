@@ -120,14 +120,13 @@ class Image:
         """
         name = os.fspath(path)
         try:
-            # O_NONBLOCK: a FIFO must not hold us up before fstat can tell what it is.
-            descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            stream = open(name, "rb", opener=_open_at_once)  # noqa: SIM115 - closed below
         except OSError as error:
             raise SymbolError(f"{name}: {error.strerror}", errno=error.errno) from error
         except ValueError as error:
             raise SymbolError(f"{name!r} is not a file name: {error}") from error
-        with os.fdopen(descriptor, "rb") as stream:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        with stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
                 raise SymbolError(f"{name}: not a regular file")
             return cls(stream, name)
 
@@ -210,6 +209,11 @@ class Image:
     def _few(self) -> bool:
         """Whether looking for similar names is quick enough."""
         return len(self._by_name) <= 20_000
+
+
+def _open_at_once(name: str, flags: int) -> int:
+    # A FIFO must not hold us up before fstat can tell what it is.
+    return os.open(name, flags | os.O_NONBLOCK)
 
 
 _GLOBAL = 2

@@ -22,7 +22,7 @@ from xenaltp2m.errors import (
     UnsupportedError,
     XenError,
 )
-from xenaltp2m.handle import Handle, UndoList
+from xenaltp2m.handle import Handle, UndoList, in_words
 from xenaltp2m.runs import Runs
 from xenaltp2m.types import (
     ALL_GFNS,
@@ -44,6 +44,7 @@ BATCH = 16384
 """Gfns in one bulk call: Xen preempts itself within it, and progress is shown between."""
 
 _DEADLY = (Access.W, Access.WX)
+_SUPERPAGE_ORDER = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,9 +223,10 @@ class View(Handle):
         self._check_open()
         check_gfn(gfn)
         check_gfn(new_gfn)
-        own = self.access(gfn)
+        own = self._own_access(gfn)
         held = self._lazy_access(gfn) if own is None else own
         wanted = held if access is None else self._settled(access)
+        shown = None if own is None else self._remaps.get(gfn)
         undo = UndoList()
         try:
             if held is not None and wanted is not None:
@@ -235,24 +237,18 @@ class View(Handle):
             self._backend.altp2m_change_gfn(self._domid, self.id, gfn, new_gfn)
             self._remap_low = min(self._remap_low, new_gfn)
             self._remap_high = max(self._remap_high, new_gfn)
-            if own is None:
-                undo.forget()  # the entry came with the remap, and with its end it goes
-            elif (bit := self._suppress_ve.get(gfn)) is not None:
-                undo.push(
-                    self._words("suppress-#VE bit", gfn),
-                    lambda: self._backend.altp2m_set_suppress_ve(self._domid, self.id, gfn, bit),
-                )
-            undo.push(self._words("remap", gfn), lambda: self._show_again(gfn))
+            undo.forget()
+            undo.push(self._words("remap", gfn), lambda: self._show_again(gfn, shown, own))
             if wanted is not None:
                 self._write_access(gfn, wanted)
         except BaseException as error:
             self._roll_back(undo, error)
             raise
-        shown = self._remaps.get(new_gfn, new_gfn)
-        if shown == gfn:
+        target = self._remaps.get(new_gfn, new_gfn)
+        if target == gfn:
             self._remaps.pop(gfn, None)  # its own page: reverting it would do harm
         else:
-            self._remaps[gfn] = shown
+            self._remaps[gfn] = target
         self._access.set(gfn, wanted)
         self._suppress_ve.set(gfn, None)  # Xen sets it, for a caller outside the domain
 
@@ -264,6 +260,8 @@ class View(Handle):
 
         Raises:
             InvalidArgumentError: The view does not remap the gfn.
+            LeftoverError: It is reverted, but the view has no entry for it: do not set its access
+                or remap it again in this view, for Xen would forget what neighbours have.
 
         ``xc_altp2m_change_gfn`` with ``~0``.
         """
@@ -277,10 +275,16 @@ class View(Handle):
                 view=self.id,
                 gfn=gfn,
             )
-        self._backend.altp2m_change_gfn(self._domid, self.id, gfn, ALL_GFNS)
+        wiped = self.access(gfn) is None
+        if not wiped:
+            self._backend.altp2m_change_gfn(self._domid, self.id, gfn, ALL_GFNS)
         del self._remaps[gfn]
         self._access.set(gfn, None)
         self._suppress_ve.set(gfn, None)
+        if not wiped:
+            undo = UndoList()
+            undo.push(self._words("missing entry", gfn), lambda: self._fill(gfn))
+            undo.unwind(f"reverting gfn {gfn:#x} of {self!r}")
 
     @property
     def remaps(self) -> dict[Gfn, Gfn]:
@@ -303,7 +307,7 @@ class View(Handle):
 
         Args:
             gfns: One gfn, a range, or any iterable of gfns; each run of neighbours is one call.
-            suppress: The bit. Where the view has no entry yet, Xen makes one with the host's
+            suppress: The bit. Where the view has no entry yet, Xen may make one with the host's
                 access (``p2m_set_suppress_ve_multi``), which the view's default then no longer
                 covers: set the access of such gfns as well.
 
@@ -319,11 +323,13 @@ class View(Handle):
         self._check_open()
         if isinstance(gfns, int):
             check_gfn(gfns)
+            self._populate(gfns, gfns)
             self._backend.altp2m_set_suppress_ve(self._domid, self.id, gfns, suppress)
             self._suppress_ve.set(gfns, suppress)
             return []
         failures = []
         for first, last in neighbours(gfn_array(gfns)):
+            self._populate(first, min(last, self._altp2m.domain.maximum_gfn))
             failure = self._backend.altp2m_set_suppress_ve_multi(
                 self._domid, self.id, first, last, suppress
             )
@@ -396,7 +402,7 @@ class View(Handle):
         self._check_open()
         self._backend.altp2m_get_domain_state(self._domid)  # an absent domain is not a mismatch
         self._backend.altp2m_get_mem_access(self._domid, self.id, ALL_GFNS)
-        total, done = len(self._access), 0
+        total, done = self._access.count(), 0
         mismatches = []
         for run in self._access:
             for gfn in range(run.first, run.end):
@@ -440,14 +446,19 @@ class View(Handle):
         """What ``DEFAULT`` means now; any other access is itself."""
         if access is not Access.DEFAULT:
             return access
-        return self._altp2m.host_default()
+        return self._altp2m._host_default()
 
     def _words(self, what: str, gfn: int) -> str:
         return f"{what} of gfn {gfn:#x} in view {self.id} of domain {self._domid}"
 
-    def _show_again(self, gfn: int) -> None:
-        """Let a gfn show what it showed before a remap that cannot be finished."""
-        shown = self._remaps.get(gfn, ALL_GFNS)
+    def _show_again(self, gfn: int, shown: int | None, own: Access | None) -> None:
+        """Put back the entry that a gfn had before a remap.
+
+        Args:
+            gfn: The gfn.
+            shown: The gfn whose page it showed; None if its own.
+            own: The access it had; None if it had no entry.
+        """
         if shown in self._remaps:
             raise BusyError(
                 f"gfn {gfn:#x} showed the page of gfn {shown:#x}, which is remapped itself by now",
@@ -456,7 +467,40 @@ class View(Handle):
                 view=self.id,
                 gfn=gfn,
             )
-        self._backend.altp2m_change_gfn(self._domid, self.id, gfn, shown)
+        if shown is None:
+            self._backend.altp2m_change_gfn(self._domid, self.id, gfn, ALL_GFNS)
+            self._fill(gfn)
+        else:
+            self._backend.altp2m_change_gfn(self._domid, self.id, gfn, shown)
+        if self._suppress_ve.get(gfn) is False:
+            self._backend.altp2m_set_suppress_ve(self._domid, self.id, gfn, False)
+        if own is not None:
+            self._write_access(gfn, own)
+
+    def _fill(self, gfn: int) -> None:
+        """Give a reverted gfn the entry that it would get on first use.
+
+        Without one, setting its access or remapping it again would have Xen copy the host's whole
+        superpage into the view first (``altp2m_get_effective_entry``), over all that its
+        neighbours have there; up to 4.16 the guest's first use would, too. The suppress-#VE call
+        is the one that makes a 4K entry without that copy.
+        """
+        try:
+            self._backend.altp2m_set_suppress_ve(self._domid, self.id, gfn, True)
+        except NotMappedError:
+            return  # the host has it no more
+        if self._backend.release.lazy_copy_takes_view_default:
+            self._write_access(gfn, self.default_access)
+
+    def _populate(self, first: int, last: int) -> None:
+        """Have Xen copy the host's superpages of a run of gfns before a call that does not.
+
+        Else a later call that does would copy them over the entries made by this one.
+        """
+        for block in range(first >> _SUPERPAGE_ORDER, (last >> _SUPERPAGE_ORDER) + 1):
+            gfn = max(first, block << _SUPERPAGE_ORDER)
+            if self._own_access(gfn) is None and (lazy := self._lazy_access(gfn)) is not None:
+                self._write_access(gfn, lazy)
 
     def _set_back(self, gfns: memoryview, cause: BaseException) -> None:
         """Put back the access of gfns of which Xen may have set some, up to the failing one."""
@@ -472,11 +516,10 @@ class View(Handle):
             if not left:
                 return  # memory ran out at the same gfn as before, with all before it back
             words = f"access of {len(left)} gfns from {min(left):#x} to {max(left):#x}"
-            about = failure.context() if not isinstance(cause, XenError) else cause.context()
             raise LeftoverError(
-                f"setting access failed ({cause}); and setting it back: {failure.message}",
+                f"{in_words(cause)}; and setting back failed: {failure.message}",
                 left=[f"{words} in view {self.id} of domain {self._domid}"],
-                **about,
+                **failure.context(),
             ) from cause
 
     def _prior_access(self, gfn: int) -> Access:
@@ -500,17 +543,17 @@ class View(Handle):
         return left
 
     def _gone(self) -> bool:
-        return self._altp2m.closed or self._altp2m._gone()
+        return self._altp2m._gone()
 
     def _destroy(self) -> None:
         try:
             self._backend.altp2m_destroy_view(self._domid, self.id)
         except BusyError:
-            try:
-                self._backend.altp2m_get_mem_access(self._domid, self.id, ALL_GFNS)
-            except InvalidArgumentError:
+            if self.id not in self._altp2m.vcpu_views().values():
+                if self._altp2m._exists(self.id):
+                    raise
                 return  # EBUSY is also Xen's word for no such view
-            self._altp2m.switch_to_view(None)
+            self._altp2m._vacate()
             self._backend.altp2m_destroy_view(self._domid, self.id)
 
 
@@ -550,6 +593,15 @@ def gfn_array(gfns: Iterable[int]) -> array[int]:
     Raises:
         InvalidArgumentError: One of them is not a gfn.
     """
+    if not isinstance(gfns, Iterable):
+        raise InvalidArgumentError(f"gfns must be an integer or an iterable of them, not {gfns!r}")
+    if isinstance(gfns, range):
+        for gfn in (*gfns[:1], *gfns[-1:]):  # before memory is taken for all between
+            check_gfn(gfn)
+    else:
+        gfns = list(gfns)
+        if bool in set(map(type, gfns)):
+            raise InvalidArgumentError("gfns must be integers, not booleans")
     try:
         found = array("Q", gfns)
     except (TypeError, OverflowError) as error:

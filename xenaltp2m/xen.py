@@ -8,9 +8,10 @@ from uuid import UUID
 
 from xenaltp2m.abi.releases import Release
 from xenaltp2m.backend import Backend, open_backend
+from xenaltp2m.backend.arguments import DOMID_LIMIT
 from xenaltp2m.domain import Domain
 from xenaltp2m.errors import DomainNotFoundError, InvalidArgumentError
-from xenaltp2m.handle import Handle
+from xenaltp2m.handle import Handle, UndoList
 from xenaltp2m.types import DomainInfo
 
 _DOMAINS_AT_ONCE = 256
@@ -57,8 +58,11 @@ class Xen(Handle):
         """Yield every domain on the host, by number. ``xc_domain_getinfolist``."""
         self._check_open()
         first = 0
-        while found := self.backend.domain_getinfolist(first, _DOMAINS_AT_ONCE):
+        while first < DOMID_LIMIT:
+            found = self.backend.domain_getinfolist(first, _DOMAINS_AT_ONCE)
             yield from found
+            if len(found) < _DOMAINS_AT_ONCE:
+                return
             first = found[-1].domid + 1
 
     def domain(self, which: int | str | UUID) -> Domain:
@@ -97,12 +101,13 @@ class Xen(Handle):
                 return info
         raise DomainNotFoundError(f"there is no domain {domid}", domid=domid)
 
-    def close(self) -> None:
-        """Close every domain opened here, then the backend; again is harmless."""
-        if not self.closed:
-            for domain in self._domains:
-                domain.close()
-        super().close()
+    def _take_back(self) -> None:
+        """Close every domain opened here; then the backend, which till then they need."""
+        undo = UndoList()
+        for domain in self._domains:
+            undo.push("", domain.close)
+        undo.unwind(f"closing {self!r}")
+        super()._take_back()
 
 
 def _parse(text: str) -> int | str | UUID:

@@ -120,7 +120,8 @@ def test_registers(host: Host, own_domain: int) -> None:
     assert len(record) == HVM_CPU.size
     stream = bytearray(xen.domain_hvm_getcontext(own_domain))
     [start] = [at for typecode, at in records(stream) if typecode == HVM_CPU_TYPECODE]
-    assert stream[start : start + HVM_CPU.size] == record
+    clock = HVM_CPU.fields["tsc"].offset  # it goes on between the two calls
+    assert stream[start : start + clock] == record[:clock]
     offset, width = HVM_CPU.fields["rbx"]
     rbx = 0x1122334455667788
     stream[start + offset : start + offset + width] = rbx.to_bytes(width, "little")

@@ -89,6 +89,16 @@ def connect(library: Path, sysfs: Path | None = None) -> LibxcBackend:
     return LibxcBackend(Loader(ffi.dlopen, environ, sysfs or library.parent / "no-sysfs"))
 
 
+def pointer_to(address: int) -> ctypes.c_void_p:
+    """Put an address into memory that lives as long as the process, and point to it."""
+    cell = ctypes.c_void_p(address)
+    _cells.append(cell)
+    return ctypes.cast(ctypes.pointer(cell), ctypes.c_void_p)
+
+
+_cells: list[ctypes.c_void_p] = []
+
+
 class Fake:
     """The test's side of the stand-in."""
 
@@ -156,6 +166,11 @@ class Fake:
         address = ctypes.cast(getattr(self._c, name), ctypes.c_void_p).value
         assert address is not None
         return address
+
+    @property
+    def count(self) -> int:
+        """How many calls were made since the last reset, noted in full or not."""
+        return int(self._c.fake_count())
 
     @property
     def calls(self) -> list[Call]:

@@ -248,8 +248,19 @@ int xc_domain_decrease_reservation_exact(void *h, uint32_t domid, unsigned long 
     return a->result;
 }
 
+/* While nothing is noted, which threads may run into, a high parameter is the errno to fail with. */
 int xc_hvm_param_get(void *h, uint32_t domid, uint32_t param, uint64_t *value)
-    OUT(uint64_t, value, domid, param)
+{
+    if (quiet && param >> 31) {
+        errno = param & 0xff;
+        return -1;
+    }
+    NOTE(domid, param);
+    if (a->result >= 0)
+        *value = a->outs[0];
+    return a->result;
+}
+
 int xc_hvm_param_set(void *h, uint32_t domid, uint32_t param, uint64_t value)
     PLAIN(domid, param, value)
 

@@ -40,7 +40,7 @@ def test_every_declared_function_is_accounted_for(library: Path) -> None:
 
 
 def test_the_lists_follow_the_sources(library: Path) -> None:
-    words = set()
+    words: set[object] = set()
     for path in Path(xenaltp2m.backend.libxc.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import gc
 import os
@@ -31,15 +33,16 @@ from xenaltp2m.errors import (
 from xenaltp2m.types import PAGE_SIZE
 
 from . import fake as fakexc
-from .cases import CASES, Case
+from .cases import CASES
 from .fake import Fake
 
-MAPS = Path("/proc/self/maps")
+
+def descriptors() -> set[str]:
+    gc.collect()
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
 
 
 def address_of(view: memoryview) -> int:
-    import ctypes
-
     return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
@@ -60,7 +63,7 @@ def test_what_connecting_does(library: Path, fake: Fake) -> None:
     "failing", ["xtl_createlogger_stdiostream", "xc_interface_open", "xc_version"]
 )
 def test_a_failed_connection_leaves_nothing_open(failing: str, library: Path, fake: Fake) -> None:
-    before = set(os.listdir("/proc/self/fd"))
+    before = descriptors()
     fake.fail(failing, errno.EACCES)
     with pytest.raises(AccessDeniedError) as caught:
         fakexc.connect(library)
@@ -70,7 +73,7 @@ def test_a_failed_connection_leaves_nothing_open(failing: str, library: Path, fa
         failing == "xc_interface_open"
     )
     assert names.count("xtl_logger_destroy") == (failing != "xtl_createlogger_stdiostream")
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert descriptors() == before
 
 
 def test_an_old_hypervisor(library: Path, fake: Fake) -> None:
@@ -111,6 +114,13 @@ def test_the_librarys_words_go_into_the_error_and_not_to_stderr(
     assert capfd.readouterr() == ("", "")
 
 
+def test_the_real_library_where_there_may_be_no_xen(capfd: pytest.CaptureFixture[str]) -> None:
+    """Whatever is installed here: a backend, or an error that says why not, and no noise."""
+    with contextlib.suppress(XenError):
+        LibxcBackend().close()
+    assert capfd.readouterr() == ("", "")
+
+
 # Closing.
 
 
@@ -129,7 +139,7 @@ def open_everything(backend: LibxcBackend, fake: Fake) -> None:
 
 
 def test_close_gives_everything_back(library: Path, fake: Fake) -> None:
-    before = set(os.listdir("/proc/self/fd"))
+    before = descriptors()
     backend = fakexc.connect(library)
     open_everything(backend, fake)
     addresses = [address_of(view) for view in backend._mappings.popitem()[1].pages]
@@ -155,7 +165,7 @@ def test_close_gives_everything_back(library: Path, fake: Fake) -> None:
     names = fake.names()
     assert names[-2:] == ["xc_interface_close", "xtl_logger_destroy"]
     assert names.index("xenforeignmemory_unmap") < names.index("xenforeignmemory_close")
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert descriptors() == before
 
     fake.reset()
     backend.close()
@@ -298,8 +308,7 @@ def test_mapping_fails(function: str, backend: LibxcBackend, fake: Fake) -> None
     with pytest.raises(OutOfMemoryError) as caught:
         backend.foreignmemory_map(1, True, [0x1234])
     assert caught.value.op == function.removeprefix("xen")
-    if function == "xenforeignmemory_map":
-        assert (caught.value.domid, caught.value.gfn) == (1, 0x1234)
+    assert caught.value.domid == (1 if function == "xenforeignmemory_map" else None)
     backend.foreignmemory_unmap(backend.foreignmemory_map(1, True, [1, 2]))
 
 
@@ -344,12 +353,13 @@ def test_a_list_the_caller_changed_is_unmapped_all_the_same(
 @pytest.mark.parametrize("what", ["slice", "cast", "nested", "array"])
 def test_pages_in_use_are_not_unmapped(what: str, backend: LibxcBackend, fake: Fake) -> None:
     pages = backend.foreignmemory_map(1, True, [1])
-    made: Any = {
+    ways: dict[str, Callable[[], Any]] = {
         "slice": lambda: pages[0][8:16],
         "cast": lambda: pages[0].cast("I"),
         "nested": lambda: memoryview(pages[0])[1:][1:],
-        "array": lambda: __import__("ctypes").c_char.from_buffer(pages[0]),
-    }[what]()
+        "array": lambda: ctypes.c_char.from_buffer(pages[0]),
+    }
+    made = ways[what]()
     fake.reset()
     for _ in range(2):
         with pytest.raises(BusyError, match="still in use") as caught:
@@ -396,11 +406,11 @@ def test_the_ring(backend: LibxcBackend, fake: Fake) -> None:
 
 
 def test_the_ring_is_refused(backend: LibxcBackend, fake: Fake) -> None:
+    fake.say("an older message")
+    fake.fail("xc_domain_pause", errno.EIO)
     with pytest.raises(XenError):
-        fake.say("an older message")
-        fake.fail("xc_domain_pause", errno.EIO)
         backend.domain_pause(1)
-    fake.say("xc: error: Failed to enable vm_event (16 = Device or resource busy)")
+    fake.say("xc: error: Failed to enable vm_event\n (16 = Device or resource busy)")
     fake.fail("xc_monitor_enable", errno.EBUSY)
     with pytest.raises(BusyError, match="another agent") as caught:
         backend.monitor_enable(3)
@@ -454,12 +464,12 @@ def in_child(run: Callable[[], None]) -> None:
         try:
             run()
             status = 0
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - the child ends here whatever it was
             os.write(writer, traceback.format_exc().encode()[-60000:])
         finally:
             os._exit(status)
     os.close(writer)
-    with open(reader, "rb") as file:
+    with os.fdopen(reader, "rb") as file:
         words = file.read().decode()
     _, status = os.waitpid(pid, 0)
     assert status == 0, words or f"signal {signal.Signals(os.WTERMSIG(status)).name}"
@@ -473,13 +483,9 @@ def test_fork(library: Path, fake: Fake) -> None:
     fake.reset()
 
     def child() -> None:
-        for name, call in every_call():
-            try:
+        for _, call in every_call():
+            with pytest.raises(ClosedError, match="forked"):
                 call(backend)
-            except ClosedError as error:
-                assert "forked" in str(error), name
-            else:
-                raise AssertionError(name)
         for view in (pages[0], ring):
             with pytest.raises(ValueError, match="released"):
                 view[0]
@@ -543,31 +549,24 @@ def test_threads_share_one_lazy_handle(backend: LibxcBackend, fake: Fake) -> Non
 
 
 def test_errno_is_the_threads_own(backend: LibxcBackend, fake: Fake) -> None:
-    """A thread that fails must not see what another one's call left behind."""
-    wrong: list[int | None] = []
-    stop = threading.Event()
+    fake.quiet()
+    seen: dict[int, set[int | None]] = {errno.EPERM: set(), errno.EBUSY: set()}
 
-    def succeed() -> None:
-        while not stop.is_set():
-            backend.domain_unpause(1)
-
-    thread = threading.Thread(target=succeed)
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        thread.start()
-        for number in (errno.EPERM, errno.EBUSY) * 50:
+    def run(number: int) -> None:
+        for _ in range(2000):
             try:
                 backend.hvm_param_get(1, 1 << 31 | number)
             except XenError as error:
-                wrong.append(error.errno)
+                seen[number].add(error.errno)
+
+    threads = [threading.Thread(target=run, args=[number]) for number in seen]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     finally:
-        stop.set()
-        thread.join()
         sys.setswitchinterval(interval)
-    assert wrong == []
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if case.result == 0][:1], ids=str)
-def test_repr_of_a_case(case: Case) -> None:
-    assert str(case) == case.function
+    assert seen == {number: {number} for number in seen}

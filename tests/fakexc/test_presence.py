@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from xenaltp2m.abi.releases import SYMBOL_SINCE
-from xenaltp2m.backend.libxc import LibxcBackend
+from xenaltp2m.backend.libxc import LibxcBackend, clib
+from xenaltp2m.backend.loader import Library
 from xenaltp2m.errors import LibraryError, UnsupportedError
 
 from . import fake as fakexc
@@ -157,6 +160,29 @@ def test_supports(backend: LibxcBackend) -> None:
     assert not backend.supports("xc_no_such_thing")
     assert not backend.supports("printf")
     assert not backend.supports("")
+
+
+def test_a_library_is_opened_once_and_never_unloaded() -> None:
+    """cffi unloads a library with its last reference, and under the feet of its handles."""
+
+    class Handle:
+        xs_open = "bound"
+
+    opened = []
+
+    def open_library() -> Library:
+        opened.append(Handle())
+        return Library("tests/only-here.so", opened[-1])
+
+    functions = clib.Functions("xs_", open_library)
+    assert opened == []
+    assert functions.xs_open == functions.xs_open == "bound"
+    assert not hasattr(functions, "xs_no_such_thing")
+    handle = weakref.ref(opened.pop())
+    assert opened == []
+    del functions
+    gc.collect()
+    assert handle() is not None
 
 
 def test_a_companion_that_is_not_there(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ BOCHS_OPTIONS = (
     "--enable-x86-64 --enable-vmx=2 --enable-cpu-level=6 --enable-evex --enable-avx --enable-pci "
     "--disable-debugger --disable-debugger-gui --disable-gdb-stub --enable-repeat-speedups "
     "--enable-handlers-chaining --enable-fast-function-calls --enable-configurable-msrs "
-    "--with-nogui --disable-docbook"
+    "--with-nogui --disable-docbook --disable-large-ramfile --disable-show-ips"
 ).split()
 
 PYTHON_PACKAGES = (
@@ -68,10 +68,9 @@ LIBRARIES_OF_XEN = (
     "libtinfo6", "libbz2-1.0", "libfdt1", "libgcc-s1", "liblzo2-2",
 )  # fmt: skip
 
-MODULES = {
-    "xen": ("xen_privcmd", "xen_evtchn", "xen_gntdev", "xen_gntalloc", "xenfs"),
-    "disk": ("ata_piix", "sd_mod"),
-}
+MODULES = (
+    "xen_privcmd", "xen_evtchn", "xen_gntdev", "xen_gntalloc", "xenfs", "ata_piix", "sd_mod",
+)  # fmt: skip
 
 # In the closure of the packages above, of no use to a dom0 that never configures a package.
 NOT_UNPACKED = {
@@ -348,19 +347,18 @@ def apt(suite: str) -> Apt:
     return _apts.setdefault(suite, Apt(suite))
 
 
-def built(name: str, inputs: object, *makers: Callable[..., object]) -> Path:
+def built(name: str, inputs: object, *makers: Callable[..., object], keep: int = 2) -> Path:
     """Returns the cached result of `makers[0](directory)`, running it when inputs changed.
 
-    The key covers `inputs` and the source text of all `makers`; results of older keys of the
-    same name go once the new one is there.
+    The key covers `inputs` and the source text of all `makers`. Of results of the same name the
+    `keep` used last remain.
     """
     text = json.dumps([inputs, [inspect.getsource(maker) for maker in makers]], default=str)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     place = cache_dir() / f"{name}@{key}"
-    if place.is_dir():
-        return place
     with locked("build", "an image build"):
         if place.is_dir():
+            os.utime(place)
             return place
         started = time.monotonic()
         say(f"building {name}")
@@ -369,9 +367,10 @@ def built(name: str, inputs: object, *makers: Callable[..., object]) -> Path:
         work.mkdir(parents=True)
         makers[0](work)
         work.rename(place)
-        for old in cache_dir().glob(f"{name}@*"):
-            if old != place:
-                shutil.rmtree(old, ignore_errors=True)
+        os.utime(place)
+        found = sorted(cache_dir().glob(f"{name}@*"), key=lambda path: path.stat().st_mtime)
+        for old in found[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
         say(f"built {name} in {time.monotonic() - started:.0f} s")
     return place
 
@@ -453,11 +452,9 @@ def kernel() -> Path:
             path.stem.replace("-", "_"): path
             for path in sorted((work / "tree/usr/lib/modules").rglob("*.ko"))
         }
-        for use, names in MODULES.items():
-            target = work / "modules" / use
-            target.mkdir(parents=True)
-            for number, name in enumerate(load_order(names, found)):
-                shutil.copy2(found[name], target / f"{number:02}-{name}.ko")
+        (work / "modules").mkdir()
+        for number, name in enumerate(load_order(MODULES, found)):
+            shutil.copy2(found[name], work / "modules" / f"{number:02}-{name}.ko")
         shutil.rmtree(work / "tree")
 
     return built("kernel", [KERNEL_SUITE, MODULES], make, unpack, elf_of, load_order)

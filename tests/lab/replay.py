@@ -13,7 +13,8 @@ lists; access numbers are the running release's. ``rc`` is 0 or -1, ``errno`` Li
 ``out`` what the method returns, null after a failure. ``seed`` only names the program.
 
 ``setup`` says all that the answers depend on, see :class:`Setup`. Consecutive programs of one
-``batch`` ran on one domain, one after the other; the first found it freshly created, still paused.
+``batch`` ran on one domain, one after the other; the first found it freshly created,
+still paused.
 :class:`Player` is what brings the domain to a known state before and after each program. It speaks
 the Protocol alone: a recorder plays with it on the real backend, the replay on the mock.
 """
@@ -63,6 +64,10 @@ class Setup:
     """Whether the CPU has #VE."""
     physical_address_bits: int = 39
     """The CPU's ``maxphysaddr``."""
+    started: bool = False
+    """Whether the domain ran for a moment, upon which Xen maps the APIC's page."""
+    listened: bool = False
+    """Whether a monitor is enabled all along, as host access calls need."""
     warm_up: tuple[int, ...] = ()
     """gfns whose host entries are made 4K ones, RAM or empty, before the first program."""
 
@@ -119,6 +124,10 @@ class Player:
         self._domid = domid
         self._warm_up = setup.warm_up
         self._populated: set[int] = set()
+        if setup.started:
+            backend.domain_unpause(domid)
+            backend.domain_pause(domid)
+        self._ring = backend.monitor_enable(domid)[1] if setup.listened else None
         backend.domain_setmaxmem(domid, setup.max_kib)
         self._switch(True)
         for gfn in setup.warm_up:
@@ -137,6 +146,12 @@ class Player:
                 )
             yield answer
         self._clear_up()
+
+    def close(self) -> None:
+        """Give the monitor back, if there is one."""
+        if self._ring is not None:
+            self._backend.monitor_unmap_ring(self._ring)
+            self._backend.monitor_disable(self._domid)
 
     def _clear_up(self) -> None:
         """Drop what was populated; give the host its default and the warm gfns their access."""
@@ -233,6 +248,8 @@ def replay(programs: Iterable[Program]) -> Result:
         for program in batch:
             player = player or mock_player(program)
             result.add(program, player.play((op, args) for op, args, _ in program.steps))
+        if player is not None:
+            player.close()
     return result
 
 

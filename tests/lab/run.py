@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import configparser
+import io
+import os
 import shlex
 import shutil
-import stat
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -23,8 +23,8 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from boot import Boot, run
-from images import RELEASES, Cpio, Images, LabError, cache_dir, images, locked, require, say
+from boot import BLOCK, DISK_BYTES, PAYLOAD_AT, Boot, Machine, snapshot
+from images import RELEASES, Images, LabError, cache_dir, images, locked, require, say
 
 STATUS_OF_LAB = 70  # EX_SOFTWARE: the lab failed, not the job
 
@@ -34,14 +34,14 @@ def python_of(root: Path) -> str:
     return max(path.name for path in (root / "usr/bin").glob("python3.*"))
 
 
-def install(archive: Cpio, wheel: Path, site: str) -> None:
+def install(archive: tarfile.TarFile, wheel: Path, python: str) -> None:
     """Puts a pure Python wheel where dom0's Python finds it, with its console scripts."""
+    site = f"usr/local/lib/{python}/dist-packages"
     with zipfile.ZipFile(wheel) as content:
         for name in content.namelist():
             if ".data/" in name or name.endswith("/"):
                 continue
-            archive.parents(f"{site}/{name}")
-            archive.add(f"{site}/{name}", stat.S_IFREG | 0o644, content.read(name))
+            add(archive, f"{site}/{name}", content.read(name))
             if name.endswith(".dist-info/entry_points.txt"):
                 parser = configparser.ConfigParser()
                 parser.read_string(content.read(name).decode())
@@ -52,30 +52,50 @@ def install(archive: Cpio, wheel: Path, site: str) -> None:
                         f"#!/usr/bin/python3\nimport sys\nfrom {module} import {call}\n"
                         f"sys.exit({call}())\n"
                     )
-                    archive.add(f"usr/bin/{script}", stat.S_IFREG | 0o755, text.encode())
+                    add(archive, f"usr/bin/{script}", text.encode(), 0o755)
 
 
-def pack(target: Path, built: Images, wheels: Sequence[Path], puts: Sequence[str], job: str) -> None:
-    """Writes the ramdisk: dom0's root followed by the job."""
-    site = f"usr/local/lib/{python_of(built.root)}/dist-packages"
-    shutil.copyfile(built.initrd, target)
-    with open(target, "ab") as out:
-        archive = Cpio(out)
-        for wheel in wheels:
-            install(archive, wheel, site)
-        for put in puts:
-            source, _, name = put.partition(":")
-            path = Path(source)
-            if not path.exists():
-                raise LabError(f"no such file: {source}")
-            archive.tree(path, f"job/{name or path.resolve().name}")
-        archive.parents("job/job.sh")
-        archive.add("job/job.sh", stat.S_IFREG | 0o755, job.encode())
-        archive.parents("lab/job.env")
-        archive.add(
-            "lab/job.env", stat.S_IFREG | 0o644, f"XEN_RELEASE={built.release.xen}\n".encode()
-        )
-        archive.close()
+def pack(disk: Path, built: Images, wheels: Sequence[Path], puts: Sequence[str], job: str) -> None:
+    """Writes the disk that carries the job into dom0, unpacked there over the root."""
+    with open(disk, "wb") as out:
+        os.truncate(disk, DISK_BYTES)
+        out.seek(PAYLOAD_AT + BLOCK)
+        with tarfile.open(fileobj=out, mode="w|", format=tarfile.GNU_FORMAT) as archive:
+            for wheel in wheels:
+                install(archive, wheel, python_of(built.root))
+            for put in puts:
+                source, _, name = put.partition(":")
+                path = Path(source)
+                if not path.exists():
+                    raise LabError(f"no such file: {source}")
+                archive.add(path, f"job/{name or path.resolve().name}", filter=as_root)
+            add(archive, "job/job.sh", job.encode(), 0o755)
+            environment = {
+                "XEN_RELEASE": built.release.xen,
+                "NOW": str(int(time.time())),
+                "SEED": os.urandom(16).hex(),
+            }
+            lines = "".join(f"{name}={value}\n" for name, value in environment.items())
+            add(archive, "lab/job.env", lines.encode())
+        end = out.tell()
+        out.seek(PAYLOAD_AT)
+        out.write(b"%d\n" % -(-(end - PAYLOAD_AT - BLOCK) // BLOCK))
+        if end > DISK_BYTES:
+            raise LabError(f"the job is larger than the disk ({DISK_BYTES >> 20} MB)")
+
+
+def as_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Ownership of what goes into dom0."""
+    member.uid = member.gid = 0
+    member.uname = member.gname = "root"
+    return member
+
+
+def add(archive: tarfile.TarFile, name: str, data: bytes, mode: int = 0o644) -> None:
+    """Adds a file made here."""
+    member = as_root(tarfile.TarInfo(name))
+    member.size, member.mode, member.mtime = len(data), mode, int(time.time())
+    archive.addfile(member, io.BytesIO(data))
 
 
 def main() -> int:
@@ -94,6 +114,7 @@ def main() -> int:
     parser.add_argument("--dom0-option", action="append", default=[], metavar="OPTION",
                         help="the same for dom0's kernel")  # fmt: skip
     parser.add_argument("--install", action="store_true", help="apt-get install what is missing")
+    parser.add_argument("--cold", action="store_true", help="boot, do not use a saved state")
     parser.add_argument("--verbose", action="store_true", help="show the whole serial console")
     parser.add_argument("command", nargs="+", help="what to run in dom0, in /job")
     arguments = parser.parse_args()
@@ -111,37 +132,48 @@ def main() -> int:
 
 def _run(arguments: argparse.Namespace, built: Images, results: Path, job: str) -> int:
     results.mkdir(parents=True, exist_ok=True)
+    boot = Boot.of(built, arguments.xen_option, arguments.dom0_option)
+    state = None if arguments.cold else snapshot(boot)
     with (
-        locked("emulator", "the emulator"),
+        locked("machine", "the emulator"),
         tempfile.TemporaryDirectory(prefix="run-", dir=cache_dir()) as name,
     ):
         work = Path(name)
         started = time.monotonic()
-        pack(work / "ramdisk", built, arguments.wheel, arguments.put, job)
-        boot = Boot(
-            built, work, work / "ramdisk", arguments.xen_option, arguments.dom0_option
-        )
+        disk = work / "job.img"
+        pack(disk, built, arguments.wheel, arguments.put, job)
+        machine = Machine(boot, work)
         showing = False
 
         def on_line(text: str) -> bool:
             nonlocal showing
             clock = time.monotonic() - started
             if text.startswith("LAB: "):
-                say(f"{clock:6.1f} s  {text[5:]}")
+                say(f"{clock:6.2f} s  {text[5:]}")
                 showing = "job starts" in text
-            elif showing or arguments.verbose:
-                print(text if not arguments.verbose else f"{clock:6.1f} {text}", flush=True)
+            elif arguments.verbose:
+                print(f"{clock:6.2f} {text}", flush=True)
+            elif showing and not text.startswith("(XEN) "):
+                print(text, flush=True)
             return text.startswith("LAB: results written")
 
         try:
-            run(boot, arguments.timeout, on_line)
+            if state is None:
+                machine.boot_from_nothing(disk)
+            else:
+                machine.resume(state, disk)
+            if not machine.watch(arguments.timeout, on_line):
+                raise machine.failure("the emulator ended before the job did")
         finally:
+            machine.stop()
             for log in ("serial.log", "bochs.log"):
                 if (work / log).exists():
                     shutil.copyfile(work / log, results / log)
-        with tarfile.open(work / "disk.img", "r:") as archive:
-            archive.extractall(results, filter="data")
-        say(f"{time.monotonic() - started:6.1f} s  over, results in {results}")
+        with open(work / "disk.img", "rb") as out:
+            out.seek(PAYLOAD_AT + BLOCK)
+            with tarfile.open(fileobj=out, mode="r|") as archive:
+                archive.extractall(results, filter="data")
+        say(f"{time.monotonic() - started:6.2f} s  over, results in {results}")
     return int((results / "status").read_text())
 
 

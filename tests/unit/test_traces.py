@@ -7,8 +7,9 @@ import dataclasses
 import json
 import lzma
 import sys
-from errno import EBUSY, EINVAL
+from errno import EBUSY, EINVAL, ENODEV, EOPNOTSUPP, ESRCH
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,10 +37,9 @@ def test_the_mock_answers_as_xen_did(trace: Path) -> None:
     assert result.agree == result.steps
 
 
-def programs(xen: str = "4.22", count: int = 60) -> list[replay.Program]:
-    """Some recorded programs of a release."""
-    trace = next(trace for trace in TRACES if trace.name.startswith(f"xen-{xen}"))
-    return list(replay.read(trace))[:count]
+def programs(count: int = 60) -> list[replay.Program]:
+    """Some recorded programs."""
+    return list(replay.read(LAB / "traces" / "xen-4.22.0-random.jsonl.xz"))[:count]
 
 
 def test_a_wrong_errno_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +144,54 @@ def test_an_unknown_condition_is_refused() -> None:
     fields["setup"]["nested"] = True
     with pytest.raises(TypeError, match="nested"):
         replay.Program.parse(json.dumps(fields))
+
+
+@pytest.mark.parametrize(
+    ("setup", "call", "answers"),
+    [
+        ({"listened": True}, ("get_mem_access", [0x100]), ((-1, ENODEV, None), (0, 0, 7))),
+        (
+            {"started": True},
+            ("altp2m_get_mem_access", [0, 0xFEE00]),
+            ((-1, ESRCH, None), (0, 0, 7)),
+        ),
+        ({"vcpus": 4}, ("altp2m_get_vcpu_p2m_idx", [3]), ((-1, EINVAL, None), (0, 0, 0))),
+        ({"mode": "mixed"}, ("hvm_param_get", [35]), ((0, 0, 2), (0, 0, 1))),
+        ({"view_count": 1}, ("altp2m_create_view", [7]), ((0, 0, 1), (-1, EINVAL, None))),
+        (
+            {"virtualisation_exceptions": True},
+            ("altp2m_set_vcpu_disable_notify", [0]),
+            ((-1, EOPNOTSUPP, None), (0, 0, None)),
+        ),
+        (
+            {"physical_address_bits": 9},
+            ("altp2m_set_suppress_ve_multi", [0, 0x200, 0x201, True]),
+            ((0, 0, None), (-1, EINVAL, None)),
+        ),
+        (
+            {"max_kib": 0},
+            ("domain_populate_physmap_exact", [[0x2000], 0]),
+            ((0, 0, None), (-1, EBUSY, None)),
+        ),
+        (
+            {"memory_kib": 1024},
+            ("altp2m_get_mem_access", [0, 0x100]),
+            ((0, 0, 7), (-1, ESRCH, None)),
+        ),
+    ],
+    ids=lambda part: "-".join(part) if isinstance(part, dict) else "",
+)
+def test_every_condition_reaches_the_mock(
+    setup: dict[str, Any],
+    call: tuple[str, list[Any]],
+    answers: tuple[tuple[Any, ...], tuple[Any, ...]],
+) -> None:
+    op, args = call
+    usual, changed = (replay.Answer(*answer) for answer in answers)
+    for condition, expected in (({}, usual), (setup, changed)):
+        steps = [(op, args, expected)]
+        result = replay.replay([replay.Program("4.22", 1, 0, replay.Setup(**condition), steps)])
+        assert not result.differences, result.differences[0]
 
 
 def test_a_batch_shares_a_domain_and_the_next_does_not() -> None:

@@ -69,7 +69,7 @@ class Backend(Protocol):
         """A domain's name in xenstore, or None: the read ``libxl_domid_to_name`` makes."""
 
     def domain_config_json(self, domid: int) -> str:
-        """``libxl_userdata_retrieve`` of ``libxl-json``: a domain's configuration, a JSON object."""
+        """``libxl_userdata_retrieve`` of ``libxl-json``: the configuration, a JSON object."""
 
     def domain_pause(self, domid: int) -> None:
         """``xc_domain_pause``: add one to the domain's pause count."""

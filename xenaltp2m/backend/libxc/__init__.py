@@ -217,17 +217,16 @@ class LibxcBackend:
             if self._closed is not None:
                 return
             undo = [*self._undo]
-            for mapping in self._mappings.values():
-                undo.append(functools.partial(mapping.close, "close"))
-            for handle in self._channels.values():
-                close = self._evtchn.xenevtchn_close
-                undo.append(functools.partial(checked, "xenevtchn_close", close, handle))
+            undo += [functools.partial(m.close, "close") for m in self._mappings.values()]
+            if self._channels:
+                close = functools.partial(checked, "xenevtchn_close", self._evtchn.xenevtchn_close)
+                undo += [functools.partial(close, handle) for handle in self._channels.values()]
             self._shut(_CLOSED)
         failures = []
         for give_back in reversed(undo):
             try:
                 give_back()
-            except (XenError, OSError) as error:
+            except OSError as error:
                 failures.append(error)
         if failures:
             first, *others = failures
@@ -429,13 +428,13 @@ class LibxcBackend:
         function = "xc_domain_populate_physmap_exact"
         extents = clib.copy_gfns("domain_populate_physmap_exact", gfns)
         order = _number("order", order)
-        self._call(function, _domid(domid), len(extents), order, 0, extents, gfn=_only(gfns))
+        self._call(function, _domid(domid), len(extents), order, 0, extents)
 
     def domain_decrease_reservation_exact(self, domid: int, gfns: Gfns, order: int = 0) -> None:
         function = "xc_domain_decrease_reservation_exact"
         extents = clib.copy_gfns("domain_decrease_reservation_exact", gfns)
         order = _number("order", order)
-        self._call(function, _domid(domid), len(extents), order, extents, gfn=_only(gfns))
+        self._call(function, _domid(domid), len(extents), order, extents)
 
     def hvm_param_get(self, domid: int, param: int) -> int:
         value = new(clib.UINT64)
@@ -776,7 +775,7 @@ class LibxcBackend:
             handle, domid, protection, count, frames, NULL
         )
         if address == NULL:
-            raise refusal("xenforeignmemory_map", domid=domid, gfn=_only(gfns))
+            raise refusal("xenforeignmemory_map", domid=domid)
         function = "xenforeignmemory_unmap"
         call = self._foreignmemory.xenforeignmemory_unmap
         unmap = functools.partial(checked, function, call, handle, address, count)
@@ -813,10 +812,6 @@ class LibxcBackend:
         del self._mappings[id(handed)]
 
 
-def _only(gfns: Gfns | Sequence[int]) -> int | None:
-    return gfns[0] if len(gfns) == 1 else None
-
-
 def _domain_info(layout: layouts.Layout, raw: memoryview, base: int) -> DomainInfo:
     number = functools.partial(layout.number, raw, base=base)
     flags = number("flags")
@@ -843,7 +838,7 @@ def _record(stream: bytes, domid: int, typecode: int, instance: int) -> bytes:
         length = head.number(stream, "length", start)
         kind, which = (head.number(stream, name, start) for name in ("typecode", "instance"))
         start += head.size
-        if (kind, which) == (typecode, instance):
+        if (kind, which) == (typecode, instance) and start + length <= len(stream):
             return stream[start : start + length]
         start += length
     raise errors.from_errno("domain_hvm_getcontext_partial", _errno.ENOENT, domid=domid)

@@ -88,6 +88,11 @@ class Absent:
         )
 
 
+_loaded: dict[str, Library] = {}
+"""Libraries stay loaded, as cffi unloads one with its last reference: their handles, and the fork
+handlers that libxl registers (``libxl__atfork_init``), may outlive a backend."""
+
+
 class Functions:
     """One library's functions as attributes; the library is opened when the first is wanted.
 
@@ -104,6 +109,7 @@ class Functions:
         if not symbol.startswith(self.prefix):
             raise AttributeError(symbol)
         library = self._open_library()
+        _loaded.setdefault(library.name, library)
         function: Any
         try:
             function = getattr(library.handle, symbol)
@@ -152,10 +158,11 @@ class Log:
 
     def take(self) -> str:
         """Return what was logged since the last time."""
-        self._file.seek(0)
-        text = self._file.read()
-        os.ftruncate(self._file.fileno(), 0)
-        return text.decode(errors="replace").strip()
+        descriptor = self._file.fileno()
+        text = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+        os.ftruncate(descriptor, 0)
+        # libxenctrl's own line breaks, before the "(16 = Device or resource busy)" of PERROR.
+        return text.decode(errors="replace").replace("\n (", " (").strip()
 
     def annotate(self, error: XenError) -> XenError:
         """Add what was logged to an error."""

@@ -36,7 +36,7 @@ from xenaltp2m.backend import Bytes, Gfns, arguments
 from xenaltp2m.backend.mock.guest import Outcome, touch
 from xenaltp2m.backend.mock.machine import Domain, Livelock, Machine, Refused
 from xenaltp2m.backend.mock.monitor import Channel, Monitor, Port
-from xenaltp2m.backend.mock.p2m import Entry
+from xenaltp2m.backend.mock.p2m import ANY_RAM_TYPES, Entry
 from xenaltp2m.types import ALL_GFNS, PAGE_SIZE, Altp2mMode, DomainInfo, DomId
 
 __all__ = ["Call", "Livelock", "MockBackend", "Outcome"]
@@ -230,7 +230,7 @@ class MockBackend:
         return "\n".join(lines)
 
     def open_resources(self) -> list[str]:
-        """What the caller has not given back: mappings, event channels, monitors, pauses."""
+        """What the caller has not given back: mappings, event channels, monitors."""
         left = [f"mapping of {len(m.pages)} pages" for m in self._mappings.values()]
         left += [f"event channel {channel}" for channel in self._channels]
         left += [f"monitor of domain {domid}" for domid, m in self._monitors.items() if m.enabled]
@@ -263,12 +263,13 @@ class MockBackend:
             raise errors.ClosedError("the backend is closed")
 
     def _inject(self, op: str) -> None:
-        for fault in self._faults:
-            if fault.op in (None, op):
-                fault.countdown -= 1
-                if not fault.countdown:
-                    self._faults.remove(fault)
-                    raise Refused(fault.errno)
+        counting = [fault for fault in self._faults if fault.op in (None, op)]
+        for fault in counting:
+            fault.countdown -= 1
+        due = [fault for fault in counting if not fault.countdown]
+        if due:
+            self._faults = [fault for fault in self._faults if fault.countdown]
+            raise Refused(due[0].errno)
 
     def _check_skew(self) -> None:
         """Refuse a domctl from a library of another release."""
@@ -353,10 +354,7 @@ class MockBackend:
 
     @_operation
     def domain_unpause(self, domid: int) -> None:
-        domain = self._domctl(domid)
-        if not domain.pauses:
-            raise Refused(EINVAL)
-        domain.pauses -= 1
+        self._domctl(domid).unpause()
 
     @_operation
     def domain_maximum_gpfn(self, domid: int) -> int:
@@ -422,8 +420,7 @@ class MockBackend:
         head = layouts.HVM_DESCRIPTOR
         while True:
             if len(rest) < head.size:
-                # hvm_load: "save did not end with a null entry"; -1 before it was given an errno
-                raise Refused(ENODATA if self.release.version >= (4, 19) else EPERM)
+                raise Refused(ENODATA)  # hvm_load: there was no end marker
             kind, number, length = (
                 head.number(rest, name) for name in ("typecode", "instance", "length")
             )
@@ -446,7 +443,7 @@ class MockBackend:
         if op not in (0, 1):  # XEN_DOMCTL_DEBUG_OP_SINGLE_STEP_OFF, _ON
             raise Refused(ENOSYS)
         target.single_step = op == 1
-        if not op and self.release.version >= (4, 19):  # 897def94b5
+        if not op and self.release.version >= (4, 17):  # 897def94b5, in 4.17.4 and 4.18.1, too
             target.fast_step_view = None
 
     @_operation
@@ -738,7 +735,7 @@ class MockBackend:
         frames = []
         for gfn in gfns:
             found = domain.host_lookup(gfn, populate=True, unshare=writable)
-            if not found.valid:
+            if not found.valid or found.type not in ANY_RAM_TYPES:  # get_page_from_gfn
                 raise Refused(EINVAL)
             frames.append(found.mfn)
         views = map(self.machine.frames.page, frames)

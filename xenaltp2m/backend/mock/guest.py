@@ -57,11 +57,11 @@ def touch(domain: Domain, vcpu: Vcpu, gfn: int, kind: str) -> Outcome:
     """
     wanted = _KINDS[kind]
     for _ in range(_RETRIES):
-        if domain.crashed:
-            return Outcome.CRASH
         view = domain.views[vcpu.view] if domain.active else None
         table = domain.host if view is None else view.table
         host = domain.host_lookup(gfn, populate=True, unshare=bool(wanted & W))
+        if domain.crashed:
+            return Outcome.CRASH
         found = table.lookup(gfn)
         if not found.mapped:
             if view is None or not host.mapped:

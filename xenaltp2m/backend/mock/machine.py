@@ -3,7 +3,8 @@
 
 Operations raise :class:`Refused` with Xen's errno and otherwise change the state as Xen would.
 Each rule names the Xen function it restates; where releases differ, the difference is a field of
-:class:`~xenaltp2m.abi.releases.Release`.
+:class:`~xenaltp2m.abi.releases.Release`. Where updates of one release differ, its last one counts:
+XSA-378 and XSA-389 are fixed in 4.14 (4.14.6) and 4.15 (4.15.7), too.
 """
 
 from __future__ import annotations
@@ -193,6 +194,7 @@ class Domain:
         self.target_kib = memory_kib
         self.pages = 0
         self.pauses = 0
+        self.creation_finished = False
         self.dying = False
         self.crashed = False
         self.pool = Pool(pool_pages)
@@ -320,12 +322,9 @@ class Domain:
         if mfn is None:
             return False
         self.pages += 1 << order  # and so it stays where what follows fails
-        refused = SPECIAL_TYPES
-        if not self.release.revert_refuses_mmio:  # direct MMIO: the same commit
-            refused -= {PageType.MMIO_DIRECT}
         for offset in range(1 << order):
             old = self.host.lookup(gfn + offset)
-            if old.type in refused:
+            if old.type in SPECIAL_TYPES:
                 self.crash("populated over grant, foreign or direct MMIO")
                 return False
             if old.valid and old.type in RAM_TYPES:
@@ -336,17 +335,13 @@ class Domain:
         return True
 
     def remove_page(self, gfn: int) -> bool:
-        """Take one page back (``guest_remove_page``); from 4.16 not where it is direct MMIO."""
+        """Take one page back (``guest_remove_page``); a direct MMIO entry is refused."""
         found = self.host.lookup(gfn)
-        if found.type == PageType.POPULATE_ON_DEMAND or (  # p2m_pod_decrease_reservation
-            found.type == PageType.MMIO_DIRECT and not self.release.revert_refuses_mmio
-        ):
+        if found.type == PageType.POPULATE_ON_DEMAND:  # p2m_pod_decrease_reservation
             return not self.host_write(
                 gfn, INVALID_MFN, ORDER_4K, PageType.INVALID, self.host_default_access
             )
-        if found.type == PageType.MMIO_DIRECT or not found.valid:
-            return False
-        if self.remove_entry(None, gfn, found.mfn):
+        if not found.valid or self.remove_entry(None, gfn, found.mfn):
             return False
         self.machine.frames.release(found.mfn, self)
         return True
@@ -354,10 +349,9 @@ class Domain:
     def remove_entry(self, view: View | None, gfn: int, mfn: int) -> int:
         """``p2m_remove_entry``, order 0 (``p2m_remove_page`` up to 4.16); None is the host."""
         found = (view.table if view else self.host).lookup(gfn)
-        if self.release.revert_refuses_non_ram:
+        refused = found.type == PageType.MMIO_DIRECT
+        if self.release.version >= (4, 21):
             refused = found.type not in ANY_RAM_TYPES and found.type != PageType.BROKEN
-        else:
-            refused = self.release.revert_refuses_mmio and found.type == PageType.MMIO_DIRECT
         if refused:
             return EILSEQ
         tracked = found.type not in SPECIAL_TYPES and found.type != PageType.SHARED
@@ -369,7 +363,7 @@ class Domain:
         if view is not None:
             write, default = view.table.write, view.default_access
         error = write(gfn, INVALID_MFN, ORDER_4K, PageType.INVALID, default)
-        if error and tracked and self.release.version >= (4, 16):  # undone since XSA-389
+        if error and tracked:  # XSA-389
             self.m2p[mfn] = gfn
             self.dirty.add(gfn)
         return error
@@ -387,6 +381,26 @@ class Domain:
         found = self.host.lookup(gfn)
         if found.type == PageType.RAM_LOGDIRTY:
             self.host_write(gfn, found.mfn, ORDER_4K, PageType.RAM_RW, self.host_default_access)
+
+    def unpause(self) -> None:
+        """Take one pause; the first time none is left, the APIC's page is mapped.
+
+        ``vmx.c:domain_creation_finished``, 4.15: a domain that never ran has a hole there.
+        """
+        if not self.pauses:
+            raise Refused(EINVAL)
+        self.pauses -= 1
+        if self.pauses or self.creation_finished:
+            return
+        self.creation_finished = True
+        if self.release.version >= (4, 15):
+            self.map_apic_page()
+
+    def map_apic_page(self) -> None:
+        """``vmx_alloc_vlapic_mapping``: part of the domain's creation in 4.14."""
+        if self.hvm and (mfn := self.machine.frames.allocate()) is not None:
+            self.special_frames.add(mfn)
+            self.host_write(_APIC_PAGE_GFN, mfn, ORDER_4K, PageType.MMIO_DIRECT, ACCESS_RWX)
 
     def crash(self, reason: str) -> None:
         """``domain_crash``."""
@@ -636,7 +650,7 @@ class Domain:
         found = self.host_lookup(gfn, populate=True, unshare=True)
         if found.type in PAGING_TYPES:
             raise Refused(EAGAIN)
-        if found.type == PageType.MMIO_DIRECT and self.release.notify_on_mmio_is_eperm:
+        if found.type == PageType.MMIO_DIRECT:
             raise Refused(EPERM)
         if (
             not found.valid
@@ -745,10 +759,8 @@ class Machine:
             HVM_PARAM_IDENT_PT: (first + 6) << 12,
             HVM_PARAM_CONSOLE_PFN: first + 7,
         }
-        mfn = self.frames.allocate()
-        assert mfn is not None
-        domain.special_frames.add(mfn)
-        domain.host_write(_APIC_PAGE_GFN, mfn, ORDER_4K, PageType.MMIO_DIRECT, ACCESS_RWX)
+        if self.release.version < (4, 15):
+            domain.map_apic_page()
 
     def domain(self, domid: int) -> Domain:
         """Return a domain; ESRCH if there is none."""

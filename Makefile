@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+# Each target sets up what it needs. `make help` lists them.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+SOURCES := xenaltp2m cdefs tests examples setup.py
+XEN ?= 4.17
+IMAGE := examples/guest/hello.elf
+
+# Networks fail now and then: three tries, each after a longer pause.
+retry = for pause in 5 20 0; do $(1) && break; \
+	[ $$pause -ne 0 ] || { echo "make: failed three times: $(firstword $(2))" >&2; exit 1; }; \
+	echo "make: trying again in $$pause s" >&2; sleep $$pause; done
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check lint format types ffi ffi-check abi bench guest dist clean headers \
+	lab test-xen demo-xen
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | \
+	while IFS='|' read -r name text; do printf '%-12s %s\n' "$$name" "$$text"; done
+
+demo: $(READY) ## protect a function of a real guest image, on the mock hypervisor
+	$(RUN) -m xenaltp2m --connect mock protect guest --image $(IMAGE) --symbol target --hold 1
+
+test: $(READY) headers ## run every test that needs no Xen
+	$(RUN) -m pytest $(PYTEST)
+
+check: lint types ffi-check test ## what CI runs: linters, types, the generated module, tests
+
+lint: $(READY) ## ruff: rules and format
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(READY) ## let ruff format and sort
+	$(RUN) -m ruff check --fix --select I .
+	$(RUN) -m ruff format .
+
+types: $(READY) ## mypy --strict
+	$(RUN) -m mypy
+
+ffi: $(READY) ## write xenaltp2m/abi/_ffi.py anew from cdefs/
+	$(RUN) cdefs/build.py
+
+ffi-check: $(READY) ## fail if xenaltp2m/abi/_ffi.py is not what cdefs/ says
+	$(RUN) cdefs/build.py --check
+
+abi: $(READY) headers ## prove cdefs/ against Xen's headers; without them it fails
+	XENALTP2M_ABI=1 $(RUN) -m pytest tests/abi $(PYTEST)
+
+bench: $(READY) ## measure what calls cost against C
+	$(RUN) tests/bench/bench.py
+
+guest: ## build the example guest anew (gcc -m32)
+	$(MAKE) -C examples/guest --always-make
+
+dist: $(READY) ## build sdist and wheel, and try the wheel in an empty environment
+	rm -rf build dist
+	$(RUN) -m build
+	@set -e; cd dist; \
+	ls xenaltp2m-*-py3-none-any.whl; \
+	scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
+	$(PYTHON) -m venv "$$scratch/venv"; \
+	$(call retry,"$$scratch/venv/bin/pip" install -qq ./*.whl,pip install); \
+	cd "$$scratch"; \
+	venv/bin/python -c 'import xenaltp2m as xa; print(xa.__file__); xa.connect("mock").close()'; \
+	venv/bin/xenaltp2m --connect mock list
+
+lab: ## build the lab, real Xen in an emulator (root, Debian; several minutes)
+	$(PYTHON) tests/lab/images.py --install
+
+test-xen: $(READY) ## run the live tests on real Xen in the lab; XEN="4.17 4.20" chooses
+	for xen in $(XEN); do $(RUN) tests/lab/suite.py --xen $$xen || exit 1; done
+
+demo-xen: ## the demo on real Xen in the lab, as a dom0 user runs it
+	$(PYTHON) tests/lab/run.py --install --xen $(firstword $(XEN)) --put xenaltp2m \
+		--put $(IMAGE) --put $(IMAGE:.elf=.cfg) -- \
+		'xl create -q -e hello.cfg && python3 -m xenaltp2m list && \
+		python3 -m xenaltp2m protect hello --image hello.elf --symbol target --hold 1'
+
+clean: ## remove what these targets made
+	rm -rf $(VENV) build dist results *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp comes last: an interrupted set-up starts over.
+$(READY): pyproject.toml setup.py
+	@echo "make: setting up $(VENV), about half a minute" >&2
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(call retry,$(RUN) -m pip install -qq 'pip>=25.1',pip)
+	@$(call retry,$(RUN) -m pip install -qq --editable '.[cli]' --group dev,pip)
+	@touch $@
+
+# The ABI proofs and the guest want more than Python; where it is not there, they skip.
+headers:
+	@if [ -e /usr/include/xenctrl.h ] && command -v gcc >/dev/null; then :; \
+	elif [ "$$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then \
+		$(call retry,{ apt-get -qq update && \
+			DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends \
+			gcc libc6-dev libxen-dev >/dev/null; },apt-get); \
+	else echo "make: no gcc or no Xen headers (libxen-dev): the ABI proofs will be skipped" >&2; fi

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Each example runs on the mock and prints what it should."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+LONGEST = 60
+
+PRINTED = {
+    "bulk_access.py": "gfns 0x0..0xfefff: rw-\n",
+    "list_domains.py": "Xen 4.17\n    1 guest: 1 vCPU(s), altp2m external\n",
+    "protect_page.py": """\
+gfn 0x101 is rwx in the host p2m
+gfn 0x101 is r-x in <View 1 'write-protected' of domain 1>
+vCPUs and the views they run in: {0: 1}
+still protected
+""",
+    "shadow_page.py": """\
+host p2m: gfn 0x101 has 00 at 0x0
+<View 1 'breakpoint' of domain 1>: gfn 0x101 shows gfn 0xff000, which has cc there
+access in the view: --x
+afterwards: 00, no view, no shadow page
+""",
+    "verify_views.py": """\
+asked for r-x: gfns 0xf00..0x10ff
+256 are so, 256 are not
+not so: from 0x1000 to 0x10ff
+""",
+}
+
+
+def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLES / name), *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_every_example_is_here() -> None:
+    assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted(PRINTED)
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_example(name: str) -> None:
+    done = run(name, "--connect", "mock")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == PRINTED[name]
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_example_is_short_and_tells_what_it_does(name: str) -> None:
+    text = (EXAMPLES / name).read_text()
+    assert len(text.splitlines()) <= LONGEST
+    done = run(name, "--help")
+    assert done.returncode == 0
+    assert "--connect {libxc,mock}" in done.stdout
+    assert text.splitlines()[1].strip('"').split(".")[0] in " ".join(done.stdout.split())
+
+
+def test_bulk_access_shows_how_far_it_is() -> None:
+    shown = run("bulk_access.py").stderr.split("\n")  # text mode: what was \r
+    assert shown[:3] == ["", "16384 of 1044480 gfns", "32768 of 1044480 gfns"]
+    assert shown[-2:] == ["1044480 of 1044480 gfns", ""]

@@ -1,0 +1,472 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""altp2m of a domain: on while it is needed, and afterwards as it was."""
+
+from __future__ import annotations
+
+import warnings
+from errno import EPERM
+
+import pytest
+
+from xenaltp2m import (
+    Access,
+    AlreadyError,
+    Altp2m,
+    Altp2mMode,
+    BusyError,
+    DecorativeDefaultWarning,
+    Domain,
+    InvalidArgumentError,
+    LeftoverError,
+    OutOfMemoryError,
+    UnsupportedError,
+    View,
+    ViewId,
+    Xen,
+    connect,
+)
+from xenaltp2m.abi.releases import SUPPORTED
+from xenaltp2m.backend.mock import MockBackend
+from xenaltp2m.backend.mock.machine import Domain as Model
+
+from .effective import changes, every_release, state_of
+
+GFNS = range(0x40)
+R, RX, RWX = 1, 5, 7
+"""Access numbers, the same in every release (public/memory.h)."""
+
+
+def ops(mock: MockBackend, since: int) -> list[str]:
+    return [call.op for call in list(mock.calls)[since:]]
+
+
+@pytest.fixture
+def foreign(mock: MockBackend, guest: Model) -> ViewId:
+    """Another agent's view, with altp2m on and every vCPU in it."""
+    mock.altp2m_set_domain_state(1, True)
+    view = mock.altp2m_create_view(1, RX)
+    mock.altp2m_set_mem_access(1, view, 5, R)
+    mock.altp2m_change_gfn(1, view, 6, 7)
+    mock.altp2m_switch_to_view(1, view)
+    return ViewId(view)
+
+
+# On and off.
+
+
+@every_release
+def test_open_switches_on_and_close_off(dom: Domain, mock: MockBackend, guest: Model) -> None:
+    before = state_of(mock, 1, GFNS)
+    with dom.altp2m() as altp2m:
+        assert guest.active
+        assert dom.altp2m_active
+        altp2m.switch_to_view(altp2m.create_view())
+        altp2m.create_view().set_access(GFNS, Access.R)
+    assert changes(before, state_of(mock, 1, GFNS)) == set()
+    assert not dom.altp2m_active
+
+
+def test_what_closing_takes_with_altp2m_is_one_call(
+    dom: Domain, altp2m: Altp2m, mock: MockBackend
+) -> None:
+    altp2m.switch_to_view(altp2m.create_view())
+    altp2m.enable_notify(0, 0x20)
+    since = len(mock.calls)
+    altp2m.close()
+    changing = [op for op in ops(mock, since) if "get" not in op]
+    assert changing == ["altp2m_set_domain_state"]
+
+
+@every_release
+def test_what_was_on_stays_on(
+    foreign: ViewId, dom: Domain, mock: MockBackend, guest: Model
+) -> None:
+    before = state_of(mock, 1, GFNS)
+    with dom.altp2m() as altp2m:
+        view = altp2m.create_view()
+        assert view.id not in (0, foreign)
+        view.set_access(GFNS, Access.R)
+        view.remap(5, 6)
+        altp2m.switch_to_view(view)
+        altp2m.enable_notify(1, 0x20)
+        assert [vcpu.view for vcpu in guest.vcpus] == [view.id] * 2
+    assert changes(before, state_of(mock, 1, GFNS)) == set()
+    assert [vcpu.view for vcpu in guest.vcpus] == [foreign] * 2
+
+
+def test_teardown_moves_the_vcpus_out_before_it_destroys_views(
+    foreign: ViewId, dom: Domain, mock: MockBackend
+) -> None:
+    altp2m = dom.altp2m()
+    altp2m.switch_to_view(altp2m.create_view())
+    altp2m.create_view()
+    since = len(mock.calls)
+    altp2m.close()
+    assert [(call.op, call.arguments) for call in list(mock.calls)[since:]] == [
+        ("altp2m_switch_to_view", (1, foreign)),
+        ("altp2m_destroy_view", (1, 3)),
+        ("altp2m_destroy_view", (1, 2)),
+    ]
+
+
+def test_vcpus_that_never_left_are_not_moved(
+    foreign: ViewId, dom: Domain, mock: MockBackend
+) -> None:
+    since = len(mock.calls)
+    with dom.altp2m() as altp2m:
+        altp2m.create_view()
+    assert "altp2m_switch_to_view" not in ops(mock, since)
+
+
+def test_vcpus_that_an_event_moved_into_a_view_go_back_to_where_they_were(
+    foreign: ViewId, dom: Domain, mock: MockBackend, guest: Model
+) -> None:
+    before = state_of(mock, 1, GFNS)
+    with dom.altp2m() as altp2m:
+        view = altp2m.create_view()
+        for vcpu in guest.vcpus:
+            guest.switch_vcpu(vcpu, view.id)  # as the response to an event does
+    assert changes(before, state_of(mock, 1, GFNS)) == set()
+
+
+def test_vcpus_in_several_views_can_only_go_to_view_0(
+    foreign: ViewId, dom: Domain, guest: Model
+) -> None:
+    guest.switch_vcpu(guest.vcpus[1], 0)
+    with dom.altp2m() as altp2m:
+        view = altp2m.create_view()
+        with pytest.warns(RuntimeWarning, match=r"in views \[0, 1\]; .* leave them in view 0"):
+            altp2m.switch_to_view(view)
+        altp2m.switch_to_view(view)  # says it once
+    assert [vcpu.view for vcpu in guest.vcpus] == [0, 0]
+
+
+def test_a_prior_view_that_was_destroyed_since_is_replaced_by_view_0(
+    foreign: ViewId, dom: Domain, mock: MockBackend, guest: Model
+) -> None:
+    with dom.altp2m() as altp2m:
+        altp2m.switch_to_view(altp2m.create_view())
+        mock.altp2m_destroy_view(1, foreign)
+    assert [vcpu.view for vcpu in guest.vcpus] == [0, 0]
+
+
+def test_a_prior_view_that_was_hidden_since_is_told_of(
+    foreign: ViewId, dom: Domain, mock: MockBackend, guest: Model
+) -> None:
+    altp2m = dom.altp2m()
+    altp2m.switch_to_view(altp2m.create_view())
+    mock.altp2m_set_visibility(1, foreign, False)
+    with pytest.raises(LeftoverError) as caught:
+        altp2m.close()
+    assert caught.value.left == (f"vCPUs of domain 1 outside view {foreign}",)
+    assert [view.exists for view in guest.views[:3]] == [True, True, False]
+    mock.altp2m_set_visibility(1, foreign, True)
+    altp2m.close()
+    assert [vcpu.view for vcpu in guest.vcpus] == [foreign] * 2
+
+
+@pytest.mark.parametrize("on_again", [False, True])
+@pytest.mark.parametrize("was_on", [False, True])
+def test_altp2m_that_somebody_switched_off_leaves_nothing_to_close(
+    dom: Domain, mock: MockBackend, guest: Model, was_on: bool, on_again: bool
+) -> None:
+    mock.altp2m_set_domain_state(1, was_on)
+    altp2m = dom.altp2m()
+    view = altp2m.create_view()
+    altp2m.switch_to_view(view)
+    mock.altp2m_set_domain_state(1, False)
+    if on_again:
+        mock.altp2m_set_domain_state(1, True)
+    view.close()
+    altp2m.close()
+    assert guest.active == (was_on and on_again)
+    with dom.altp2m():
+        assert guest.active
+
+
+@every_release
+def test_a_failed_open_leaves_altp2m_off(dom: Domain, mock: MockBackend, guest: Model) -> None:
+    before = state_of(mock, 1, GFNS)
+    mock.machine.xen_heap_exhausted = True  # up to 4.15 Xen says ENOMEM and leaves it on
+    with pytest.raises(OutOfMemoryError):
+        dom.altp2m()
+    assert changes(before, state_of(mock, 1, GFNS)) == set()
+    mock.machine.xen_heap_exhausted = False
+    with dom.altp2m() as altp2m:
+        altp2m.switch_to_view(altp2m.create_view())
+
+
+@pytest.mark.parametrize("xen_version", [(4, 14)])
+def test_what_a_failed_open_could_not_switch_off_goes_with_the_domain(
+    dom: Domain, mock: MockBackend, guest: Model
+) -> None:
+    mock.machine.xen_heap_exhausted = True
+    mock.fail("altp2m_get_domain_state", 2, EPERM)
+    with pytest.raises(LeftoverError) as caught:
+        dom.altp2m()
+    assert caught.value.left == ("altp2m of domain 1",)
+    assert isinstance(caught.value.__cause__, OutOfMemoryError)
+    assert guest.active
+    dom.close()
+    assert not guest.active
+
+
+# Who may have it.
+
+
+def test_a_domain_has_one_open_altp2m(dom: Domain, xen: Xen) -> None:
+    with dom.altp2m(), pytest.raises(BusyError, match="open already"):
+        dom.altp2m()
+    with dom.altp2m(), xen.domain(1) as again, pytest.raises(BusyError, match="open already"):
+        again.altp2m()  # closing either would end the other's views
+    with xen.domain(1) as again, again.altp2m():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "cause"),
+    [
+        ({"kind": "pv", "mode": Altp2mMode.DISABLED}, UnsupportedError, "PV"),
+        ({"mode": Altp2mMode.DISABLED}, InvalidArgumentError, "created without altp2m"),
+        ({"nested": True}, InvalidArgumentError, "nested"),
+    ],
+)
+def test_domains_that_cannot_have_altp2m(
+    xen: Xen,
+    mock: MockBackend,
+    options: dict[str, object],
+    error: type[Exception],
+    cause: str,
+) -> None:
+    domid = mock.add_domain("unable", **options)
+    with pytest.raises(error) as caught:
+        xen.domain(domid).altp2m()
+    assert cause in str(caught.value)
+    assert not mock.domain(domid).active
+
+
+def test_hosts_that_cannot_have_altp2m() -> None:
+    mock = MockBackend(altp2m=False, memory_pages=1 << 13)
+    mock.add_domain("guest")
+    with connect(mock) as xen, pytest.raises(UnsupportedError, match="add altp2m=1"):
+        xen.domain(1).altp2m()
+
+
+# Views.
+
+
+@every_release
+def test_views_are_numbered_from_the_lowest_free(
+    altp2m: Altp2m, guest: Model, xen_version: tuple[int, int]
+) -> None:
+    views = [altp2m.create_view() for _ in range(9)]  # 10 with view 0
+    assert [view.id for view in views] == list(range(1, 10))
+    assert altp2m.views == tuple(views)
+    with pytest.raises(InvalidArgumentError, match="no view is left"):
+        altp2m.create_view()
+    views[3].close()
+    assert [view.id for view in altp2m.views] == [1, 2, 3, 5, 6, 7, 8, 9]
+    assert altp2m.create_view().id == 4
+
+
+@pytest.mark.parametrize(("xen_version", "count"), [((4, 20), 10), ((4, 21), 3), ((4, 22), 3)])
+def test_the_number_of_views_is_a_setting_from_4_21(
+    xen: Xen, mock: MockBackend, count: int
+) -> None:
+    with xen.domain(mock.add_domain("few", view_count=3)).altp2m() as altp2m:
+        for _ in range(count - 1):
+            altp2m.create_view()
+        with pytest.raises(InvalidArgumentError):
+            altp2m.create_view()
+
+
+def test_a_view_says_what_it_is(altp2m: Altp2m) -> None:
+    view = altp2m.create_view(label="hooks")
+    assert (view.id, view.label, view.visible) == (1, "hooks", True)
+    assert view.default_access is Access.RWX
+    assert repr(view) == "<View 1 'hooks' of domain 1>"
+    assert repr(altp2m.create_view()) == "<View 2 of domain 1>"
+
+
+@pytest.mark.parametrize("xen_version", [v for v in SUPPORTED if v >= (4, 19)], ids=str)
+@pytest.mark.parametrize("access", [Access.N, Access.RX, Access.RX2RW, Access.N2RWX])
+def test_a_default_is_given_to_xen(
+    altp2m: Altp2m, mock: MockBackend, guest: Model, access: Access
+) -> None:
+    view = altp2m.create_view(access)
+    assert view.default_access is access
+    number = {Access.N: 0, Access.RX: 5, Access.RX2RW: 8, Access.N2RWX: 9}[access]
+    assert guest.views[view.id].default_access == number
+
+
+@every_release
+@pytest.mark.filterwarnings("ignore::xenaltp2m.DecorativeDefaultWarning")
+def test_default_means_the_host_s_at_that_time(altp2m: Altp2m, guest: Model) -> None:
+    guest.host_default_access = RX
+    view = altp2m.create_view(Access.DEFAULT)
+    guest.host_default_access = RWX
+    assert view.default_access is Access.RX
+    assert guest.views[view.id].default_access == RX
+
+
+@every_release
+def test_a_default_without_effect_is_warned_of(
+    altp2m: Altp2m, xen_version: tuple[int, int]
+) -> None:
+    if xen_version >= (4, 19):  # 7e5b662b28
+        altp2m.create_view(Access.RX)
+    else:
+        with pytest.warns(DecorativeDefaultWarning, match="the host's access, not .* r-x"):
+            altp2m.create_view(Access.RX)
+    altp2m.create_view(Access.RWX)
+    altp2m.create_view(Access.DEFAULT)
+
+
+@pytest.mark.parametrize("xen_version", [(4, 18)])
+def test_a_warning_taken_as_an_error_creates_no_view(altp2m: Altp2m, guest: Model) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(DecorativeDefaultWarning):
+            altp2m.create_view(Access.RX)
+    assert altp2m.views == ()
+    assert not guest.views[1].exists
+
+
+@every_release
+@pytest.mark.parametrize(
+    "access", [Access.W, Access.WX, Access.N2RWX | Access.R, Access.DEFAULT | Access.X, 7, "rwx"]
+)
+def test_defaults_that_are_refused(altp2m: Altp2m, mock: MockBackend, access: Access) -> None:
+    since = len(mock.calls)
+    with pytest.raises(InvalidArgumentError):
+        altp2m.create_view(access)
+    assert ops(mock, since) == []
+
+
+@every_release
+def test_r_pw_came_with_4_20(altp2m: Altp2m, guest: Model, xen_version: tuple[int, int]) -> None:
+    if xen_version < (4, 20):
+        with pytest.raises(UnsupportedError, match=r"4\.20"):
+            altp2m.create_view(Access.R_PW)
+    else:
+        assert guest.views[altp2m.create_view(Access.R_PW).id].default_access == 10
+
+
+# vCPUs.
+
+
+def test_every_vcpu_switches(altp2m: Altp2m, view: View, guest: Model) -> None:
+    assert altp2m.vcpu_views() == {0: 0, 1: 0}
+    altp2m.switch_to_view(view)
+    assert altp2m.vcpu_views() == {0: view.id, 1: view.id}
+    guest.switch_vcpu(guest.vcpus[1], 0)
+    assert altp2m.vcpu_views() == {0: view.id, 1: 0}
+    assert altp2m.vcpu_view(0) == view.id
+    altp2m.switch_to_view(None)
+    assert altp2m.vcpu_views() == {0: 0, 1: 0}
+    with pytest.raises(InvalidArgumentError, match="no such vCPU"):
+        altp2m.vcpu_view(2)
+
+
+def test_a_hidden_view_cannot_be_switched_to(altp2m: Altp2m, view: View, guest: Model) -> None:
+    view.set_visibility(False)
+    with pytest.raises(InvalidArgumentError, match="hidden"):
+        altp2m.switch_to_view(view)
+    assert [vcpu.view for vcpu in guest.vcpus] == [0, 0]
+    view.set_visibility(True)
+    altp2m.switch_to_view(view)
+    assert [vcpu.view for vcpu in guest.vcpus] == [view.id] * 2
+    view.set_visibility(False)  # those inside stay
+    assert [vcpu.view for vcpu in guest.vcpus] == [view.id] * 2
+
+
+def test_only_an_open_view_of_this_domain_can_be_switched_to(
+    altp2m: Altp2m, view: View, xen: Xen, mock: MockBackend
+) -> None:
+    mock.add_domain("other")
+    foreign = xen.domain("other").altp2m().create_view()
+    with pytest.raises(InvalidArgumentError, match="not an open view"):
+        altp2m.switch_to_view(foreign)
+    view.close()
+    with pytest.raises(InvalidArgumentError, match="not an open view"):
+        altp2m.switch_to_view(view)
+    again = altp2m.create_view()
+    assert again.id == view.id
+    with pytest.raises(InvalidArgumentError, match="not an open view"):
+        altp2m.switch_to_view(view)
+
+
+def test_a_view_with_vcpus_in_it_can_be_closed(altp2m: Altp2m, view: View, guest: Model) -> None:
+    altp2m.switch_to_view(view)
+    view.close()
+    assert [vcpu.view for vcpu in guest.vcpus] == [0, 0]
+    assert not guest.views[view.id].exists
+
+
+def test_a_view_that_is_gone_is_closed_without_moving_anybody(
+    altp2m: Altp2m, view: View, mock: MockBackend, guest: Model
+) -> None:
+    other = altp2m.create_view()
+    altp2m.switch_to_view(other)
+    mock.altp2m_destroy_view(1, view.id)
+    view.close()  # Xen says EBUSY for it
+    assert [vcpu.view for vcpu in guest.vcpus] == [other.id] * 2
+
+
+# #VE pages.
+
+
+def test_a_notify_page_is_named_and_taken_back(altp2m: Altp2m, guest: Model) -> None:
+    altp2m.enable_notify(1, 0x20)
+    assert [vcpu.veinfo for vcpu in guest.vcpus] == [None, guest.host.lookup(0x20).mfn]
+    with pytest.raises(AlreadyError, match="disable it first"):
+        altp2m.enable_notify(1, 0x21)
+    altp2m.disable_notify(1)
+    assert guest.vcpus[1].veinfo is None
+    altp2m.enable_notify(1, 0x21)
+    assert guest.vcpus[1].veinfo == guest.host.lookup(0x21).mfn
+
+
+@pytest.mark.parametrize("was_on", [False, True])
+def test_notify_pages_go_with_the_close(
+    mock: MockBackend, dom: Domain, guest: Model, was_on: bool
+) -> None:
+    mock.altp2m_set_domain_state(1, was_on)
+    if was_on:
+        mock.altp2m_set_vcpu_enable_notify(1, 0, 0x22)
+    with dom.altp2m() as altp2m:
+        altp2m.enable_notify(1, 0x20)
+        if was_on:  # another agent's is not ours
+            with pytest.raises(AlreadyError):
+                altp2m.enable_notify(0, 0x20)
+    assert guest.vcpus[1].veinfo is None
+    assert guest.vcpus[0].veinfo == (guest.host.lookup(0x22).mfn if was_on else None)
+
+
+@pytest.mark.parametrize(
+    ("vcpu", "gfn"), [(2, 0x20), (0, 0x5000), (0, -1), (0, 1 << 36), (0, True)]
+)
+def test_notify_pages_that_cannot_be(altp2m: Altp2m, guest: Model, vcpu: int, gfn: int) -> None:
+    with pytest.raises(InvalidArgumentError):
+        altp2m.enable_notify(vcpu, gfn)
+    assert [vcpu.veinfo for vcpu in guest.vcpus] == [None, None]
+
+
+def test_a_cpu_without_virtualisation_exceptions() -> None:
+    mock = MockBackend(has_virtualisation_exceptions=False, memory_pages=1 << 13)
+    mock.add_domain("guest")
+    with connect(mock) as xen:
+        altp2m = xen.domain(1).altp2m()
+        with pytest.raises(UnsupportedError, match="the CPU has no #VE"):
+            altp2m.enable_notify(0, 0x20)
+
+
+def test_views_that_track_a_gfn(dom: Domain, altp2m: Altp2m, view: View) -> None:
+    other = altp2m.create_view()
+    gfns = dom.add_pages(3)
+    view.remap(5, gfns[0])
+    other.remap(5, gfns[1])
+    other.remap(6, gfns[2])
+    assert [altp2m.tracking(gfn) for gfn in gfns] == [[view], [other], [other]]
+    other.close()
+    assert [altp2m.tracking(gfn) for gfn in gfns] == [[view], [], []]

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Runs are a dict that is cheap for neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xenaltp2m.runs import Run, Runs
+
+GFNS = st.integers(0, 40)
+VALUES = st.sampled_from(["a", "b", None])
+WRITES = st.one_of(
+    st.tuples(st.just("one"), GFNS, VALUES),
+    st.tuples(st.just("range"), st.builds(range, GFNS, GFNS), VALUES),
+    st.tuples(st.just("steps"), st.builds(range, GFNS, GFNS, st.integers(2, 3)), VALUES),
+    st.tuples(st.just("down"), st.builds(range, GFNS, GFNS, st.just(-1)), VALUES),
+    st.tuples(st.just("list"), st.lists(GFNS, max_size=8), VALUES),
+    st.tuples(st.just("look"), st.none(), st.none()),
+    st.tuples(st.just("clear"), st.none(), st.none()),
+)
+
+
+def joined(model: dict[int, str]) -> list[tuple[int, int, str]]:
+    """The runs a dict amounts to."""
+    found: list[tuple[int, int, str]] = []
+    for gfn, value in sorted(model.items()):
+        if found and found[-1][1:] == (gfn, value):
+            found[-1] = (found[-1][0], gfn + 1, value)
+        else:
+            found.append((gfn, gfn + 1, value))
+    return found
+
+
+@given(st.lists(WRITES, max_size=20))
+def test_runs_are_the_dict_s(
+    writes: list[tuple[str, Iterable[int] | int | None, str | None]],
+) -> None:
+    runs: Runs[str] = Runs()
+    model: dict[int, str] = {}
+    for kind, where, value in writes:
+        if kind == "clear":
+            runs.clear()
+            model.clear()
+        elif kind == "look":  # which merges what was pending
+            assert [tuple(run) for run in runs] == joined(model)
+        else:
+            if isinstance(where, int):
+                runs.set(where, value)
+                gfns = [where]
+            else:
+                assert where is not None
+                runs.set_many(where, value)
+                gfns = list(where)
+            for gfn in gfns:
+                if value is None:
+                    model.pop(gfn, None)
+                else:
+                    model[gfn] = value
+        assert {gfn: runs.get(gfn) for gfn in range(42)} == {
+            gfn: model.get(gfn) for gfn in range(42)
+        }
+    assert [tuple(run) for run in runs] == joined(model)
+    assert runs.count() == len(model)
+    assert bool(runs) == bool(model)
+
+
+def test_a_falsy_value_is_a_value() -> None:
+    runs: Runs[int] = Runs()
+    runs.set_many(range(3), 0)
+    assert list(runs) == [Run(0, 3, 0)]
+    assert runs.get(2) == 0
+    assert bool(runs)
+
+
+def test_a_range_costs_no_more_than_a_gfn() -> None:
+    runs: Runs[str] = Runs()
+    for _ in range(100):  # a walk over the gfns would take hours
+        runs.set_many(range(1 << 36), "a")
+        runs.set_many(range(1 << 20, 1 << 30), "b")
+    assert list(runs) == [
+        Run(0, 1 << 20, "a"),
+        Run(1 << 20, 1 << 30, "b"),
+        Run(1 << 30, 1 << 36, "a"),
+    ]
+    assert runs.count() == 1 << 36
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_single_writes_in_any_order_are_one_run(order: int) -> None:
+    runs: Runs[str] = Runs()
+    for gfn in range(100)[::order]:
+        runs.set(gfn, "a")
+    assert list(runs) == [Run(0, 100, "a")]

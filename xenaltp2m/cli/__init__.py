@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The command line: parses, calls the public API, prints. Nothing depends on it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+import xenaltp2m as xa
+from xenaltp2m.abi.releases import SUPPORTED
+from xenaltp2m.cli import domains, protect
+from xenaltp2m.cli.console import Console
+from xenaltp2m.cli.host import MOCK_DOMAIN
+
+DONE, REFUSED, USAGE, LEFTOVER, INTERRUPTED = 0, 1, 2, 3, 130
+
+_EXIT_CODES = """\
+exit codes:
+  0    done; what was to be undone is undone, after Ctrl-C and SIGTERM, too
+  1    refused: by Xen, by the domain's configuration, or there is no such domain or library
+  2    wrong arguments, or an image that cannot be used
+  3    something could not be undone; the message says what is still in place
+  130  interrupted before anything was changed
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments without the program's name; those of the process if None.
+
+    Returns:
+        The exit code; ``xenaltp2m --help`` lists them.
+    """
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.xen is not None and options.connect != "mock":
+        parser.error("--xen chooses the mock's release: add --connect mock")
+    console = Console(options.json, options.quiet)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: console.warn(str(message))
+            options.command(options, console)
+    except xa.XenError as error:
+        console.error(error)
+        return _exit_code(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Nobody reads on; Python's flush at exit must not complain of it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return REFUSED
+    return DONE
+
+
+def _exit_code(error: xa.XenError) -> int:
+    if isinstance(error, xa.LeftoverError) or getattr(error, "__notes__", None):
+        return LEFTOVER
+    return USAGE if isinstance(error, xa.SymbolError) else REFUSED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="xenaltp2m",
+        description="Alternate views of a guest's physical memory (Xen altp2m).",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {xa.__version__}")
+    _add_common(parser)
+    parser.set_defaults(connect="libxc", xen=None, json=False, quiet=False)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_command(commands, "list", domains.run, domains.SUMMARY, domains.KEYS)
+    protect.add_arguments(
+        _add_command(commands, "protect", protect.run, protect.SUMMARY, protect.KEYS)
+    )
+    return parser
+
+
+def _add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace, Console], None],
+    summary: str,
+    epilog: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_common(parser)
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    """Add what may stand before the command as well as after it."""
+    absent = argparse.SUPPRESS
+    parser.add_argument(
+        "--connect",
+        choices=("libxc", "mock"),
+        default=absent,
+        help=f"the Xen this runs on (default), or a mock of it with one domain, {MOCK_DOMAIN!r}",
+    )
+    parser.add_argument(
+        "--xen",
+        type=_release,
+        default=absent,
+        metavar="RELEASE",
+        help="the mock's release, 4.14 to 4.22 (default: 4.17)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", default=absent, help="print one JSON document"
+    )
+    parser.add_argument(
+        "--quiet", action="store_true", default=absent, help="no progress and no remarks on stderr"
+    )
+
+
+def _release(text: str) -> tuple[int, int]:
+    for version in SUPPORTED:
+        if text == f"{version[0]}.{version[1]}":
+            return version
+    raise argparse.ArgumentTypeError(f"{text!r} is not one of 4.14 to 4.22")

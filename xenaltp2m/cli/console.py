@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Where the command line's results and remarks go: tables, JSON, progress, errors."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import xenaltp2m as xa
+from xenaltp2m.view import Progress
+
+_QUICK_SECONDS = 0.5
+"""What takes less needs no progress."""
+
+
+class Table:
+    """Rows of text under a head; numbers stand to the right."""
+
+    def __init__(
+        self, head: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None
+    ) -> None:
+        self.head = head
+        self.rows = [[printable(cell) for cell in row] for row in rows]
+        self.title = None if title is None else printable(title)
+        self.to_right = [
+            bool(self.rows) and all(row[column].isdecimal() for row in self.rows)
+            for column in range(len(head))
+        ]
+
+    def plain(self) -> str:
+        """Return it aligned with spaces."""
+        lines = [list(self.head), *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        texts = [
+            "  ".join(
+                cell.rjust(width) if right else cell.ljust(width)
+                for cell, width, right in zip(line, widths, self.to_right, strict=True)
+            ).rstrip()
+            for line in lines
+        ]
+        return "\n".join([self.title, "", *texts] if self.title else texts)
+
+
+class Console:
+    """Where results and remarks go."""
+
+    def __init__(self, as_json: bool, quiet: bool) -> None:
+        self._json = as_json
+        self._quiet = quiet
+
+    def result(self, document: dict[str, Any], table: Table) -> None:
+        """Print the result, as JSON or as a table."""
+        if self._json:
+            print(json.dumps(document, indent=2))
+        elif not (sys.stdout.isatty() and _print_rich(table)):
+            print(table.plain())
+        sys.stdout.flush()
+
+    def note(self, text: str) -> None:
+        """Remark on the course of things."""
+        if not self._quiet:
+            print(printable(text), file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Tell of something the user should know."""
+        print(f"xenaltp2m: warning: {printable(text)}", file=sys.stderr, flush=True)
+
+    def error(self, error: xa.XenError) -> None:
+        """Print an error in one line, and what may help below it."""
+        headline = error.message.partition("\n")[0].removesuffix("; tried:")
+        lines = [f"xenaltp2m: error: {printable(headline)}"]
+        hints = list(error.hint)
+        if isinstance(error, xa.LibraryError):
+            hints = [hint.replace('connect("mock")', "--connect mock") for hint in hints]
+        lines += [f"  hint: {printable(hint)}" for hint in hints]
+        left = error.left if isinstance(error, xa.LeftoverError) else ()
+        lines += [f"  still in place: {printable(thing)}" for thing in left]
+        for note in getattr(error, "__notes__", ()):
+            lines += [f"  {printable(line.strip())}" for line in note.splitlines()]
+        print("\n".join(lines), file=sys.stderr, flush=True)
+
+    def progress(self, what: str) -> Progress:
+        """Return what shows how far something is, in place, where somebody watches."""
+        if self._quiet or not sys.stderr.isatty():
+            return _silent
+        started = time.monotonic()
+        shown = -1
+
+        def show(done: int, total: int) -> None:
+            nonlocal shown
+            percent = 100 * done // total
+            if percent == shown or time.monotonic() - started < _QUICK_SECONDS:
+                return
+            shown = percent
+            end = "\r\033[K" if done == total else ""
+            print(f"\r{what} {percent:3} %{end}", end="", file=sys.stderr, flush=True)
+
+        return show
+
+
+def _silent(done: int, total: int) -> None:
+    pass
+
+
+def _print_rich(table: Table) -> bool:
+    """Print a table with rich; False where it is not installed."""
+    try:
+        from rich import box
+        from rich.console import Console as RichConsole
+        from rich.table import Table as RichTable
+        from rich.text import Text
+    except ImportError:
+        return False
+    console = RichConsole()
+    if table.title:
+        console.print(Text(table.title))
+    shown = RichTable(box=box.SIMPLE_HEAD)
+    for name, right in zip(table.head, table.to_right, strict=True):
+        shown.add_column(name, justify="right" if right else "left")
+    for row in table.rows:
+        shown.add_row(*map(Text, row))
+    console.print(shown)
+    return True
+
+
+def printable(text: str) -> str:
+    """Show control characters instead of obeying them: names come from images and guests."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""``protect``: run a guest in a view that protects the pages of a symbol."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import xenaltp2m as xa
+from xenaltp2m.cli.console import Console, Table
+from xenaltp2m.cli.host import Signals, connect
+from xenaltp2m.symbols import Image, Segment, Symbol
+
+SUMMARY = "protect the pages of a symbol in a view, run the guest in it, then undo everything"
+
+KEYS = """\
+While it holds, the guest is watched: what it does against the view lifts the protection of that
+page, for Xen makes it rwx when no monitor listens (or crashes the domain where one is required).
+
+--json prints one document once the view is in place:
+  xen, backend, domid, name, image
+  symbols      [{name, address, physical, size, first_gfn, count, matches}]; matches tells whether
+               the guest's memory is what the image says (null where the guest may write to it)
+  view         {id, label}
+  vcpus        {vCPU: number of the view it is in}
+  differences  [{first_gfn, count, host_access, access, remapped_to, suppress_ve}]: runs of gfns in
+               which the view differs from the host p2m; remapped_to is the first's, or null
+"""
+
+_ACCESSES = {
+    name: xa.Access[name.upper()]
+    for name in ("n", "r", "x", "rw", "rx", "rwx", "rx2rw", "n2rwx", "r_pw")
+}
+_WATCH_SECONDS = 1.0
+_MOST_PAGES = 1 << 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Say what the command takes."""
+    parser.add_argument("domain", metavar="DOMAIN", help="a domid, a name or a uuid")
+    parser.add_argument(
+        "--image", required=True, metavar="ELF", help="the guest's image, for its symbols"
+    )
+    parser.add_argument(
+        "--symbol",
+        required=True,
+        action="append",
+        dest="symbols",
+        metavar="NAME",
+        help="what to protect, all pages of it; may be given again",
+    )
+    parser.add_argument(
+        "--access",
+        type=_access,
+        default=xa.Access.RX,
+        metavar="ACCESS",
+        help=f"what the guest may do there: {', '.join(_ACCESSES)} (default: rx)",
+    )
+    parser.add_argument(
+        "--shadow",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let the view show a copy of each page (default: --shadow)",
+    )
+    parser.add_argument(
+        "--hold",
+        type=_seconds,
+        metavar="SECONDS",
+        help="how long to hold it (default: until Ctrl-C)",
+    )
+
+
+def _access(text: str) -> xa.Access:
+    try:
+        return _ACCESSES[text]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(_ACCESSES)}") from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return seconds
+
+
+def run(options: argparse.Namespace, console: Console) -> None:
+    """Run the command."""
+    image = Image.open(options.image)
+    symbols = [image.symbol(name) for name in dict.fromkeys(options.symbols)]
+    gfns = _pages(image, symbols)
+    with ExitStack() as stack:
+        signals = stack.enter_context(Signals())
+        xen = stack.enter_context(connect(options, console, image))
+        domain = stack.enter_context(xen.domain(options.domain))
+        was_active = domain.altp2m_active
+        if was_active:
+            console.warn(
+                "altp2m is on already, for another agent or since one was killed: "
+                "the vCPUs leave the view they are in while this holds"
+            )
+        matches = {symbol.name: _matches(domain, image, symbol) for symbol in symbols}
+        for name, same in matches.items():
+            if same is False:
+                console.warn(f"the memory of {name} in the guest is not what {image.name} has")
+        signals.hold_back()
+        altp2m, view = stack.enter_context(_protected(domain, gfns, options, console))
+        console.result(
+            _document(xen, domain, image, matches, altp2m, view),
+            Table(
+                ("gfns", "pages", "host access", "view access", "shows", "symbols"),
+                [_row(domain, image, symbols, difference) for difference in view.differences()],
+                title=f"View {view.id} of domain {domain.domid} ({domain.name}) on Xen "
+                f"{xen.release} ({xen.backend.name}): what differs from the host p2m",
+            ),
+        )
+        if options.hold is None:
+            console.note(f"The guest runs in view {view.id} until Ctrl-C.")
+        elif options.hold:
+            console.note(f"The guest runs in view {view.id} for {options.hold:g} s.")
+        rest = math.inf if options.hold is None else options.hold
+        told: set[int] = set()
+        while rest > 0 and not signals.arrived(min(rest, _WATCH_SECONDS)):
+            rest -= _WATCH_SECONDS
+            _watch(view, told, console)
+        _watch(view, told, console)
+    undone = ["vCPUs moved back", f"view {view.id} destroyed"]
+    if options.shadow:
+        undone.append(f"{_count(len(gfns), 'page')} taken back")
+    if not was_active:
+        undone.append("altp2m off")
+    console.note(f"Undone: {', '.join(undone)}.")
+
+
+def _pages(image: Image, symbols: Sequence[Symbol]) -> list[int]:
+    """The gfns of all symbols, few enough to count: sizes are whatever the image says."""
+    gfns: set[int] = set()
+    for symbol in symbols:
+        pages = image.gfns(symbol.name)
+        if len(pages) > _MOST_PAGES:
+            raise xa.SymbolError(
+                f"{image.name}: {symbol.name!r} has {len(pages)} pages; "
+                f"at most {_MOST_PAGES} can be protected"
+            )
+        gfns.update(pages)
+    return sorted(gfns)
+
+
+def _matches(domain: xa.Domain, image: Image, symbol: Symbol) -> bool | None:
+    """Whether the guest's memory holds what the image says, where the guest keeps its hands off."""
+    segment = image.segment(symbol)
+    if segment.writable:
+        return None
+    return domain.memory.read(image.physical(symbol), symbol.size) == _content(segment, symbol)
+
+
+def _content(segment: Segment, symbol: Symbol) -> bytes:
+    start = symbol.address - segment.virtual
+    return segment.data[start : start + symbol.size].ljust(symbol.size, b"\0")
+
+
+@contextlib.contextmanager
+def _protected(
+    domain: xa.Domain, gfns: Sequence[int], options: argparse.Namespace, console: Console
+) -> Iterator[tuple[xa.Altp2m, xa.View]]:
+    """Run the guest in a view that protects the pages; what it wrote to copies is kept."""
+    copies: list[tuple[int, int, bytes]] = []
+    with domain.altp2m() as altp2m:
+        view = altp2m.create_view(label="protect")
+        try:
+            with domain.paused():
+                if options.shadow:
+                    progress = console.progress("copying pages")
+                    for gfn, copy in zip(gfns, domain.add_pages(len(gfns)), strict=True):
+                        content = domain.memory.read_page(gfn)
+                        domain.memory.write_page(copy, content)
+                        copies.append((gfn, copy, content))
+                        view.remap(gfn, copy, access=options.access)
+                        progress(len(copies), len(gfns))
+                else:
+                    view.set_access(gfns, options.access)
+                altp2m.switch_to_view(view)
+            yield altp2m, view
+        finally:
+            with domain.paused():
+                altp2m.close()
+                for gfn, copy, before in copies:
+                    if _carry_over(domain.memory, gfn, copy, before):
+                        console.note(f"What the guest wrote to the copy of gfn {gfn:#x} is kept.")
+
+
+def _carry_over(memory: xa.Memory, gfn: int, copy: int, before: bytes) -> bool:
+    """Put what changed in a copy into the page it is a copy of; tell whether anything did."""
+    now = memory.read_page(copy)
+    if now == before:
+        return False
+    # Byte by byte: what came to the page itself meanwhile, by DMA or emulation, stays.
+    page = memory.read_page(gfn)
+    merged = (new if new != old else kept for new, old, kept in zip(now, before, page, strict=True))
+    memory.write_page(gfn, bytes(merged))
+    return True
+
+
+def _watch(view: xa.View, told: set[int], console: Console) -> None:
+    """Tell of pages that are no longer protected, once each."""
+    for mismatch in view.verify():
+        if mismatch.gfn in told:
+            continue
+        told.add(mismatch.gfn)
+        if mismatch.found is None:
+            why = "Xen has reset the view, for the host p2m changed"
+        else:
+            why = f"now {mismatch.found}: the guest did what the view forbids"
+        console.warn(f"gfn {mismatch.gfn:#x} is no longer {mismatch.expected}: {why}")
+
+
+def _document(
+    xen: xa.Xen,
+    domain: xa.Domain,
+    image: Image,
+    matches: dict[str, bool | None],
+    altp2m: xa.Altp2m,
+    view: xa.View,
+) -> dict[str, Any]:
+    return {
+        "xen": str(xen.release),
+        "backend": xen.backend.name,
+        "domid": domain.domid,
+        "name": domain.name,
+        "image": image.name,
+        "symbols": [
+            {
+                "name": name,
+                "address": image.address(name),
+                "physical": image.physical(image.symbol(name)),
+                "size": image.symbol(name).size,
+                "first_gfn": image.gfns(name).start,
+                "count": len(image.gfns(name)),
+                "matches": same,
+            }
+            for name, same in matches.items()
+        ],
+        "view": {"id": view.id, "label": view.label},
+        "vcpus": {str(vcpu): number for vcpu, number in altp2m.vcpu_views().items()},
+        "differences": [
+            {
+                "first_gfn": run.first,
+                "count": run.count,
+                "host_access": _name(domain.host_access(run.first)),
+                "access": _name(run.access),
+                "remapped_to": run.remapped_to,
+                "suppress_ve": run.suppress_ve,
+            }
+            for run in view.differences()
+        ],
+    }
+
+
+def _row(
+    domain: xa.Domain, image: Image, symbols: Sequence[Symbol], run: xa.Difference
+) -> tuple[str, ...]:
+    inside = [
+        symbol.name
+        for symbol in symbols
+        if image.gfns(symbol.name).start <= run.last and run.first < image.gfns(symbol.name).stop
+    ]
+    shows = "its own pages" if run.count > 1 else "its own page"
+    if run.remapped_to is not None:
+        shows = f"a copy, at {_gfns(run.remapped_to, run.count)}"
+    return (
+        _gfns(run.first, run.count),
+        str(run.count),
+        _name(domain.host_access(run.first)) or "",
+        _name(run.access) or "",
+        shows,
+        ", ".join(inside),
+    )
+
+
+def _gfns(first: int, count: int) -> str:
+    return f"{first:#x}" if count == 1 else f"{first:#x}..{first + count - 1:#x}"
+
+
+def _name(access: xa.Access | None) -> str | None:
+    return None if access is None else str(access)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
