@@ -15,7 +15,8 @@ import struct
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, NoReturn
+from operator import itemgetter
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from elftools.common.utils import struct_parse
 from elftools.elf.elffile import ELFFile
@@ -26,7 +27,9 @@ from xenaltp2m.types import GFN_LIMIT, PAGE_SHIFT
 MAX_FILE = 1 << 30
 """Bytes in an image; a Linux kernel with debugging information has about half."""
 
-MAX_SYMBOLS = 1 << 21
+MAX_SYMBOLS = 1 << 20
+"""A Linux kernel with all its local symbols has about a quarter."""
+
 MAX_NAMES = 1 << 28
 """Bytes in all names together: symbols may share their ends, so the file's size bounds nothing."""
 
@@ -41,8 +44,7 @@ _LOCAL = 0
 _SYMBOL = {32: struct.Struct("<IIIBBH"), 64: struct.Struct("<IBBHQQ")}
 
 
-@dataclass(frozen=True, slots=True)
-class Symbol:
+class Symbol(NamedTuple):
     """A name for a place in the image."""
 
     name: str
@@ -104,7 +106,7 @@ class Image:
         self.name = name
         reader = _Reader(io.BytesIO(content) if isinstance(content, bytes) else content, name)
         self.segments = tuple(reader.segments())
-        found = sorted(reader.symbols(), key=lambda entry: entry[:2])
+        found = sorted(reader.symbols(), key=itemgetter(0, 1))
         self.symbols = tuple(symbol for _, _, symbol in found)
         self._addresses = [symbol.address for symbol in self.symbols]
         self._by_name: dict[str, list[tuple[int, Symbol]]] = {}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import select
 from array import array
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
@@ -266,3 +267,36 @@ def answer_is_unsupported(call: Callable[[int], Any], domid: int) -> bool:
     except NotImplementedError as error:
         return "4.17" in str(error)
     return False
+
+
+def test_event_channels(host: Host, own_domain: int, answer: Answer) -> None:
+    xen = host.backend
+    port, ring = xen.monitor_enable(own_domain)
+    channel = xen.evtchn_open()
+    try:
+        assert answer(xen.evtchn_bind_interdomain, channel, own_domain, port + 1000) == "EINVAL"
+        local = xen.evtchn_bind_interdomain(channel, own_domain, port)
+        assert select.select([xen.evtchn_fd(channel)], [], [], 5)[0]  # binding fires once
+        assert xen.evtchn_pending(channel) == local
+        xen.evtchn_unmask(channel, local)
+        xen.evtchn_notify(channel, local)  # nothing in the ring: nothing happens
+        assert answer(xen.evtchn_notify, channel, local + 1000) == "ENOTCONN"
+        assert answer(xen.evtchn_unmask, channel, local + 1000) is None
+        xen.evtchn_unbind(channel, local)
+        assert answer(xen.evtchn_notify, channel, local) == "ENOTCONN"
+    finally:
+        xen.evtchn_close(channel)
+        xen.monitor_unmap_ring(ring)
+        xen.monitor_disable(own_domain)
+    assert answer(xen.evtchn_fd, channel) == "EBADF"
+
+
+def test_more_refusals(host: Host, answer: Answer) -> None:
+    xen = host.backend
+    domid = host.shared_domain(vcpus=4)
+    assert answer(xen.domain_debug_control, domid, 99, 0) == "ENOSYS"
+    assert answer(xen.foreignmemory_map, domid, False, []) == "EINVAL"
+    assert answer(xen.domain_hvm_getcontext_partial, domid, HVM_CPU_TYPECODE, 4) == "ENOENT"
+    assert answer(xen.domain_hvm_getcontext_partial, domid, HVM_CPU_TYPECODE, 1) == "ENODATA"
+    assert answer(xen.domain_hvm_setcontext, domid, b"") == "ENODATA"
+    assert answer(xen.hvm_param_get, domid, 4096) == "EINVAL"

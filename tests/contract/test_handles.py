@@ -59,7 +59,6 @@ def test_facts(dom: xa.Domain) -> None:
 def test_a_hidden_page(dom: xa.Domain) -> None:
     """The main job: a page shown as a patched copy, and everything undone at the end."""
     dom.memory.write(0x105 << 12, b"original")
-    before = dom.info()
     with dom.altp2m() as altp2m:
         view = altp2m.create_view(label="hooks")
         view.set_access(range(0x100, 0x110), xa.Access.RX)

@@ -116,9 +116,7 @@ def multiboot(entry: int, xen_line: str, modules: Sequence[tuple[int, int, str]]
         struct.pack("<4I", start, start + size, string(words), 0) for start, size, words in modules
     )
     # Flags: memory sizes, command line, modules. Xen asks the BIOS for the memory map itself.
-    info = struct.pack(
-        "<7I", 0b1101, 640, (MEMORY_MB - 1) * 1024, 0, line, len(modules), listing
-    )
+    info = struct.pack("<7I", 0b1101, 640, (MEMORY_MB - 1) * 1024, 0, line, len(modules), listing)
     page = struct.pack("<I12x", entry) + info.ljust(64, b"\0") + rows + text
     if len(page) > MEGABYTE:
         raise LabError("command lines too long")
@@ -204,7 +202,9 @@ class Machine:
         self._start(["-r", "state"], None)
 
     def _start(self, arguments: list[str], save_to: Path | None) -> None:
-        environment = {name: value for name, value in os.environ.items() if name != "BOCHS_SNAPSHOT"}
+        environment = {
+            name: value for name, value in os.environ.items() if name != "BOCHS_SNAPSHOT"
+        }
         if save_to is not None:
             environment["BOCHS_SNAPSHOT"] = str(save_to)
         with open(self.work / "emulator.out", "wb") as out:

@@ -229,7 +229,9 @@ def mirrors() -> tuple[str, str | None]:
     text = command(["apt-get", "indextargets", "--format", "$(REPO_URI)|$(ORIGIN)|$(LABEL)"])
     rows = [line.split("|") for line in text.splitlines() if line.count("|") == 2]
     archive = {uri for uri, origin, label in rows if (origin, label) == ("Debian", "Debian")}
-    security = {uri for uri, origin, label in rows if (origin, label) == ("Debian", "Debian-Security")}
+    security = {
+        uri for uri, origin, label in rows if (origin, label) == ("Debian", "Debian-Security")
+    }
     named = os.environ.get("XENALTP2M_LAB_MIRROR")
     if named:
         return named, None
@@ -384,7 +386,9 @@ def unpack(debs: Sequence[Path], root: Path) -> None:
     for deb in debs:
         if deb.name.split("_")[0] in NOT_UNPACKED:
             continue
-        with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", deb], stdout=subprocess.PIPE) as source:
+        with subprocess.Popen(
+            ["dpkg-deb", "--fsys-tarfile", deb], stdout=subprocess.PIPE
+        ) as source:
             done = subprocess.run(
                 ["tar", "-x", "--keep-directory-symlink", "-C", root], stdin=source.stdout
             )
@@ -541,7 +545,9 @@ def configure(tree: Path, release: Release) -> None:
         for place in (tree / "usr/bin", tree / "usr/sbin"):
             if (place / program.name).is_symlink() or (place / program.name).exists():
                 (place / program.name).unlink()
-        (tree / "usr/sbin" / program.name).symlink_to(f"/usr/lib/xen-{release.xen}/bin/{program.name}")
+        (tree / "usr/sbin" / program.name).symlink_to(
+            f"/usr/lib/xen-{release.xen}/bin/{program.name}"
+        )
     for line in command(["chroot", tree, "/bin/busybox", "--list-full"]).split():
         applet = tree / "usr/bin" / Path(line).name
         if not applet.exists() and not applet.is_symlink():

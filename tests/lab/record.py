@@ -28,12 +28,12 @@ from xenaltp2m.types import ALL_GFNS
 PROGRAMS_IN_BATCH = 40
 STEPS_IN_PROGRAM = 120
 
-SMALL = [*range(0x100, 0x108)]
+SMALL: list[int] = [*range(0x100, 0x108)]
 """RAM that the warm-up maps in 4K entries."""
-LARGE = [*range(0x400, 0x406), 0x5FF, 0x600, 0x7FE, 0xA00]
+LARGE: list[int] = [*range(0x400, 0x406), 0x5FF, 0x600, 0x7FE, 0xA00]
 """RAM that stays in 2M entries until a program touches it in the host p2m."""
-HOLES = [0x2000, 0x7FFFF, *range(0x100000, 0x100006)]
-SPECIAL = [0xFEE00, 0xFEFF9, 0xFEFFC, 0xFEFFF]
+HOLES: list[int] = [0x2000, 0x7FFFF, *range(0x100000, 0x100006)]
+SPECIAL: list[int] = [0xFEE00, 0xFEFF9, 0xFEFFC, 0xFEFFF]
 """The APIC's page, which is direct MMIO, and pages of the toolstack's."""
 ODD = [0, ALL_GFNS, ALL_GFNS - 1, 1 << 36, 1 << 52, 0xFFFFF, 0x1FF, 0x200]
 DROPS = [*HOLES, *SMALL[4:], *LARGE[4:]]
@@ -72,8 +72,8 @@ class Generator:
     """Makes the calls of one program."""
 
     def __init__(self, seed: int, setup: Setup) -> None:
-        self._random = random.Random(seed)  # noqa: S311 - repeatable, not secret
-        self._vcpus = setup.vcpus
+        self._random: random.Random = random.Random(seed)
+        self._vcpus: int = setup.vcpus
         # A program stays with few gfns and views, so that its calls meet each other's traces.
         pools = [SMALL, SMALL, LARGE, [*SMALL, *LARGE, *HOLES], [*SMALL, *HOLES, *SPECIAL]]
         self._gfns = self._random.choice(pools)
@@ -160,7 +160,8 @@ class Generator:
 
     def vcpu(self) -> int:
         """Choose a vCPU, perhaps one too many."""
-        return self._random.choice([*range(self._vcpus), self._vcpus, 0xFFFFFFFF])
+        numbers: list[int] = [*range(self._vcpus), self._vcpus, 0xFFFFFFFF]
+        return self._random.choice(numbers)
 
 
 def setup_of(batch: int, cpu: Setup) -> Setup:

@@ -15,8 +15,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 from images import RELEASES, images, say
 
@@ -76,7 +76,7 @@ def total(results: Path) -> dict[str, int]:
     """Add up the junit reports below a directory."""
     counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
     for report in results.rglob("*.xml"):
-        for suite in ElementTree.parse(report).getroot().iter("testsuite"):  # noqa: S314 - ours
+        for suite in ET.parse(report).getroot().iter("testsuite"):
             for key in counts:
                 counts[key] += int(suite.get(key, 0))
     return counts

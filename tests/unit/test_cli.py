@@ -279,8 +279,8 @@ def test_protect(
     assert out.splitlines() == [
         f"View 1 of domain 1 (guest) on Xen {release} (mock): what differs from the host p2m",
         "",
-        "gfns   pages  host access  view access  shows               symbols",
-        "0x101      1  rwx          r-x          a copy, at 0xff000  target",
+        "gfns   pages  host  view  shows            symbols",
+        "0x101      1  rwx   r-x   copy at 0xff000  target",
     ]
     assert err == ("Undone: vCPUs moved back, view 1 destroyed, 1 page taken back, altp2m off.\n")
     [backend] = mocks
@@ -529,7 +529,7 @@ def test_tables_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(sys.stdout, Terminal)
     shown = sys.stdout.getvalue()
     assert "─────" in shown
-    assert "a copy, at 0xff000" in shown
+    assert "copy at 0xff000" in shown
 
 
 def test_tables_on_a_terminal_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:

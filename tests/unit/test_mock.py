@@ -19,6 +19,7 @@ from errno import (
     ENOENT,
     ENOMEM,
     ENOSYS,
+    ENOTCONN,
     EPERM,
     ESRCH,
 )
@@ -468,6 +469,8 @@ def test_parameters(host: MockBackend, domid: int) -> None:
 
 def test_cpu_state_makes_the_round_trip(host: MockBackend) -> None:
     domid = host.add_domain(vcpus=2, memory_kib=0)
+    assert errno_of(partial(host.domain_hvm_getcontext_partial, domid, 2, 1)) == ENODATA  # is down
+    host.domain(domid).online_vcpus = 2
     rip = HVM_CPU.fields["rip"].offset
     for vcpu in host.domain(domid).vcpus:
         vcpu.context[rip] = 0x10 + vcpu.number
@@ -486,6 +489,7 @@ def test_cpu_state_makes_the_round_trip(host: MockBackend) -> None:
 def test_cpu_state_that_does_not_fit_changes_nothing(host: MockBackend) -> None:
     domid = host.add_domain(memory_kib=0)
     two = host.add_domain(memory_kib=0, vcpus=2)
+    host.domain(two).online_vcpus = 2
     saved = host.domain_hvm_getcontext(domid)
     changed = bytearray(saved)
     changed[8] = 1
@@ -696,8 +700,9 @@ def test_an_unbound_port_takes_its_event_along(
     assert not ready(handle)
     wake(host, domid)
     assert not ready(handle)
-    for call in (host.evtchn_unbind, host.evtchn_unmask, host.evtchn_notify):
-        assert errno_of(partial(call, handle, port)) == EINVAL
+    for call in (host.evtchn_unbind, host.evtchn_notify):
+        assert errno_of(partial(call, handle, port)) == ENOTCONN
+    host.evtchn_unmask(handle, port)  # passed over
 
 
 def test_a_port_of_a_monitor_that_ended_is_silent(

@@ -582,7 +582,8 @@ class Altp2mMachine(RuleBasedStateMachine):
 
     @rule(gfn=st.sampled_from(RAM))
     def guest_gives_a_page_back(self, gfn: int) -> None:
-        if not self.guest.host.lookup(gfn).mapped:
+        host = self.guest.host.lookup(gfn)
+        if not host.mapped or any(vcpu.veinfo == host.mfn for vcpu in self.guest.vcpus):
             return
         self.guest.pool.pages = 4096
         assert self.guest.remove_page(gfn)

@@ -34,7 +34,10 @@ def since(symbol: str) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """One Xen release and what is different in it from its neighbours."""
+    """One Xen release and what is different in it from its neighbours.
+
+    A release means its last update: what a stable update changed holds for the whole series.
+    """
 
     major: int
     minor: int
@@ -60,12 +63,6 @@ class Release:
     """A lazy copy is no larger than the hole it fills (ced5685208, 4.17)."""
     drop_test_covers_order: bool
     """A dropped superpage counts with all its gfns for a reset (cbd0874fef, 4.17)."""
-    notify_on_mmio_is_eperm: bool
-    """A #VE page on direct MMIO is EPERM; before, EINVAL (4.16)."""
-    revert_refuses_mmio: bool
-    """Reverting a direct MMIO entry is EILSEQ (753cb68e65, 4.16)."""
-    revert_refuses_non_ram: bool
-    """Reverting any entry that is neither RAM nor broken is EILSEQ (4.22)."""
     fast_singlestep_alone: bool
     """Fast single-step works without ``xc_monitor_singlestep`` (410ef33439, 4.19)."""
 
@@ -141,8 +138,5 @@ def release(major: int, minor: int) -> Release:
         superpage_copy_takes_view_default=known >= 22,
         lazy_copy_fits_view_order=known >= 17,
         drop_test_covers_order=known >= 17,
-        notify_on_mmio_is_eperm=known >= 16,
-        revert_refuses_mmio=known >= 16,
-        revert_refuses_non_ram=known >= 22,
         fast_singlestep_alone=known >= 19,
     )

@@ -119,7 +119,7 @@ def _print_rich(table: Table) -> bool:
         console.print(Text(table.title))
     shown = RichTable(box=box.SIMPLE_HEAD)
     for name, right in zip(table.head, table.to_right, strict=True):
-        shown.add_column(name, justify="right" if right else "left")
+        shown.add_column(name, justify="right" if right else "left", overflow="fold")
     for row in table.rows:
         shown.add_row(*map(Text, row))
     console.print(shown)

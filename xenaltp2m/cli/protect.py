@@ -115,7 +115,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         console.result(
             _document(xen, domain, image, matches, altp2m, view),
             Table(
-                ("gfns", "pages", "host access", "view access", "shows", "symbols"),
+                ("gfns", "pages", "host", "view", "shows", "symbols"),
                 [_row(domain, image, symbols, difference) for difference in view.differences()],
                 title=f"View {view.id} of domain {domain.domid} ({domain.name}) on Xen "
                 f"{xen.release} ({xen.backend.name}): what differs from the host p2m",
@@ -273,7 +273,7 @@ def _row(
     ]
     shows = "its own pages" if run.count > 1 else "its own page"
     if run.remapped_to is not None:
-        shows = f"a copy, at {_gfns(run.remapped_to, run.count)}"
+        shows = f"copy at {_gfns(run.remapped_to, run.count)}"
     return (
         _gfns(run.first, run.count),
         str(run.count),

@@ -24,6 +24,7 @@ from errno import (
     ENODEV,
     ENOENT,
     ENOSYS,
+    ENOTCONN,
     EOPNOTSUPP,
     EPERM,
 )
@@ -400,7 +401,7 @@ class MockBackend:
         domain = self._hvm_domctl(domid)
         return b"".join(
             _record(layouts.HVM_CPU_TYPECODE, vcpu.number, bytes(vcpu.context))
-            for vcpu in domain.vcpus
+            for vcpu in domain.vcpus[: domain.online_vcpus]  # hvm_save_cpu_ctxt passes the others
         ) + _record(0, 0, b"")
 
     @_operation
@@ -410,6 +411,8 @@ class MockBackend:
             raise Refused(EINVAL)
         if instance >= len(domain.vcpus):
             raise Refused(ENOENT)
+        if instance >= domain.online_vcpus:
+            raise Refused(ENODATA)
         return bytes(domain.vcpus[instance].context)
 
     @_operation
@@ -707,8 +710,7 @@ class MockBackend:
 
     @_operation
     def evtchn_unmask(self, channel: int, port: int) -> None:
-        self._port(channel, port)
-        self._channels[channel].unmask(port)
+        self._channel(channel).unmask(port)
 
     @_operation
     def evtchn_notify(self, channel: int, port: int) -> None:
@@ -724,7 +726,7 @@ class MockBackend:
     def _port(self, channel: int, port: int) -> Port:
         bound = self._channel(channel).ports.get(port)
         if bound is None:
-            raise Refused(EINVAL)
+            raise Refused(ENOTCONN)
         return bound
 
     @_operation
@@ -733,6 +735,8 @@ class MockBackend:
     ) -> list[memoryview]:
         domain = self.machine.controlled(domid)
         frames = []
+        if not gfns:
+            raise Refused(EINVAL)
         for gfn in gfns:
             found = domain.host_lookup(gfn, populate=True, unshare=writable)
             if not found.valid or found.type not in ANY_RAM_TYPES:  # get_page_from_gfn

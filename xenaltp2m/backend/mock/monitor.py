@@ -229,8 +229,10 @@ class Channel:
         return self._fired.popleft()
 
     def unmask(self, number: int) -> None:
-        """Let a port fire again, at once if it was signalled meanwhile."""
-        port = self.ports[number]
+        """Let a port fire again, at once if it was signalled meanwhile; unknown ones are passed."""
+        port = self.ports.get(number)
+        if port is None:
+            return
         port.masked = False
         if port.pending:
             port.pending = False
