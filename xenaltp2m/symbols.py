@@ -41,6 +41,10 @@ _UNDEFINED_SECTION = 0
 _PLACES = frozenset((0, 1, 2, 10))
 """STT_NOTYPE, OBJECT, FUNC and GNU_IFUNC: the types whose value is an address."""
 _LOCAL = 0
+_GLOBAL = 2
+"""Ranks: 0 a local label, 1 a local function or object, 2 and 3 the same but global or weak."""
+_FEW_NAMES = 20_000
+"""So many are searched for similar ones quickly enough."""
 _SYMBOL = {32: struct.Struct("<IIIBBH"), 64: struct.Struct("<IBBHQQ")}
 
 
@@ -107,11 +111,15 @@ class Image:
         reader = _Reader(io.BytesIO(content) if isinstance(content, bytes) else content, name)
         self.segments = tuple(reader.segments())
         found = sorted(reader.symbols(), key=itemgetter(0, 1))
-        self.symbols = tuple(symbol for _, _, symbol in found)
+        self.symbols: tuple[Symbol, ...] = tuple(symbol for _, _, symbol in found)
         self._addresses = [symbol.address for symbol in self.symbols]
-        self._by_name: dict[str, list[tuple[int, Symbol]]] = {}
-        for _, rank, symbol in found:
-            self._by_name.setdefault(symbol.name, []).append((rank, symbol))
+        self._ranks = bytes(rank for _, rank, _ in found)
+        # Numbers of symbols: there are many, few of them have a namesake.
+        self._first: dict[str, int] = {}
+        self._namesakes: dict[str, list[int]] = {}
+        for at, symbol in enumerate(self.symbols):
+            if self._first.setdefault(symbol.name, at) != at:
+                self._namesakes.setdefault(symbol.name, []).append(at)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Image:
@@ -141,13 +149,14 @@ class Image:
         Raises:
             SymbolError: There is none, or several local ones at different addresses.
         """
-        found = self._by_name.get(name)
-        if not found:
-            close = difflib.get_close_matches(name, self._by_name, 3) if self._few() else []
+        if name not in self._first:
+            few = len(self._first) <= _FEW_NAMES
+            close = difflib.get_close_matches(name, self._first, 3) if few else []
             known = f"; did you mean {' or '.join(close)}?" if close else ""
             raise SymbolError(f"{self.name} has no symbol {name!r}{known}")
-        best = max(rank >= _GLOBAL for rank, _ in found)
-        chosen = [symbol for rank, symbol in found if (rank >= _GLOBAL) == best]
+        found: list[int] = [self._first[name], *self._namesakes.get(name, ())]
+        globals_ = [at for at in found if self._ranks[at] >= _GLOBAL]
+        chosen = [self.symbols[at] for at in globals_ or found]
         if len({symbol.address for symbol in chosen}) > 1:
             places = ", ".join(f"{symbol.address:#x}" for symbol in chosen[:4])
             more = ", ..." if len(chosen) > 4 else ""
@@ -208,18 +217,10 @@ class Image:
         last = first + max(symbol.size, 1) - 1
         return range(first >> PAGE_SHIFT, (last >> PAGE_SHIFT) + 1)
 
-    def _few(self) -> bool:
-        """Whether looking for similar names is quick enough."""
-        return len(self._by_name) <= 20_000
-
 
 def _open_at_once(name: str, flags: int) -> int:
     # A FIFO must not hold us up before fstat can tell what it is.
     return os.open(name, flags | os.O_NONBLOCK)
-
-
-_GLOBAL = 2
-"""Ranks: 0 a local label, 1 a local function or object, 2 and 3 the same but global or weak."""
 
 
 class _Reader:

@@ -48,6 +48,7 @@ from xenaltp2m.backend.mock.p2m import (
 from xenaltp2m.types import ALL_GFNS, PAGE_SIZE, Altp2mMode
 
 INVALID_VIEW = 0xFFFF
+_MAP_NORESERVE = 0x4000  # <sys/mman.h>, Linux: memory is taken when it is touched, not before
 _DEFAULT_VIEWS = 10
 _SPECIAL_PAGES_END = 0xFF000
 _SPECIAL_PAGES = 8
@@ -82,7 +83,8 @@ class Frames:
     """The host's memory, as one sparse mapping; a frame number is an offset into it."""
 
     def __init__(self, limit: int) -> None:
-        self._memory = mmap.mmap(-1, limit * PAGE_SIZE)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        self._memory = mmap.mmap(-1, limit * PAGE_SIZE, flags=flags)
         self._view = memoryview(self._memory)
         self._limit = limit
         self._next = 1 << ORDER_2M  # frame 0 stays nobody's, and 2M blocks stay aligned

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What users import: complete, documented, typed, and with Xen's numbers."""
+
+from __future__ import annotations
+
+import ast
+import enum
+import inspect
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from types import FunctionType, ModuleType
+
+import pytest
+
+import xenaltp2m
+from xenaltp2m import Access, Altp2mMode, errors, types
+from xenaltp2m.abi import releases
+from xenaltp2m.abi._ffi import ffi
+from xenaltp2m.backend import Backend, arguments
+
+PACKAGE = Path(xenaltp2m.__file__).parent
+GENERATED = {"_ffi.py"}
+REACHED = {"Release", "Backend"}
+"""Classes that users meet but never name: through ``xen.release`` and ``xen.backend``."""
+PROTOCOL = {name for name in vars(Backend) if not name.startswith("_")}
+
+
+def sources() -> Iterator[tuple[str, ast.Module]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.name not in GENERATED:
+            yield str(path.relative_to(PACKAGE)), ast.parse(path.read_text())
+
+
+def definitions(
+    tree: ast.Module | ast.ClassDef, prefix: str = ""
+) -> Iterator[tuple[str, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """Every public class, function and method by its dotted name."""
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if not node.name.startswith("_"):
+            yield f"{prefix}{node.name}", node
+            if isinstance(node, ast.ClassDef):
+                yield from definitions(node, f"{prefix}{node.name}.")
+
+
+def undocumented(tree: ast.Module) -> list[str]:
+    """What has no docstring; a backend's operations have theirs in the Protocol."""
+    missing = [] if ast.get_docstring(tree) else ["the module"]
+    for name, node in definitions(tree):
+        of_protocol = name.partition(".")[0].endswith("Backend") and node.name in PROTOCOL
+        if not ast.get_docstring(node) and not of_protocol:
+            missing.append(name)
+    return missing
+
+
+def untyped(tree: ast.Module) -> list[str]:
+    """Which functions have a parameter or a result without annotation."""
+    found = []
+    for name, node in definitions(tree):
+        if isinstance(node, ast.ClassDef):
+            continue
+        every = node.args
+        given = [*every.posonlyargs, *every.args, *every.kwonlyargs]
+        given += [extra for extra in (every.vararg, every.kwarg) if extra]
+        bound = "." in name and given[:1] and given[0].arg in {"self", "cls"}
+        if node.returns is None or any(
+            argument.annotation is None for argument in (given[1:] if bound else given)
+        ):
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize(("name", "tree"), sources(), ids=lambda value: str(value)[:40])
+def test_everything_public_is_documented_and_typed(name: str, tree: ast.Module) -> None:
+    assert undocumented(tree) == []
+    assert untyped(tree) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "without_words", "without_types"),
+    [
+        ("'''M.'''", [], []),
+        ("x = 1", ["the module"], []),
+        ("'''M.'''\ndef f() -> None: pass", ["f"], []),
+        ("'''M.'''\ndef f(x: int): '''F.'''", [], ["f"]),
+        ("'''M.'''\ndef f(x, *, y: int) -> None: '''F.'''", [], ["f"]),
+        ("'''M.'''\ndef f(*x) -> None: '''F.'''", [], ["f"]),
+        ("'''M.'''\ndef _f(x): pass", [], []),
+        ("'''M.'''\nclass C:\n  def f(self) -> None: '''F.'''", ["C"], []),
+        ("'''M.'''\nclass C:\n  '''C.'''\n  @property\n  def f(self) -> int: pass", ["C.f"], []),
+        ("'''M.'''\nclass C:\n  '''C.'''\n  def close(self) -> None: pass", ["C.close"], []),
+        ("'''M.'''\nclass CBackend:\n  '''C.'''\n  def close(self) -> None: pass", [], []),
+        ("'''M.'''\nclass CBackend:\n  '''C.'''\n  def more(self): pass", ["CBackend.more"],
+         ["CBackend.more"]),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_found(
+    text: str, without_words: list[str], without_types: list[str]
+) -> None:
+    tree = ast.parse(text)
+    assert undocumented(tree) == without_words
+    assert untyped(tree) == without_types
+
+
+# The names.
+
+
+def order(name: str) -> tuple[int, str]:
+    """Constants, then classes, then functions."""
+    return (0 if name.isupper() else 1 if name[0].isupper() else 2), name
+
+
+def test_all_is_sorted_and_has_every_public_name() -> None:
+    assert xenaltp2m.__all__ == sorted(xenaltp2m.__all__, key=order)
+    bound = {
+        name
+        for name, value in vars(xenaltp2m).items()
+        if not name.startswith("_") and not isinstance(value, ModuleType)
+    }
+    assert bound == set(xenaltp2m.__all__)
+
+
+def own_classes(module: ModuleType) -> set[str]:
+    return {
+        name
+        for name, value in vars(module).items()
+        if inspect.isclass(value) and value.__module__ == module.__name__ and name[0] != "_"
+    }
+
+
+def test_every_error_and_type_is_exported() -> None:
+    assert len(own_classes(errors)) > 10
+    assert len(own_classes(types)) > 3
+    assert own_classes(errors) | own_classes(types) <= set(xenaltp2m.__all__)
+
+
+def classes_in(annotation: object) -> Iterator[type]:
+    """The classes of ours that an annotation names."""
+    if inspect.isclass(annotation) and annotation.__module__.startswith("xenaltp2m"):
+        yield annotation
+    for part in typing.get_args(annotation):
+        yield from classes_in(part)
+
+
+def public_functions(kind: type) -> Iterator[FunctionType]:
+    for name, member in vars(kind).items():
+        if not name.startswith("_"):
+            function = member.fget if isinstance(member, property) else member
+            if isinstance(function, FunctionType):
+                yield function
+
+
+def test_what_handles_take_and_give_is_exported() -> None:
+    modules = [xenaltp2m.view, xenaltp2m.altp2m, xenaltp2m.domain, xenaltp2m.xen]
+    known = {name: value for module in modules for name, value in vars(module).items()}
+    met = set()
+    for name in xenaltp2m.__all__:
+        value = getattr(xenaltp2m, name)
+        for function in public_functions(value) if inspect.isclass(value) else ():
+            hints = typing.get_type_hints(function, known)
+            met |= {found.__name__ for hint in hints.values() for found in classes_in(hint)}
+    assert {"View", "Altp2m", "Difference", "Mismatch", "DomainInfo"} <= met
+    assert met - REACHED <= set(xenaltp2m.__all__)
+
+
+def test_every_error_is_a_xen_error() -> None:
+    for name in own_classes(errors):
+        kind = getattr(errors, name)
+        if not issubclass(kind, Warning):
+            assert issubclass(kind, errors.XenError)
+            assert issubclass(kind, OSError)
+
+
+# The numbers.
+
+
+def constant(name: str) -> int:
+    return int(ffi.integer_const(name))
+
+
+def test_access_numbers_are_xen_s() -> None:
+    """Those that are alike in every release; ``r_pw`` and ``default`` have no one number in C."""
+    names = {access: str(access).replace("-", "") or "n" for access in Access.__members__.values()}
+    for version in releases.SUPPORTED:
+        numbers = releases.release(*version).access_numbers
+        for access, name in names.items():
+            if name not in {"r_pw", "default"}:
+                assert numbers[access] == constant(f"XENMEM_access_{name}")
+    assert len(names) == 12
+
+
+def test_plain_rights_are_their_numbers() -> None:
+    for access in map(Access, range(8)):
+        assert access.value == constant(f"XENMEM_access_{str(access).replace('-', '') or 'n'}")
+
+
+def test_altp2m_modes_are_xen_s() -> None:
+    assert {f"XEN_ALTP2M_{mode.name.lower()}": mode.value for mode in Altp2mMode} == {
+        name: constant(name)
+        for name in (
+            "XEN_ALTP2M_disabled",
+            "XEN_ALTP2M_mixed",
+            "XEN_ALTP2M_external",
+            "XEN_ALTP2M_limited",
+        )
+    }
+
+
+def test_other_numbers_are_xen_s() -> None:
+    assert xenaltp2m.domain._HVM_PARAM_ALTP2M == constant("HVM_PARAM_ALTP2M")
+    assert constant("DOMID_FIRST_RESERVED") == arguments.DOMID_LIMIT
+    assert types.ALL_GFNS == int(ffi.cast("xen_pfn_t", -1))
+    assert xenaltp2m.PAGE_SIZE == 1 << xenaltp2m.PAGE_SHIFT == 4096
+
+
+def test_enums_have_no_members_that_are_not_checked() -> None:
+    """Whoever adds an enum of Xen's numbers adds it here."""
+    found = {
+        name
+        for module in (types, errors)
+        for name in own_classes(module)
+        if issubclass(getattr(module, name), enum.Enum)
+    }
+    assert found == {"Access", "Altp2mMode"}
+
+
+# Access, as people write and read it.
+
+
+def test_rights_combine() -> None:
+    assert Access.R | Access.X is Access.RX
+    assert Access.R | Access.W | Access.X is Access.RWX
+    assert [str(access) for access in (Access.N, Access.RX, Access.RWX, Access.N2RWX)] == [
+        "---", "r-x", "rwx", "n2rwx",
+    ]  # fmt: skip
+    assert [str(Access.RX2RW), str(Access.R_PW), str(Access.DEFAULT)] == [
+        "rx2rw", "r_pw", "default",
+    ]  # fmt: skip
+    assert "DEFAULT" in str(Access.DEFAULT | Access.R)
