@@ -27,7 +27,7 @@ demo: $(READY) ## protect a function of a real guest image, on the mock hypervis
 	$(RUN) -m xenaltp2m --connect mock protect guest --image $(IMAGE) --symbol target --hold 1
 
 test: $(READY) headers ## run every test that needs no Xen
-	$(RUN) -m pytest -rs $(PYTEST)
+	$(RUN) -m pytest -rfEs $(PYTEST)
 
 check: lint types ffi-check test ## what CI runs: linters, types, the generated module, tests
 
@@ -49,7 +49,7 @@ ffi-check: $(READY) ## fail if xenaltp2m/abi/_ffi.py is not what cdefs/ says
 	$(RUN) cdefs/build.py --check
 
 abi: $(READY) headers ## prove cdefs/ against Xen's headers; without them it fails
-	XENALTP2M_ABI=1 $(RUN) -m pytest -rs tests/abi $(PYTEST)
+	XENALTP2M_ABI=1 $(RUN) -m pytest -rfEs tests/abi $(PYTEST)
 
 bench: $(READY) ## measure what calls cost against C
 	$(RUN) tests/bench/bench.py

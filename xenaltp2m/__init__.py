@@ -4,7 +4,7 @@
 Importing this opens no library and touches no hypervisor; :func:`connect` does.
 """
 
-from xenaltp2m.altp2m import Altp2m, DecorativeDefaultWarning
+from xenaltp2m.altp2m import Altp2m, DecorativeDefaultWarning, SuperpageDefaultWarning
 from xenaltp2m.domain import Domain, Memory
 from xenaltp2m.errors import (
     AccessDeniedError,
@@ -64,6 +64,7 @@ __all__ = [
     "Mismatch",
     "NotMappedError",
     "OutOfMemoryError",
+    "SuperpageDefaultWarning",
     "SuppressVeFailure",
     "SymbolError",
     "UnsupportedError",

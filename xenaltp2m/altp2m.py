@@ -21,6 +21,14 @@ class DecorativeDefaultWarning(UserWarning):
     """The default access asked for has no effect on this release."""
 
 
+class SuperpageDefaultWarning(UserWarning):
+    """The default access asked for may stop the guest, if its memory is mapped in superpages."""
+
+
+_NOTHING_OF_A_SUPERPAGE = (Access.N, Access.N2RWX, Access.X)
+"""``X`` on CPUs where Xen lets no superpage be executed (XSA-304)."""
+
+
 class Altp2m(Handle):
     """A domain's views. Made by :meth:`xenaltp2m.domain.Domain.altp2m`.
 
@@ -61,6 +69,7 @@ class Altp2m(Handle):
         Args:
             default_access: What pages get that the view copies from the host p2m on first use.
                 Xen ignores it before 4.19, and up to 4.21 for what it copies along in a superpage.
+                ``N``, ``X`` and ``N2RWX`` may stop a guest whose memory is mapped in superpages.
             label: A name for people.
 
         Raises:
@@ -81,6 +90,15 @@ class Altp2m(Handle):
                 f"Xen {release} gives pages the host's access, not the view's default "
                 f"{default_access}: set it with view.set_access(range(domain.maximum_gfn + 1), …)",
                 DecorativeDefaultWarning,
+                stacklevel=2,
+            )
+        if default_access in _NOTHING_OF_A_SUPERPAGE and release.lazy_copy_takes_view_default:
+            warnings.warn(
+                f"Xen {release} copies the host's superpages into a view, and with access "
+                f"{default_access} takes them for holes: a vCPU that touches one faults for ever, "
+                "and setting one gfn undoes its neighbours (4.22). Boot Xen with hap_2mb=0 "
+                "hap_1gb=0, or let the default be RWX and set the access of every gfn",
+                SuperpageDefaultWarning,
                 stacklevel=2,
             )
         view_id = ViewId(self._backend.altp2m_create_view(self._domid, number))
@@ -224,9 +242,12 @@ class Altp2m(Handle):
             return True  # and has no entry for gfn 0
         return True
 
+    def _orphaned(self) -> bool:
+        return self.domain._orphaned()
+
     def _gone(self) -> bool:
         """With its domain, or because somebody switched altp2m off."""
-        if self.domain._gone():
+        if self._orphaned():
             return True
         try:
             return not self._backend.altp2m_get_domain_state(self._domid)

@@ -153,12 +153,10 @@ class Domain(Handle):
             BusyError: It is open already, through this handle of the domain or another.
         """
         self._check_open()
-        for domain in self.xen._domains:
-            if domain.domid == self.domid and domain._open_altp2m is not None:
-                raise BusyError(
-                    f"{domain._open_altp2m!r} is open already: use it, or close it first",
-                    domid=self.domid,
-                )
+        if (other := self._anybody_s_altp2m()) is not None:
+            raise BusyError(
+                f"{other!r} is open already: use it, or close it first", domid=self.domid
+            )
         self._altp2m = Altp2m(self)
         return self._altp2m
 
@@ -288,10 +286,11 @@ class Domain(Handle):
         del self._added[gfns]
 
     def _check_untracked(self, gfns: range) -> None:
-        if self._open_altp2m is None:
+        altp2m = self._anybody_s_altp2m()
+        if altp2m is None:
             return
         for gfn in gfns:
-            if views := self._open_altp2m.tracking(gfn):
+            if views := altp2m.tracking(gfn):
                 raise BusyError(
                     f"gfn {gfn:#x} lies among the remap targets of {views[0]!r}, which Xen "
                     "would reset: destroy the view first",
@@ -340,23 +339,21 @@ class Domain(Handle):
             return None
         return self._altp2m
 
+    def _anybody_s_altp2m(self) -> Altp2m | None:
+        """The domain's open altp2m, through whichever handle of this connection."""
+        for domain in self.xen._domains:
+            if domain.uuid == self.uuid and domain._open_altp2m is not None:
+                return domain._open_altp2m
+        return None
+
     def abandon(self) -> None:
         """Close without undoing anything: the domain, with its altp2m, is gone."""
         super().abandon()
         if self._altp2m is not None:
             self._altp2m.abandon()
 
-    def close(self) -> None:
-        """Close its altp2m, then take back added pages, then pauses; again is harmless.
-
-        Raises:
-            LeftoverError: Something could not be taken back; again tries just that.
-        """
-        if not self.closed and self._gone():
-            self.abandon()  # its number may be another domain's by now
-        super().close()
-
     def _take_back(self) -> None:
+        """Close its altp2m, then take back added pages, then pauses."""
         doing = f"closing {self!r}"
         undo = UndoList()
         undo.push("", lambda: self._pauses.unwind(doing))
@@ -380,7 +377,7 @@ class Domain(Handle):
                 return found
         return None
 
-    def _gone(self) -> bool:
+    def _orphaned(self) -> bool:
         try:
             found = self._find()
         except XenError:

@@ -127,11 +127,12 @@ class Handle:
         """
         if self._closed:
             return
-        try:
-            self._take_back()
-        except LeftoverError:
-            if not self._gone():
-                raise
+        if not self._orphaned():
+            try:
+                self._take_back()
+            except LeftoverError:
+                if not self._gone():
+                    raise
         self.abandon()
 
     def abandon(self) -> None:
@@ -144,9 +145,13 @@ class Handle:
         """Undo what was done; whatever fails is left for a second call."""
         self._undo.unwind(f"closing {self!r}")
 
-    def _gone(self) -> bool:
-        """Tell whether what this handle is about has vanished, and all it changed with it."""
+    def _orphaned(self) -> bool:
+        """Tell whether its domain has vanished: the number may be another domain's by now."""
         return False
+
+    def _gone(self) -> bool:
+        """Tell, after a failure, whether there is nothing left to do it to."""
+        return self._orphaned()
 
     def _roll_back(
         self, undo: UndoList, cause: BaseException, heir: UndoList | None = None

@@ -52,11 +52,11 @@ class Access(enum.Flag):
     RX = R | X
     WX = W | X
     RWX = R | W | X
-    RX2RW = 8 | RX
+    RX2RW = 8
     """Readable and executable until the first write, which silently makes it ``RW``."""
     N2RWX = 16
     """No access; the first access sends an event without pausing and makes it ``RWX``."""
-    R_PW = 32 | R
+    R_PW = 32
     """As ``R``, but the CPU's page walk may set accessed and dirty bits (Xen 4.20 and later)."""
     DEFAULT = 64
     """The host p2m's default access at the time of the call."""

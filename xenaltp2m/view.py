@@ -542,6 +542,9 @@ class View(Handle):
             left.append(gfn)
         return left
 
+    def _orphaned(self) -> bool:
+        return self._altp2m._orphaned()
+
     def _gone(self) -> bool:
         return self._altp2m._gone()
 

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from uuid import UUID
 
 from xenaltp2m.abi.releases import Release
 from xenaltp2m.backend import Backend, open_backend
 from xenaltp2m.backend.arguments import DOMID_LIMIT
 from xenaltp2m.domain import Domain
-from xenaltp2m.errors import DomainNotFoundError, InvalidArgumentError
+from xenaltp2m.errors import DomainNotFoundError, InvalidArgumentError, XenError
 from xenaltp2m.handle import Handle, UndoList
 from xenaltp2m.types import DomainInfo
 
@@ -106,6 +107,9 @@ class Xen(Handle):
         undo = UndoList()
         for domain in self._domains:
             undo.push("", domain.close)
+            if domain._open_altp2m is not None:  # views first: pages may be another handle's
+                with suppress(XenError):
+                    domain._open_altp2m.close()  # tried again, and told of, by its domain
         undo.unwind(f"closing {self!r}")
         super()._take_back()
 

@@ -129,6 +129,7 @@ def table_claims(version: Version) -> Iterator[Claim]:
         "VM_EVENT_INTERFACE_VERSION": layouts.VM_EVENT_VERSION.at(version),
         "VM_EVENT_INTERFACE_VERSION + 0": facts.vm_event_version,
         "XEN_DOMCTL_INTERFACE_VERSION": facts.domctl_version,
+        "XEN_SYSCTL_INTERFACE_VERSION": facts.sysctl_version,
         "XENMEM_access_default": facts.default_access_number,
     }
     for expression, number in numbers.items():

@@ -7,6 +7,7 @@ Each test's docstring is a verdict that docs/semantics.md repeats.
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -148,6 +149,41 @@ def test_host_access_is_not_seen_in_view_0(backend: Backend, guest: Guest) -> No
     finally:
         backend.monitor_unmap_ring(ring)
         backend.monitor_disable(domid)
+
+
+@pytest.mark.parametrize("default", [N, X])
+def test_a_default_without_rights_stalls_the_guest(
+    backend: Backend, guest: Guest, default: int
+) -> None:
+    """From 4.19, a default that leaves a superpage no rights stalls the vCPU, without an event.
+
+    ``x`` is such a one where Xen makes no executable superpages (XSA-304), as on this CPU. It
+    takes a gfn beyond the first 2 MiB: what an empty view copies there is 4K.
+    """
+    memory = guest.dom.memory
+    code = memory.read_page(guest.target)
+    counter = (guest.counter << 12).to_bytes(4, "little")
+    guest.counter = 0x400  # let target() count in another superpage
+    assert counter in code
+    elsewhere = (guest.counter << 12).to_bytes(4, "little")
+    memory.write_page(guest.target, code.replace(counter, elsewhere))
+    assert guest.run() > 0
+    _, ring = backend.monitor_enable(guest.domid)
+    try:
+        view = enter_view(backend, guest, default)
+        gfns = array("Q", range(0x200))
+        backend.altp2m_set_mem_access_multi(guest.domid, view, bytes([RWX]) * len(gfns), gfns)
+        calls, requests = guest.run(), VM_EVENT_RING.number(ring, "req_prod")
+        if backend.release.minor < 19:
+            assert (calls > 0, requests) == (True, 0)  # the default has no effect
+            return
+        assert (calls, requests) == (0, 0)
+        # One entry of 4K in the superpage brings the others along, here with the host's access.
+        backend.altp2m_set_mem_access(guest.domid, view, guest.counter + 1, RWX)
+        assert guest.run() > 0
+    finally:
+        backend.monitor_unmap_ring(ring)
+        backend.monitor_disable(guest.domid)
 
 
 def test_suppress_ve_copies_no_superpage(backend: Backend, guest: Guest) -> None:

@@ -46,7 +46,7 @@ class WatchedMock(MockBackend):
     """Which call from the start fails."""
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        super().__init__(*arguments, memory_pages=1 << 14, **keywords)
+        super().__init__(*arguments, **(keywords | {"memory_pages": 1 << 14}))
         self.target = b""
         self.made.append(self)
         if self.fault is not None:

@@ -345,6 +345,21 @@ def test_pages_that_a_view_tracks_are_not_removed(dom: Domain, view: View, guest
     assert guest.pages == RAM + SPECIAL_PAGES
 
 
+def test_pages_that_another_handle_s_view_tracks_are_not_removed(
+    xen: Xen, dom: Domain, view: View, guest: Model
+) -> None:
+    other = xen.domain(1)
+    gfns = other.add_pages()
+    view.remap(5, gfns[0])
+    with pytest.raises(BusyError, match="destroy the view first"):
+        other.remove_pages(gfns)
+    with pytest.raises(LeftoverError):
+        other.close()
+    assert guest.views[view.id].table.lookup(5).mfn == guest.host.lookup(gfns[0]).mfn
+    xen.close()  # views first, whichever handle they are of
+    assert guest.pages == RAM + SPECIAL_PAGES
+
+
 def test_closing_frees_pages_once_no_view_tracks_them(
     dom: Domain, view: View, mock: MockBackend
 ) -> None:

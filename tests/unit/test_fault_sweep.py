@@ -25,7 +25,7 @@ from .faults import Failing, Plan
 
 ERRNOS = [EPERM, EINVAL, ENOMEM, EBUSY, ESRCH, EACCES]
 FIRST_NEW = 0xFF000
-GFNS = [*range(12), *range(0x1FE, 0x202), 0x208, 0x209, *range(FIRST_NEW, FIRST_NEW + 6)]
+GFNS = [*range(8), 0x1FF, 0x200, 0x201, 0x208, 0x209, *range(FIRST_NEW, FIRST_NEW + 4)]
 RELEASES = [SUPPORTED[0], (4, 20), SUPPORTED[-1]]
 """One of each kind: they differ in whose access a page gets that is copied into a view."""
 

@@ -354,9 +354,24 @@ def _(new: New) -> list[Call]:
         partial(guest.monitor_singlestep, True),
         partial(guest.monitor_mov_to_msr, 0x10, True, False),
         partial(guest.monitor_emulate_each_rep, True),
-        partial(guest.backend.domain_getinfolist, 0, 10),
         guest.backend.vm_event_get_version,
     ]
+
+
+@refuses("listing domains, a sysctl: libxc of another sysctl version", EACCES)
+def _(new: New) -> list[Call]:
+    guest = new(host={"library": (4, 22) if new.xen < (4, 21) else (4, 17)})
+    return [partial(guest.backend.domain_getinfolist, 0, 10)]
+
+
+@holds(
+    "listing domains: libxc of another domctl but the same sysctl version -> works",
+    since=(4, 18),
+    until=(4, 20),
+)
+def _(new: New) -> None:
+    guest = new(host={"library": (4, 17)})
+    assert guest.backend.domain_getinfolist(guest.domid, 1)
 
 
 @holds("HVMOPs and memory ops: libxc of another domctl version -> work")

@@ -17,12 +17,9 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    Bundle,
     RuleBasedStateMachine,
-    consumes,
     initialize,
     invariant,
-    multiple,
     precondition,
     rule,
 )
@@ -46,7 +43,7 @@ from xenaltp2m.backend.mock.machine import INVALID_VIEW
 from xenaltp2m.backend.mock.p2m import PageType
 
 from .effective import State, changes, met, state_of
-from .faults import Failing
+from .faults import Failing, Plan
 
 RAM = [0, 1, 2, 3, 0x1FE, 0x1FF, 0x200, 0x201, 0x202]
 """Six gfns of a superpage, and three of pages that the host maps alone."""
@@ -73,10 +70,26 @@ some_gfns = st.one_of(
 )
 
 
-class Altp2mMachine(RuleBasedStateMachine):
-    views = Bundle("views")
-    pages = Bundle("pages")
+failures = st.sampled_from([EPERM, ENOMEM, EACCES])
+plans: st.SearchStrategy[Plan] = st.one_of(
+    st.just({}),
+    st.just({}),
+    st.builds(lambda first, errno: {first: errno}, st.integers(1, 6), failures),
+    st.builds(
+        lambda first, then, errno: {first: errno, first + then: errno},
+        st.integers(1, 5),
+        st.integers(1, 3),
+        failures,
+    ),
+)
+"""Mostly nothing fails; or a call does; or what takes back what was done before it fails, too."""
+which = st.integers(0, 8)
+"""Which of the open views, or of the pages added: modulo their number."""
+has_views = precondition(lambda machine: bool(machine.open))
+is_open = precondition(lambda machine: machine.altp2m is not None)
 
+
+class Altp2mMachine(RuleBasedStateMachine):
     # The host and its guest.
 
     @initialize(
@@ -206,28 +219,6 @@ class Altp2mMachine(RuleBasedStateMachine):
 
     def forget(self, number: int) -> None:
         self.open.pop(number)
-
-    # Failures.
-
-    @rule(nth=st.integers(1, 8), errno=st.sampled_from([EPERM, ENOMEM, EACCES]))
-    def next_operation_fails(self, nth: int, errno: int) -> None:
-        self.mock.start({nth: errno})
-
-    @rule(
-        first=st.integers(1, 5),
-        second=st.integers(1, 3),
-        errno=st.sampled_from([EPERM, ENOMEM, EACCES]),
-    )
-    def next_operation_and_its_undoing_fail(self, first: int, second: int, errno: int) -> None:
-        self.mock.start({first: errno, first + second: errno})
-
-    @rule(spare=st.integers(0, 6))
-    def memory_runs_out(self, spare: int) -> None:
-        self.guest.pool.pages = self.guest.pool.used + spare
-
-    @rule()
-    def memory_is_added(self) -> None:
-        self.guest.pool.pages = 4096
 
     # altp2m and its views.
 

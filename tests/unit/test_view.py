@@ -564,8 +564,10 @@ def test_tracks_is_the_range_of_targets(view: View, guest: Model) -> None:
 def test_a_reverted_gfn_shows_its_own_page(view: View, guest: Model, mock: MockBackend) -> None:
     before = state_of(mock, 1, GFNS)
     view.remap(5, 700, access=Access.X)
+    view.set_suppress_ve(5, False)
     view.revert(5)
     assert changes(before, state_of(mock, 1, GFNS)) == set()
+    assert view.suppress_ve(5) is True
     assert view.remaps == {}
     assert view.differences() == []
 

@@ -46,6 +46,8 @@ class Release:
     """``VM_EVENT_INTERFACE_VERSION`` in ``public/vm_event.h``."""
     domctl_version: int
     """``XEN_DOMCTL_INTERFACE_VERSION``: a library with another one gets EACCES from domctls."""
+    sysctl_version: int
+    """``XEN_SYSCTL_INTERFACE_VERSION``: the same for listing domains."""
     default_access_number: int
     """``XENMEM_access_default``: moved when ``r_pw`` took its number (ff10aa9d8f, 4.20)."""
 
@@ -101,6 +103,9 @@ def _access_by_number(default_number: int) -> dict[int, Access]:
     return {number: access for access, number in _access_numbers(default_number).items()}
 
 
+_SYSCTL_VERSIONS = {
+    14: 0x13, 15: 0x13, 16: 0x14, 17: 0x15, 18: 0x15, 19: 0x15, 20: 0x15, 21: 0x16, 22: 0x16,
+}  # fmt: skip
 _DOMCTL_VERSIONS = {
     14: 0x12, 15: 0x13, 16: 0x14, 17: 0x15, 18: 0x16, 19: 0x17, 20: 0x17, 21: 0x17, 22: 0x18,
 }  # fmt: skip
@@ -130,6 +135,7 @@ def release(major: int, minor: int) -> Release:
         minor=minor,
         vm_event_version=6 if known < 15 else 7,
         domctl_version=_DOMCTL_VERSIONS[known],
+        sysctl_version=_SYSCTL_VERSIONS[known],
         default_access_number=10 if known < 20 else 11,
         mode_set_at_creation=known >= 19,
         failed_enable_clears_active=known >= 16,

@@ -19,6 +19,8 @@ _MOCK_VCPUS = 2
 _MIB = 1 << 20
 _MOCK_MEMORY = 16 * _MIB
 _MOCK_MEMORY_LIMIT = 2048 * _MIB
+_MOCK_SPARE = 512 * _MIB
+"""The mock host's memory besides the guest's, for copies of pages."""
 
 
 @contextlib.contextmanager
@@ -39,7 +41,9 @@ def connect(
             f"{image.name} is loaded at up to {end:#x}: the mock's guest has at most "
             f"{_MOCK_MEMORY_LIMIT // _MIB} MiB"
         )
-    backend = mock.MockBackend(options.xen or (4, 17))
+    backend = mock.MockBackend(
+        options.xen or (4, 17), memory_pages=(memory + _MOCK_SPARE) // xa.PAGE_SIZE
+    )
     domid = backend.add_domain(MOCK_DOMAIN, vcpus=_MOCK_VCPUS, memory_kib=memory // 1024)
     with xa.connect(backend) as xen:
         if image is not None:

@@ -45,7 +45,6 @@ def test_domctls_are_refused_with_the_cause(backend: Backend, domid: int) -> Non
         lambda: backend.domain_setmaxmem(domid, 64 << 10),
         lambda: backend.monitor_enable(domid),
         lambda: backend.monitor_singlestep(domid, True),
-        lambda: backend.domain_getinfolist(domid, 1),
     ):
         with pytest.raises(xa.AccessDeniedError, match="EACCES") as refused:
             call()
@@ -57,4 +56,4 @@ def test_the_handles_say_so(domid: int) -> None:
         warnings.simplefilter("ignore", xa.LibraryMismatchWarning)
         xen = xa.connect("libxc")
     with xen, pytest.raises(xa.AccessDeniedError, match="EACCES"):
-        xen.domain(domid)
+        xen.domain(domid).pause()  # up to 4.16 and from 4.21 not even the listing works
