@@ -17,7 +17,7 @@ retry = for pause in 5 20 0; do $(1) && break; \
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test check lint format types ffi ffi-check abi bench guest dist clean headers \
-	lab test-xen demo-xen
+	lab test-xen test-xen-all support demo-xen
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | \
@@ -74,6 +74,12 @@ lab: ## build the lab, real Xen in an emulator (root, Debian; several minutes)
 
 test-xen: $(READY) ## run the live tests on real Xen in the lab; XEN="4.17 4.20" chooses
 	for xen in $(XEN); do $(RUN) tests/lab/suite.py --xen $$xen || exit 1; done
+
+test-xen-all: ## the same on every release the lab has
+	$(MAKE) test-xen XEN="4.17 4.20 4.14"
+
+support: $(READY) ## write docs/support.md from what `make test-xen-all` left in results/
+	PYTHONPATH=. $(RUN) tests/lab/support.py
 
 demo-xen: ## the demo on real Xen in the lab, as a dom0 user runs it
 	$(PYTHON) tests/lab/run.py --install --xen $(firstword $(XEN)) --put xenaltp2m \

@@ -74,7 +74,8 @@ MODULES = (
 
 # In the closure of the packages above, of no use to a dom0 that never configures a package.
 NOT_UNPACKED = {
-    "adduser", "debconf", "dpkg", "gcc-12-base", "gcc-14-base", "media-types", "passwd", "tar", "tzdata",
+    "adduser", "debconf", "dpkg", "gcc-12-base", "gcc-14-base", "media-types", "passwd",
+    "tar", "tzdata",
     "udev", "ucf", "sensible-utils", "sysvinit-utils", "libpam-modules", "libpam-modules-bin",
     "readline-common", "perl-base", "login.defs", "systemd",
 }  # fmt: skip

@@ -110,7 +110,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, help="directory for what the job leaves")
     parser.add_argument("--timeout", type=float, default=600, help="seconds of wall time")
     parser.add_argument("--xen-option", action="append", default=[], metavar="OPTION",
-                        help="Xen command line: name=value sets, -name drops a default")  # fmt: skip
+                        help="Xen command line: name=value sets, -name drops it")  # fmt: skip
     parser.add_argument("--dom0-option", action="append", default=[], metavar="OPTION",
                         help="the same for dom0's kernel")  # fmt: skip
     parser.add_argument("--install", action="store_true", help="apt-get install what is missing")

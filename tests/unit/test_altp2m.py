@@ -337,13 +337,13 @@ def test_a_default_that_leaves_nothing_of_a_superpage_is_warned_of(
         if xen_version < (4, 19):
             view = altp2m.create_view(access)
             altp2m.switch_to_view(view)
-            assert mock.touch(1, 5) is Outcome.DONE
+            assert mock.touch(1, 600) is Outcome.DONE
         else:
             with pytest.warns(SuperpageDefaultWarning, match="faults for ever"):
                 view = altp2m.create_view(access)
             altp2m.switch_to_view(view)
             with pytest.raises(Livelock):
-                mock.touch(1, 5)
+                mock.touch(1, 600)
         view.close()
 
 

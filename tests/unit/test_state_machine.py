@@ -26,6 +26,7 @@ from hypothesis.stateful import (
 
 from xenaltp2m import (
     Access,
+    AlreadyError,
     Altp2m,
     BusyError,
     DecorativeDefaultWarning,
@@ -34,6 +35,7 @@ from xenaltp2m import (
     LeftoverError,
     NotMappedError,
     OutOfMemoryError,
+    SuperpageDefaultWarning,
     View,
     XenError,
     connect,
@@ -50,26 +52,28 @@ RAM = [0, 1, 2, 3, 0x1FE, 0x1FF, 0x200, 0x201, 0x202]
 HOLE, DIRECT_MMIO = 0x300, 0xFEE00
 FIRST_NEW = 0xFF000
 GFNS = [*RAM, HOLE, DIRECT_MMIO, *range(FIRST_NEW, FIRST_NEW + 4)]
+MAX_VIEWS = 4
 NUMBERS = {
     Access.N: 0, Access.R: 1, Access.RW: 3, Access.X: 4, Access.RX: 5, Access.RWX: 7,
     Access.RX2RW: 8, Access.N2RWX: 9,
 }  # fmt: skip
-ACCESSES = st.sampled_from([*NUMBERS, Access.DEFAULT])
+HOST_DEFAULT = 7
 RIGHTS = {0: "", 1: "r", 3: "rw", 4: "x", 5: "rx", 7: "rwx", 8: "rx", 9: ""}
 
 Page: TypeAlias = tuple[int, int]
 """A frame and an access number."""
 Met: TypeAlias = dict[tuple[int, int], Page | None]
 """What is met in each view at each gfn."""
+Gfns: TypeAlias = int | list[int] | range
 
-gfns = st.sampled_from(GFNS)
-some_gfns = st.one_of(
+accesses = st.sampled_from([*NUMBERS, Access.DEFAULT])
+ram = st.sampled_from(RAM)
+gfns = st.one_of(ram, ram, st.sampled_from(GFNS))
+some_gfns: st.SearchStrategy[Gfns] = st.one_of(
     gfns,
     st.lists(gfns, max_size=6),
     st.sampled_from([range(4), range(0x1FE, 0x203), range(FIRST_NEW, FIRST_NEW + 4)]),
 )
-
-
 failures = st.sampled_from([EPERM, ENOMEM, EACCES])
 plans: st.SearchStrategy[Plan] = st.one_of(
     st.just({}),
@@ -82,11 +86,21 @@ plans: st.SearchStrategy[Plan] = st.one_of(
         failures,
     ),
 )
-"""Mostly nothing fails; or a call does; or what takes back what was done before it fails, too."""
+"""Mostly nothing fails; or a call does; or what takes back what was done fails, too."""
 which = st.integers(0, 8)
 """Which of the open views, or of the pages added: modulo their number."""
-has_views = precondition(lambda machine: bool(machine.open))
-is_open = precondition(lambda machine: machine.altp2m is not None)
+
+
+def listed(where: Gfns) -> list[int]:
+    return [where] if isinstance(where, int) else list(where)
+
+
+def is_open(machine: Altp2mMachine) -> bool:
+    return machine.altp2m is not None
+
+
+def has_views(machine: Altp2mMachine) -> bool:
+    return bool(machine.open)
 
 
 class Altp2mMachine(RuleBasedStateMachine):
@@ -95,11 +109,17 @@ class Altp2mMachine(RuleBasedStateMachine):
     @initialize(
         version=st.sampled_from(SUPPORTED),
         superpages=st.booleans(),
-        spare=st.sampled_from([0, 2, 5, 4096]),
         foreign=st.sampled_from([None, "a view", "a view with the vCPUs in it"]),
+        views=st.integers(1, 2),
+        remapped=st.lists(st.tuples(ram, ram, st.none() | accesses), min_size=1, max_size=4),
     )
     def start(
-        self, version: tuple[int, int], superpages: bool, spare: int, foreign: str | None
+        self,
+        version: tuple[int, int],
+        superpages: bool,
+        foreign: str | None,
+        views: int,
+        remapped: list[tuple[int, int, Access | None]],
     ) -> None:
         self.mock = Failing(version, memory_pages=1 << 11)
         self.mock.add_domain("guest", vcpus=2, memory_kib=(2 << 10) + 12, superpages=superpages)
@@ -113,40 +133,46 @@ class Altp2mMachine(RuleBasedStateMachine):
             self.mock.altp2m_change_gfn(1, 1, 1, 2)
             if foreign != "a view":
                 self.mock.altp2m_switch_to_view(1, 1)
-        self.guest.pool.pages = self.guest.pool.used + spare
         self.xen = connect(self.mock)
         self.dom: Domain = self.xen.domain(1)
         self.altp2m: Altp2m | None = None
         self.open: dict[int, View] = {}
         self.remaps: dict[int, dict[int, int]] = {}
         """For each open view, which gfn's page each remapped gfn shows."""
-        self.targets: dict[int, list[int]] = {}
         self.touched: dict[int, set[int]] = {}
         """For each open view, the gfns that were changed behind its back."""
+        self.targets: dict[int, list[int]] = {}
+        """For each open view, the ends that Xen's range of remap targets ever had."""
+        self.ever_targets = {2}  # the other agent's
+        """What a revert, which takes the page that is shown out of Xen's reverse map, may hit."""
         self.added: list[range] = []
-        self.was_target: set[int] = set()
         self.pauses = 0
         self.vcpus_moved = False
-        self.origin = self.state()
-        self.before_open = self.origin
+        self.origin = self.before_open = self.state()
+        self.open_altp2m({})
+        for _ in range(views):
+            self.create_view({}, Access.RWX)
+        for gfn, new_gfn, access in remapped:
+            self.remap({}, 0, gfn, new_gfn, access)
 
     def teardown(self) -> None:
-        if not hasattr(self, "xen"):
-            return
-        self.mock.start({})
-        self.close_altp2m_now()
-        self.xen.close()
-        assert changes(self.origin, self.state()) == set()
-        assert self.mock.open_resources() == []
+        if hasattr(self, "xen"):
+            self.close_altp2m({})
+            self.xen.close()
+            assert changes(self.origin, self.state()) == set()
+            assert self.mock.open_resources() == []
 
     def state(self) -> State:
-        return state_of(self.mock, 1, [*GFNS, *(range(FIRST_NEW + 4, FIRST_NEW + 8))])
+        return state_of(self.mock, 1, [*GFNS, *range(FIRST_NEW + 4, FIRST_NEW + 8)])
 
     def vcpus_are_to_stay(self) -> None:
         """Where vCPUs are now is where they are to be in the end."""
         for name, value in self.state().items():
             if name.startswith("vCPU "):
                 self.origin[name] = value
+
+    def view(self, at: int) -> View:
+        return sorted(self.open.items())[at % len(self.open)][1]
 
     def met(self) -> Met:
         return {
@@ -165,13 +191,10 @@ class Altp2mMachine(RuleBasedStateMachine):
             return host.mfn, self.guest.views[number].default_access
         return host.mfn, host.access
 
-    def has_entry(self, number: int, gfn: int) -> bool:
-        return self.guest.views[number].table.lookup(gfn).mapped
-
-    def can_be_set(self, number: int, gfn: int) -> bool:
+    def can_be_set(self, view: View, gfn: int) -> bool:
         """``altp2m_get_effective_entry``: an entry of the view's own, or plain RAM."""
         host = self.guest.host.lookup(gfn)
-        return self.guest.views[number].table.lookup(gfn).valid or (
+        return self.guest.views[view.id].table.lookup(gfn).valid or (
             host.valid and host.type == PageType.RAM_RW
         )
 
@@ -179,85 +202,84 @@ class Altp2mMachine(RuleBasedStateMachine):
 
     @contextmanager
     def doing(
-        self, effect: Callable[[Met], None], done: Callable[[], None] = lambda: None
-    ) -> Iterator[None]:
-        """Hold what an operation did to the views against its effect; nothing, if it failed.
+        self,
+        plan: Plan,
+        effect: Callable[[Met], None] = lambda _: None,
+        *,
+        view: View | None = None,
+        refused: type[XenError] | None = None,
+    ) -> Iterator[list[XenError]]:
+        """Hold what an operation does to the views against what it should do.
 
         Args:
-            effect: Changes what is met as the operation should.
-            done: Takes note of what was done.
-        """
-        before = self.met()
-        try:
-            yield
-        except LeftoverError:
-            raise
-        except XenError:
-            assert self.met() == before
-            raise
-        finally:
-            self.mock.start({})
-        effect(before)
-        assert self.met() == before
-        done()
+            plan: Which of its calls fail.
+            effect: Changes what is met as the operation does if it succeeds.
+            view: Closed, if the operation leaves something of it behind.
+            refused: The error that it must end with, if no call fails before.
 
-    @contextmanager
-    def allowed_to_fail(self, view: View | None = None) -> Iterator[None]:
-        """Pass over an injected failure; what is left then must go with the next close."""
-        failing = bool(self.mock.plan)
+        Yields:
+            A list that has the error after the block, if there was one.
+        """
+        before, errors = self.met(), list[XenError]()
+        self.mock.start(plan)
         try:
-            yield
-        except OutOfMemoryError:
-            pass
-        except LeftoverError:
+            yield errors
+        except XenError as error:
+            errors.append(error)
+        self.mock.start({})
+        if not errors:
+            assert refused is None
+            effect(before)
+        elif isinstance(errors[0], LeftoverError):
+            assert plan
             if view is not None:
                 view.close()
-                self.forget(view.id)
-        except XenError as error:
-            if not failing or error.errno not in (EPERM, EACCES):
-                raise
-
-    def forget(self, number: int) -> None:
-        self.open.pop(number)
+                del self.open[view.id]
+            return
+        elif errors[0].errno not in plan.values():
+            # Without a failing call, the p2m pool may be at its end.
+            assert isinstance(errors[0], refused or OutOfMemoryError)
+        assert self.met() == before
 
     # altp2m and its views.
 
-    @precondition(lambda self: self.altp2m is None)
-    @rule()
-    def open_altp2m(self) -> None:
+    @precondition(lambda machine: machine.altp2m is None)
+    @rule(plan=plans)
+    def open_altp2m(self, plan: Plan) -> None:
         before = self.state()
-        with self.allowed_to_fail():
-            try:
-                self.altp2m = self.dom.altp2m()
-            finally:
-                self.mock.start({})
-        if self.altp2m is None:
+        self.mock.start(plan)
+        try:
+            self.altp2m = self.dom.altp2m()
+        except LeftoverError:
+            self.close_the_domain({})
+        except XenError:
+            assert plan
             assert changes(before, self.state()) == set()
         else:
             assert self.guest.active
             self.before_open = before
             self.vcpus_moved = False
-
-    @precondition(lambda self: self.altp2m is not None)
-    @rule(again=st.booleans())
-    def open_altp2m_again(self, again: bool) -> None:
         self.mock.start({})
+
+    @precondition(is_open)
+    @rule(own=st.booleans())
+    def open_altp2m_again(self, own: bool) -> None:
         with self.xen.domain(1) as other, pytest.raises(BusyError):
-            (other if again else self.dom).altp2m()
+            (self.dom if own else other).altp2m()
 
-    @precondition(lambda self: self.altp2m is not None)
-    @rule()
-    def close_altp2m(self) -> None:
-        self.close_altp2m_now()
-
-    def close_altp2m_now(self) -> None:
+    @precondition(is_open)
+    @rule(plan=plans)
+    def close_altp2m(self, plan: Plan) -> None:
         if self.altp2m is None:
             return
+        self.mock.start(plan)
         with suppress(LeftoverError):
             self.altp2m.close()
         self.mock.start({})
         self.altp2m.close()
         assert all(view.closed for view in self.open.values())
+        self.altp2m = None
+        self.open.clear()
         amiss = {
             change
             for change in changes(self.before_open, self.state())
@@ -269,288 +291,266 @@ class Altp2mMachine(RuleBasedStateMachine):
             amiss -= {change for change in amiss if change.startswith("vCPU ")}
             self.vcpus_are_to_stay()
         assert amiss == set()
-        self.altp2m = None
-        self.open.clear()
 
-    def default_accesses(self) -> list[Access]:
-        if (4, 19) <= self.guest.release.version < (4, 22) and self.superpages:
-            # A superpage copied along has the host's access: documented, and hard to foretell.
-            return [Access.RWX, Access.DEFAULT]
-        return [Access.RWX, Access.DEFAULT, Access.RX, Access.R, Access.N]
-
-    @precondition(lambda self: self.altp2m is not None)
-    @rule(target=views, data=st.data())
-    def create_view(self, data: st.DataObject) -> object:
+    @precondition(is_open)
+    @rule(
+        plan=plans,
+        access=st.sampled_from([Access.RWX, Access.DEFAULT, Access.RX, Access.R, Access.N]),
+    )
+    def create_view(self, plan: Plan, access: Access) -> None:
         assert self.altp2m is not None
-        access = data.draw(st.sampled_from(self.default_accesses()))
-        full = len(self.open) + len(self.foreign) == 9
-        view = None
-        before = self.met()
-        with self.allowed_to_fail(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DecorativeDefaultWarning)
-            try:
-                view = self.altp2m.create_view(access)
-            except InvalidArgumentError:
-                assert full
-            finally:
-                self.mock.start({})
-        if view is None:
-            assert self.met() == before
-            return multiple()
-        assert not full
-        assert view.id not in self.foreign | self.open.keys()
-        for gfn in GFNS:
-            before[view.id, gfn] = self.lazy(view.id, gfn)
-        assert self.met() == before
-        self.open[view.id] = view
-        self.remaps[view.id] = {}
-        self.targets[view.id] = []
-        self.touched[view.id] = set()
-        return view
-
-    @rule(view=consumes(views))
-    def close_view(self, view: View) -> None:
-        if view.closed:
+        version = self.guest.release.version
+        if len(self.open) == MAX_VIEWS:
             return
+        if self.superpages and (
+            (access is Access.N and version >= (4, 19))  # SuperpageDefaultWarning
+            or (access in {Access.R, Access.RX} and (4, 19) <= version < (4, 22))
+        ):
+            return  # what is copied along in a superpage is not simple, and documented
+        before = self.met()
+        self.mock.start(plan)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DecorativeDefaultWarning)
+                warnings.simplefilter("ignore", SuperpageDefaultWarning)
+                view = self.altp2m.create_view(access)
+        except XenError:
+            assert plan
+            assert self.met() == before
+        else:
+            assert view.id not in self.foreign | self.open.keys()
+            for gfn in GFNS:
+                before[view.id, gfn] = self.lazy(view.id, gfn)
+            assert self.met() == before
+            self.open[view.id] = view
+            self.remaps[view.id], self.targets[view.id] = {}, []
+            self.touched[view.id] = set()
+        self.mock.start({})
+
+    @precondition(has_views)
+    @rule(plan=plans, at=which)
+    def close_view(self, plan: Plan, at: int) -> None:
+        view = self.view(at)
+        self.mock.start(plan)
         with suppress(LeftoverError):
             view.close()
         self.mock.start({})
         view.close()
-        self.forget(view.id)
+        del self.open[view.id]
         assert not self.guest.views[view.id].exists
 
-    @rule(view=views, where=some_gfns, access=ACCESSES, shown=st.booleans())
-    def set_access(
-        self, view: View, where: int | list[int] | range, access: Access, shown: bool
-    ) -> None:
-        if view.closed:
-            return
-        number = NUMBERS.get(access, 7)
-        meant = [where] if isinstance(where, int) else list(where)
-        settable = [gfn for gfn in meant if self.can_be_set(view.id, gfn)]
+    @precondition(has_views)
+    @rule(plan=plans, at=which, where=some_gfns, access=accesses)
+    def set_access(self, plan: Plan, at: int, where: Gfns, access: Access) -> None:
+        view, meant = self.view(at), set(listed(where))
+        settable = {gfn for gfn in meant if self.can_be_set(view, gfn)}
 
         def effect(all_met: Met) -> None:
             for gfn in settable:
                 page = all_met[view.id, gfn]
                 assert page is not None
-                all_met[view.id, gfn] = page[0], number
+                all_met[view.id, gfn] = page[0], NUMBERS.get(access, HOST_DEFAULT)
 
-        def done() -> None:
-            self.touched[view.id] -= set(settable)
-            self.touched[view.id] |= set(meant) - set(settable)
+        with self.doing(plan, effect, view=view) as errors:
+            view.set_access(where, access)
+        if not errors:
+            touched = self.touched[view.id]
+            touched -= settable
+            touched |= meant - settable
 
-        with self.allowed_to_fail(view), self.doing(effect, done):
-            if shown:
-                view.set_access(where, access, progress=lambda done, total: None)
-            else:
-                view.set_access(where, access)
-
-    @rule(view=views, gfn=gfns, new_gfn=gfns, access=st.none() | ACCESSES)
-    def remap(self, view: View, gfn: int, new_gfn: int, access: Access | None) -> None:
-        if view.closed:
-            return
-        possible = self.can_be_set(view.id, gfn) and self.can_be_set(view.id, new_gfn)
+    @precondition(has_views)
+    @rule(plan=plans, at=which, gfn=gfns, new_gfn=gfns, access=st.none() | accesses)
+    def remap(self, plan: Plan, at: int, gfn: int, new_gfn: int, access: Access | None) -> None:
+        view = self.view(at)
+        possible = self.can_be_set(view, gfn) and self.can_be_set(view, new_gfn)
+        remaps, touched = self.remaps[view.id], self.touched[view.id]
 
         def effect(all_met: Met) -> None:
-            assert possible
             was, new = all_met[view.id, gfn], all_met[view.id, new_gfn]
             assert was is not None
             assert new is not None
-            number = was[1] if access is None else NUMBERS.get(access, 7)
+            number = was[1] if access is None else NUMBERS.get(access, HOST_DEFAULT)
             all_met[view.id, gfn] = new[0], number
 
-        def done() -> None:
-            remaps = self.remaps[view.id]
+        self.ever_targets |= {new_gfn, *remaps.values()}
+        refused = None if possible else NotMappedError
+        with self.doing(plan, effect, view=view, refused=refused) as errors:
+            view.remap(gfn, new_gfn, access=access)
+        if not errors:
             shown = remaps.get(new_gfn, new_gfn)
+            remaps[gfn] = shown
             if shown == gfn:
-                remaps.pop(gfn, None)
-            else:
-                remaps[gfn] = shown
-            if new_gfn in self.touched[view.id]:
-                self.touched[view.id].add(gfn)
-            else:
-                self.touched[view.id].discard(gfn)
+                del remaps[gfn]
+            touched.discard(gfn)
+            touched |= {gfn} if new_gfn in touched else set()
+        model = self.guest.views[view.id]
+        if not view.closed and model.min_remapped <= model.max_remapped:
+            self.targets[view.id] += [model.min_remapped, model.max_remapped]
+            assert all(map(view.tracks, self.targets[view.id]))
 
-        self.was_target.add(new_gfn)
-        self.was_target.update(self.remaps[view.id].values())
-        with self.allowed_to_fail(view):
-            try:
-                with self.doing(effect, done):
-                    view.remap(gfn, new_gfn, access=access)
-            except NotMappedError:
-                assert not possible
-        if not view.closed:
-            model = self.guest.views[view.id]
-            if model.min_remapped <= model.max_remapped:
-                assert view.tracks(model.min_remapped)
-                assert view.tracks(model.max_remapped)
-                self.targets[view.id] += [model.min_remapped, model.max_remapped]
-
-    @rule(view=views, gfn=gfns)
-    def revert(self, view: View, gfn: int) -> None:
-        if view.closed:
-            return
-        remapped = gfn in self.remaps[view.id]
-        had_entry = self.has_entry(view.id, gfn)
+    @precondition(has_views)
+    @rule(plan=plans, at=which, of=which, gfn=gfns)
+    def revert(self, plan: Plan, at: int, of: int, gfn: int) -> None:
+        view = self.view(at)
+        remaps = self.remaps[view.id]
+        if of and remaps:
+            gfn = sorted(remaps)[of % len(remaps)]
+        had_entry = self.guest.views[view.id].table.lookup(gfn).mapped
 
         def effect(all_met: Met) -> None:
-            assert remapped
             if had_entry:
                 all_met[view.id, gfn] = self.lazy(view.id, gfn)
 
-        def done() -> None:
-            del self.remaps[view.id][gfn]
+        if gfn in self.touched[view.id]:  # a host write may have put its own page back
+            self.ever_targets.add(gfn)
+        refused = None if gfn in remaps else InvalidArgumentError
+        with self.doing(plan, effect, view=view, refused=refused) as errors:
+            view.revert(gfn)
+        if not errors:
+            del remaps[gfn]
 
-        with self.allowed_to_fail(view):
-            try:
-                with self.doing(effect, done):
-                    view.revert(gfn)
-            except InvalidArgumentError:
-                assert not remapped
-
-    @rule(view=views, where=some_gfns, suppress_ve=st.booleans())
-    def set_suppress_ve(
-        self, view: View, where: int | list[int] | range, suppress_ve: bool
-    ) -> None:
-        if view.closed:
-            return
-        meant = [where] if isinstance(where, int) else list(where)
-        fresh = [gfn for gfn in meant if not self.has_entry(view.id, gfn)]
+    @precondition(has_views)
+    @rule(plan=plans, at=which, where=some_gfns, suppress_ve=st.booleans())
+    def set_suppress_ve(self, plan: Plan, at: int, where: Gfns, suppress_ve: bool) -> None:
+        view = self.view(at)
+        table = self.guest.views[view.id].table
+        fresh = [gfn for gfn in listed(where) if not table.lookup(gfn).mapped]
 
         def effect(all_met: Met) -> None:
-            for gfn in fresh:
-                # Xen makes an entry with the host's access; the view's default counts no more.
-                host = self.guest.host.lookup(gfn)
-                own = self.guest.views[view.id].table.lookup(gfn)
+            for gfn in fresh:  # Xen makes entries with the host's access, not the view's default
+                own, host = table.lookup(gfn), self.guest.host.lookup(gfn)
                 if own.mapped and own.access == host.access:
                     all_met[view.id, gfn] = host.mfn, host.access
 
-        with self.allowed_to_fail(view):
-            try:
-                with self.doing(effect):
-                    view.set_suppress_ve(where, suppress_ve)
-            except NotMappedError:
-                assert isinstance(where, int)
-                assert not self.can_be_set(view.id, where)
+        possible = not isinstance(where, int) or self.can_be_set(view, where)
+        refused = None if possible else NotMappedError
+        passed_over = {gfn for gfn in listed(where) if not self.can_be_set(view, gfn)}
+        with self.doing(plan, effect, view=view, refused=refused):
+            view.set_suppress_ve(where, suppress_ve)
+        self.touched[view.id] |= passed_over
 
-    @rule(view=views, visible=st.booleans())
-    def set_visibility(self, view: View, visible: bool) -> None:
-        if view.closed:
-            return
-        with self.allowed_to_fail(), self.doing(lambda _: None):
-            view.set_visibility(visible)
+    @precondition(has_views)
+    @rule(plan=plans, at=which, visible=st.booleans())
+    def set_visibility(self, plan: Plan, at: int, visible: bool) -> None:
+        with self.doing(plan):
+            self.view(at).set_visibility(visible)
 
-    @precondition(lambda self: self.altp2m is not None)
-    @rule(view=views | st.none())
-    def switch_to_view(self, view: View | None) -> None:
+    @precondition(is_open)
+    @rule(plan=plans, at=st.none() | which)
+    def switch_to_view(self, plan: Plan, at: int | None) -> None:
         assert self.altp2m is not None
-        hidden = view is not None and not view.closed and not view.visible
-        with self.allowed_to_fail(), warnings.catch_warnings():
+        view = None if at is None or not self.open else self.view(at)
+        hidden = view is not None and not view.visible
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            try:
-                with self.doing(lambda _: None):
-                    self.altp2m.switch_to_view(view)
-            except InvalidArgumentError:
-                assert view is not None
-                assert view.closed or hidden
-            else:
-                number = 0 if view is None else view.id
-                assert [vcpu.view for vcpu in self.guest.vcpus] == [number] * 2
-                if self.before_open["vCPU 0 of domain 1"] != self.before_open["vCPU 1 of domain 1"]:
-                    self.vcpus_moved = True  # they cannot go back each to its own
+            with self.doing(plan, refused=InvalidArgumentError if hidden else None) as errors:
+                self.altp2m.switch_to_view(view)
+        if not errors:
+            number = 0 if view is None else view.id
+            assert [vcpu.view for vcpu in self.guest.vcpus] == [number] * 2
+            prior = {self.before_open[f"vCPU {vcpu} of domain 1"] for vcpu in (0, 1)}
+            self.vcpus_moved |= len(prior) > 1  # they cannot go back each to its own
 
-    @precondition(lambda self: self.altp2m is not None)
-    @rule(vcpu=st.integers(0, 1), gfn=st.sampled_from(RAM))
-    def notify(self, vcpu: int, gfn: int) -> None:
+    @precondition(is_open)
+    @rule(plan=plans, vcpu=st.integers(0, 1), gfn=ram)
+    def notify(self, plan: Plan, vcpu: int, gfn: int) -> None:
         assert self.altp2m is not None
-        with self.allowed_to_fail(), suppress(FileExistsError), self.doing(lambda _: None):
-            if self.guest.vcpus[vcpu].veinfo is None and self.guest.host.lookup(gfn).mapped:
-                self.altp2m.enable_notify(vcpu, gfn)
-                assert self.guest.vcpus[vcpu].veinfo == self.guest.host.lookup(gfn).mfn
-            else:
-                self.altp2m.disable_notify(vcpu)
-                assert self.guest.vcpus[vcpu].veinfo is None
+        frame, had = self.guest.host.lookup(gfn).mfn, self.guest.vcpus[vcpu].veinfo
+        refused = AlreadyError if had is not None else InvalidArgumentError
+        fine = had is None and self.guest.host.lookup(gfn).mapped
+        with self.doing(plan, refused=None if fine else refused) as errors:
+            self.altp2m.enable_notify(vcpu, gfn)
+        assert self.guest.vcpus[vcpu].veinfo == (had if errors else frame)
+
+    @precondition(is_open)
+    @rule(plan=plans, vcpu=st.integers(0, 1))
+    def stop_notifying(self, plan: Plan, vcpu: int) -> None:
+        assert self.altp2m is not None
+        had = self.guest.vcpus[vcpu].veinfo
+        with self.doing(plan) as errors:
+            self.altp2m.disable_notify(vcpu)
+        assert self.guest.vcpus[vcpu].veinfo == (had if errors else None)
 
     # The domain.
 
-    @precondition(lambda self: len(self.added) < 3)
-    @rule(count=st.integers(1, 2), target=pages)
-    def add_pages(self, count: int) -> object:
-        self.guest.pool.pages = 4096  # without, Xen would lose a page it has taken
-        before, gfns = self.state(), None
-        with self.allowed_to_fail():
-            try:
-                gfns = self.dom.add_pages(count)
-            except LeftoverError:
-                self.close_all_and_reopen()
-            finally:
-                self.mock.start({})
-        if gfns is None:
-            return multiple()
-        assert self.guest.pages == before["pages of domain 1"] + count
-        assert self.guest.max_pages == before["memory limit of domain 1"] + count
-        self.added.append(gfns)
-        return gfns
-
-    @rule(gfns=consumes(pages))
-    def remove_pages(self, gfns: range) -> None:
-        if gfns not in self.added:
-            return
-        tracked = any(
-            min(targets) <= gfn <= max(targets)
-            for number, targets in self.targets.items()
-            if number in self.open and targets
-            for gfn in gfns
-        )
-        with self.allowed_to_fail():
-            try:
-                self.dom.remove_pages(gfns)
-            except BusyError:
-                assert tracked
-                return
-            except LeftoverError:
-                self.mock.start({})
-                self.dom.remove_pages(gfns)
-            finally:
-                self.mock.start({})
-            assert not tracked
-            self.added.remove(gfns)
-            self.changed_behind(gfns)
-
-    @rule()
-    def pause(self) -> None:
-        with self.allowed_to_fail(), self.doing(lambda _: None):
-            self.dom.pause()
-            self.pauses += 1
-
-    @rule()
-    def unpause(self) -> None:
-        with self.allowed_to_fail(), self.doing(lambda _: None):
-            try:
-                self.dom.unpause()
-            except InvalidArgumentError:
-                assert not self.pauses
-            else:
-                self.pauses -= 1
-
-    @rule(gfn=st.sampled_from([*RAM, HOLE]), data=st.binary(max_size=16))
-    def memory(self, gfn: int, data: bytes) -> None:
-        address = (gfn << 12) + 4090
-        with self.allowed_to_fail():
-            try:
-                with self.doing(lambda _: None):
-                    self.dom.memory.write(address, data)
-                    assert self.dom.memory.read(address, len(data)) == data
-            except InvalidArgumentError:
-                pages = {address >> 12, (address + len(data) - 1) >> 12}
-                assert not all(self.guest.host.lookup(page).valid for page in pages)
-            except LeftoverError:
-                self.close_all_and_reopen()
-
-    @rule()
-    def close_all_and_reopen(self) -> None:
+    @precondition(lambda machine: len(machine.added) < 2)
+    @rule(plan=plans, count=st.integers(1, 2))
+    def add_pages(self, plan: Plan, count: int) -> None:
+        before = self.state()
+        self.mock.start(plan)
+        try:
+            with self.with_memory():  # without, Xen would lose a page that it has taken
+                added = self.dom.add_pages(count)
+        except LeftoverError:
+            self.close_the_domain({})
+        except XenError:
+            assert plan
+            assert changes(before, self.state()) == set()
+        else:
+            assert self.guest.pages == before["pages of domain 1"] + count
+            assert self.guest.max_pages == before["memory limit of domain 1"] + count
+            self.added.append(added)
         self.mock.start({})
-        self.close_altp2m_now()
+
+    @precondition(lambda machine: bool(machine.added))
+    @rule(plan=plans, of=which)
+    def remove_pages(self, plan: Plan, of: int) -> None:
+        gone = self.added[of % len(self.added)]
+        tracked = any(
+            min(ends) <= gfn <= max(ends)
+            for number, ends in self.targets.items()
+            if number in self.open and ends
+            for gfn in gone
+        )
+        before = self.state()
+        self.mock.start(plan)
+        try:
+            self.dom.remove_pages(gone)
+        except BusyError:
+            assert tracked
+            assert changes(before, self.state()) == set()
+            return
+        except LeftoverError:
+            self.mock.start({})
+            self.dom.remove_pages(gone)
+        finally:
+            self.mock.start({})
+        assert not tracked
+        self.added.remove(gone)
+        self.changed_behind(gone)
+
+    @rule(plan=plans)
+    def pause(self, plan: Plan) -> None:
+        with self.doing(plan) as errors:
+            self.dom.pause()
+        self.pauses += not errors
+
+    @rule(plan=plans)
+    def unpause(self, plan: Plan) -> None:
+        refused = None if self.pauses else InvalidArgumentError
+        with self.doing(plan, refused=refused) as errors:
+            self.dom.unpause()
+        self.pauses -= not errors
+
+    @rule(plan=plans, gfn=gfns, data=st.binary(max_size=16))
+    def use_memory(self, plan: Plan, gfn: int, data: bytes) -> None:
+        address = (gfn << 12) + 4090
+        pages = range(gfn, ((address + len(data) - 1) >> 12) + 1) if data else ()
+        fine = all(self.guest.host.lookup(page).valid for page in pages)
+        with self.doing(plan, refused=None if fine else InvalidArgumentError) as errors:
+            self.dom.memory.write(address, data)
+            assert self.dom.memory.read(address, len(data)) == data
+        if errors and isinstance(errors[0], LeftoverError):
+            self.close_the_domain({})
+
+    @rule(plan=plans)
+    def close_the_domain(self, plan: Plan) -> None:
+        self.mock.start({})
+        self.close_altp2m({})
+        self.mock.start(plan)
+        with suppress(LeftoverError):
+            self.dom.close()
+        self.mock.start({})
         self.dom.close()
         assert changes(self.origin, self.state()) == set()
         self.dom = self.xen.domain(1)
@@ -559,31 +559,42 @@ class Altp2mMachine(RuleBasedStateMachine):
 
     # What others do.
 
-    def changed_behind(self, gfns: range | list[int]) -> None:
+    @rule(spare=st.sampled_from([0, 1, 2, 3, 5, 4096]))
+    def memory_runs_out(self, spare: int) -> None:
+        """Just so much is left of the p2m pool; what others do finds enough all the same."""
+        self.guest.pool.pages = self.guest.pool.used + spare
+
+    @contextmanager
+    def with_memory(self) -> Iterator[None]:
+        pages, self.guest.pool.pages = self.guest.pool.pages, 4096
+        try:
+            yield
+        finally:
+            self.guest.pool.pages = max(pages, self.guest.pool.used)
+
+    def changed_behind(self, changed: range | list[int]) -> None:
         for touched in self.touched.values():
-            touched.update(gfns)
+            touched.update(changed)
 
-    @rule(gfn=st.sampled_from(RAM), number=st.sampled_from([0, 1, 5, 7]))
+    @rule(gfn=ram, number=st.sampled_from([0, 1, 5, 7]))
     def host_access_changes(self, gfn: int, number: int) -> None:
-        if not self.guest.host.lookup(gfn).mapped:
-            return
-        self.guest.pool.pages = 4096
-        self.guest.set_mem_access(0, gfn, number)
-        self.host_changed(gfn)
+        if self.guest.host.lookup(gfn).mapped:
+            with self.with_memory():
+                self.guest.set_mem_access(0, gfn, number)
+            self.host_changed(gfn)
+            self.changed_behind([gfn])
 
-    @rule(gfn=st.sampled_from(RAM))
+    @rule(gfn=ram)
     def guest_gives_a_page_back(self, gfn: int) -> None:
         host = self.guest.host.lookup(gfn)
-        if not host.mapped or any(vcpu.veinfo == host.mfn for vcpu in self.guest.vcpus):
-            return
-        self.guest.pool.pages = 4096
-        assert self.guest.remove_page(gfn)
-        self.host_changed(gfn)
-        self.changed_behind(GFNS)  # it may have reset views
+        if host.mapped and all(vcpu.veinfo != host.mfn for vcpu in self.guest.vcpus):
+            with self.with_memory():
+                assert self.guest.remove_page(gfn)
+            self.host_changed(gfn)
+            self.changed_behind(GFNS)  # it may have reset views
 
     def host_changed(self, gfn: int) -> None:
         """From now on this is how it is to be again, in the other agent's view, too."""
-        self.changed_behind([gfn])
         now = self.state()
         for state in (self.origin, self.before_open):
             for name in state.keys() & now.keys():
@@ -591,24 +602,23 @@ class Altp2mMachine(RuleBasedStateMachine):
                     state[name] = now[name]
         self.origin["pages of domain 1"] = self.guest.pages - sum(map(len, self.added))
 
-    @precondition(lambda self: self.guest.active)
+    @precondition(lambda machine: machine.guest.active)
     @rule(vcpu=st.integers(0, 1), number=st.integers(0, 9))
     def a_response_moves_a_vcpu(self, vcpu: int, number: int) -> None:
         self.guest.switch_vcpu(self.guest.vcpus[vcpu], number)
+        self.vcpus_moved = True
         if self.altp2m is None:
             self.vcpus_are_to_stay()
-        self.vcpus_moved = True
 
-    @rule(vcpu=st.integers(0, 1), gfn=st.sampled_from(RAM))
+    @precondition(lambda machine: machine.guest.active)
+    @rule(vcpu=st.integers(0, 1), gfn=ram)
     def guest_uses_a_page(self, vcpu: int, gfn: int) -> None:
-        number = self.guest.vcpus[vcpu].view
-        page = met(self.guest, number, gfn) if self.guest.active else None
-        if page is None or "r" not in RIGHTS[page[1]]:
-            return
-        self.guest.pool.pages = 4096
-        with self.doing(lambda _: None):
-            for kind in RIGHTS[page[1]]:
-                self.mock.touch(1, gfn, kind, vcpu)
+        page = met(self.guest, self.guest.vcpus[vcpu].view, gfn)
+        rights = "" if page is None else RIGHTS[page[1]]
+        if "r" in rights:
+            with self.with_memory(), self.doing({}):
+                for kind in rights:
+                    self.mock.touch(1, gfn, kind, vcpu)
 
     # What always holds.
 
@@ -625,7 +635,7 @@ class Altp2mMachine(RuleBasedStateMachine):
         for number, view in self.open.items():
             assert guest.views[number].visible == view.visible
             self.check_model(number, view)
-        for gfn in set(RAM) - self.was_target - {2}:  # the other agent has remapped to 2
+        for gfn in set(RAM) - self.ever_targets:
             host = guest.host.lookup(gfn)
             assert not host.mapped or guest.m2p[host.mfn] == gfn
 
@@ -642,7 +652,7 @@ class Altp2mMachine(RuleBasedStateMachine):
                 entry = table.lookup(gfn)
                 if run.access is not None:
                     assert entry.access == NUMBERS[run.access]
-                if run.suppress_ve is not None and self.can_be_set(number, gfn):
+                if run.suppress_ve is not None and self.can_be_set(view, gfn):
                     assert entry.suppress_ve == run.suppress_ve
                 if run.remapped_to is not None:
                     target = run.remapped_to + at
