@@ -305,6 +305,8 @@ class View(Handle):
     ) -> list[SuppressVeFailure]:
         """Choose whether a violation on these gfns is Xen's (True) or may become the guest's #VE.
 
+        On error the runs of neighbours before the failing one are set.
+
         Args:
             gfns: One gfn, a range, or any iterable of gfns; each run of neighbours is one call.
             suppress: The bit. Where the view has no entry yet, Xen may make one with the host's

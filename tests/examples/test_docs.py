@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,3 +33,10 @@ def test_code_runs(block: str) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_support_page_is_up_to_date() -> None:
+    """As far as it needs no lab: what each release has, and the recorded answers."""
+    command = [sys.executable, "tests/lab/support.py", "--check"]
+    environment = os.environ | {"PYTHONPATH": str(TREE)}
+    subprocess.run(command, cwd=TREE, env=environment, check=True)
