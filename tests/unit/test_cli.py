@@ -649,3 +649,20 @@ def test_a_reader_that_goes_away() -> None:
         os.close(write)
         _, err = program.communicate(timeout=60)
     assert (program.returncode, err) == (cli.REFUSED, "")
+
+
+@pytest.mark.parametrize(
+    ("note", "code"), [("xencall: error: no privcmd", 1), ("...\n  still in place: view 1", 3)]
+)
+def test_only_what_is_left_makes_exit_code_3(
+    monkeypatch: pytest.MonkeyPatch, note: str, code: int
+) -> None:
+    error = xa.XenError("refused", errno=2)
+    error.add_note(note)
+
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("xenaltp2m.xen.open_backend", refuse)
+    monkeypatch.setattr("xenaltp2m.xen.Xen.__init__", refuse)
+    assert cli.main(["--connect", "mock", "list"]) == code

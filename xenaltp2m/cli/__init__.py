@@ -58,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _exit_code(error: xa.XenError) -> int:
-    if isinstance(error, xa.LeftoverError) or getattr(error, "__notes__", None):
+    # Where leaving a handle failed on top of another error, a note on that error tells of it.
+    notes = getattr(error, "__notes__", ())
+    if isinstance(error, xa.LeftoverError) or any("still in place" in note for note in notes):
         return LEFTOVER
     return USAGE if isinstance(error, xa.SymbolError) else REFUSED
 
