@@ -536,7 +536,7 @@ class Altp2mMachine(RuleBasedStateMachine):
     def use_memory(self, plan: Plan, gfn: int, data: bytes) -> None:
         address = (gfn << 12) + 4090
         pages = range(gfn, ((address + len(data) - 1) >> 12) + 1) if data else ()
-        fine = all(self.guest.host.lookup(page).valid for page in pages)
+        fine = all(self.guest.host.lookup(page).type == PageType.RAM_RW for page in pages)
         with self.doing(plan, refused=None if fine else InvalidArgumentError) as errors:
             self.dom.memory.write(address, data)
             assert self.dom.memory.read(address, len(data)) == data
