@@ -60,7 +60,6 @@ PYTHON_PACKAGES = (
     "python3-pyelftools",
     "python3-pytest",
     "python3-hypothesis",
-    "python3-rich",
 )
 
 # What Xen's libraries and tools need that is not theirs, where the two come from two suites.
@@ -75,7 +74,8 @@ MODULES = (
 
 # In the closure of the packages above, of no use to a dom0 that never configures a package.
 NOT_UNPACKED = {
-    "adduser", "debconf", "dpkg", "gcc-12-base", "gcc-14-base", "media-types", "passwd", "tar", "tzdata",
+    "adduser", "debconf", "dpkg", "gcc-12-base", "gcc-14-base", "media-types", "passwd",
+    "tar", "tzdata",
     "udev", "ucf", "sensible-utils", "sysvinit-utils", "libpam-modules", "libpam-modules-bin",
     "readline-common", "perl-base", "login.defs", "systemd",
 }  # fmt: skip
@@ -359,11 +359,9 @@ def built(name: str, inputs: object, *makers: Callable[..., object], keep: int =
     text = json.dumps([inputs, [inspect.getsource(maker) for maker in makers]], default=str)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     place = cache_dir() / f"{name}@{key}"
-    if place.is_dir():
-        os.utime(place)
-        return place
     with locked("build", "an image build"):
         if place.is_dir():
+            os.utime(place)
             return place
         started = time.monotonic()
         say(f"building {name}")
@@ -654,9 +652,8 @@ def initrd(release: Release) -> Path:
                 archive.parents(f"dev/{name}")
                 archive.add(f"dev/{name}", stat.S_IFCHR | 0o600, device=(major, minor))
             for script in scripts:
-                name = script.name if script.name == "init" else f"usr/sbin/{script.name}"
-                archive.parents(name)
-                archive.add(name, stat.S_IFREG | 0o755, script.read_bytes())
+                archive.add(script.name if script.name == "init" else f"usr/sbin/{script.name}",
+                            stat.S_IFREG | 0o755, script.read_bytes())  # fmt: skip
             archive.tree(modules, "lab/modules")
             archive.tree(elf, "lab/guest.elf")
             for vcpus in (1, 4):
