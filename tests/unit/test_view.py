@@ -767,6 +767,16 @@ def test_differences_join_neighbours_that_go_on_alike(view: View, mock: MockBack
     assert (first.first, first.last) == (0x10, 0x2D)
 
 
+def test_a_remap_parts_a_run(view: View) -> None:
+    view.set_access(range(4, 8), Access.X)
+    view.remap(5, 700)
+    assert runs(view) == [
+        (4, 1, Access.X, None, None),
+        (5, 1, Access.X, 700, None),
+        (6, 2, Access.X, None, None),
+    ]
+
+
 def test_a_difference_goes_on_only_where_the_target_does() -> None:
     run = Difference(Gfn(5), 2, Access.X, Gfn(100), None)
     on = Difference(Gfn(7), 1, Access.X, Gfn(102), None)
