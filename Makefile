@@ -17,7 +17,7 @@ retry = for pause in 5 20 0; do $(1) && break; \
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test check lint format types ffi ffi-check abi bench guest dist clean headers \
-	lab test-xen test-xen-all support demo-xen
+	lab lab-shell test-xen test-xen-all support demo-xen
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | \
@@ -70,7 +70,10 @@ dist: $(READY) ## build sdist and wheel, and try the wheel in an empty environme
 	venv/bin/xenaltp2m --connect mock list
 
 lab: ## build the lab, real Xen in an emulator (root, Debian; several minutes)
-	$(PYTHON) tests/lab/images.py --install
+	$(PYTHON) tests/lab/boot.py --install
+
+lab-shell: ## a prompt in dom0 of real Xen, with the package and a running guest; Ctrl-] ends it
+	$(PYTHON) tests/lab/shell.py --install --xen $(firstword $(XEN))
 
 test-xen: $(READY) ## run the live tests on real Xen in the lab; XEN="4.17 4.20" chooses
 	for xen in $(XEN); do $(RUN) tests/lab/suite.py --xen $$xen || exit 1; done

@@ -7,7 +7,6 @@ private apt configurations (same mirror, other suites, signatures checked) and u
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import fcntl
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 HERE = Path(__file__).resolve().parent
+PATH = os.environ.get("PATH", "/usr/bin:/bin") + ":/usr/sbin:/sbin"  # su leaves them out
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 # command or file the build needs -> Debian package that has it
@@ -60,6 +60,7 @@ PYTHON_PACKAGES = (
     "python3-pyelftools",
     "python3-pytest",
     "python3-hypothesis",
+    "python3-rich",
 )
 
 # What Xen's libraries and tools need that is not theirs, where the two come from two suites.
@@ -74,10 +75,9 @@ MODULES = (
 
 # In the closure of the packages above, of no use to a dom0 that never configures a package.
 NOT_UNPACKED = {
-    "adduser", "debconf", "dpkg", "gcc-12-base", "gcc-14-base", "media-types", "passwd",
-    "tar", "tzdata",
-    "udev", "ucf", "sensible-utils", "sysvinit-utils", "libpam-modules", "libpam-modules-bin",
-    "readline-common", "perl-base", "login.defs", "systemd",
+    "adduser", "debconf", "dpkg", "gcc-12-base", "gcc-14-base", "login.defs", "media-types",
+    "passwd", "perl-base", "readline-common", "sensible-utils", "systemd", "sysvinit-utils", "tar",
+    "tzdata", "ucf", "udev", "libpam-modules", "libpam-modules-bin",
 }  # fmt: skip
 
 NOT_KEPT = re.compile(
@@ -170,7 +170,7 @@ def command(arguments: Sequence[str | Path], *, cwd: Path | None = None, tries: 
         done = subprocess.run(
             words,
             cwd=cwd,
-            env={**os.environ, "LC_ALL": "C", **(env or {})},
+            env={**os.environ, "LC_ALL": "C", "PATH": PATH, **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -199,10 +199,10 @@ def missing() -> list[str]:
 
 
 def require(install: bool = False) -> None:
-    """Raises LabError naming what is missing, or installs it.
+    """Raises LabError where the lab cannot run at all.
 
     Args:
-        install: Call apt-get for what is missing.
+        install: Call apt-get for what building images needs.
     """
     if not sys.platform.startswith("linux") or not shutil.which("apt-get"):
         raise LabError("the lab is built from Debian packages: it needs a Debian machine (apt-get)")
@@ -216,12 +216,6 @@ def require(install: bool = False) -> None:
             ["apt-get", "install", "-y", "--no-install-recommends", *packages],
             tries=3,
             env={"DEBIAN_FRONTEND": "noninteractive"},
-        )
-        packages = missing()
-    if packages:
-        raise LabError(
-            f"missing packages: {' '.join(packages)}\n"
-            f"  apt-get install {' '.join(packages)}   (or give --install)"
         )
 
 
@@ -359,10 +353,17 @@ def built(name: str, inputs: object, *makers: Callable[..., object], keep: int =
     text = json.dumps([inputs, [inspect.getsource(maker) for maker in makers]], default=str)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     place = cache_dir() / f"{name}@{key}"
+    if place.is_dir():
+        os.utime(place)
+        return place
     with locked("build", "an image build"):
         if place.is_dir():
-            os.utime(place)
             return place
+        if packages := missing():
+            raise LabError(
+                f"missing packages: {' '.join(packages)}\n"
+                f"  apt-get install {' '.join(packages)}   (or give --install)"
+            )
         started = time.monotonic()
         say(f"building {name}")
         work = cache_dir() / f"{name}.building"
@@ -652,8 +653,9 @@ def initrd(release: Release) -> Path:
                 archive.parents(f"dev/{name}")
                 archive.add(f"dev/{name}", stat.S_IFCHR | 0o600, device=(major, minor))
             for script in scripts:
-                archive.add(script.name if script.name == "init" else f"usr/sbin/{script.name}",
-                            stat.S_IFREG | 0o755, script.read_bytes())  # fmt: skip
+                name = script.name if script.name == "init" else f"usr/sbin/{script.name}"
+                archive.parents(name)
+                archive.add(name, stat.S_IFREG | 0o755, script.read_bytes())
             archive.tree(modules, "lab/modules")
             archive.tree(elf, "lab/guest.elf")
             for vcpus in (1, 4):
@@ -671,6 +673,30 @@ def initrd(release: Release) -> Path:
 
     inputs = [str(tree), str(modules), str(elf), [script.read_text() for script in scripts]]
     return built(f"initrd-{release.xen}", inputs, make, Cpio)
+
+
+def linux_guest() -> Path:
+    """Directory with `vmlinux`, `initrd` and `linux.cfg`: a Debian kernel as a PVH guest."""
+    vmlinux = kernel() / "vmlinux"
+    busybox = root(RELEASES["4.17"]) / "tree/usr/bin/busybox"
+    script = HERE / "guest" / "init"
+
+    def make(work: Path) -> None:
+        with open(work / "initrd", "wb") as out:
+            archive = Cpio(out)
+            archive.parents("dev/console")
+            archive.add("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
+            archive.add("init", stat.S_IFREG | 0o755, script.read_bytes())
+            archive.tree(busybox, "bin/busybox")
+            archive.close()
+        (work / "vmlinux").symlink_to(vmlinux)
+        (work / "linux.cfg").write_text(
+            'name = "linux"\ntype = "pvh"\nkernel = "/lab/linux/vmlinux"\n'
+            'ramdisk = "/lab/linux/initrd"\nmemory = 192\nvcpus = 1\naltp2m = "external"\n'
+            'extra = "console=hvc0 nokaslr quiet cryptomgr.notests mitigations=off"\n'
+        )
+
+    return built("linux-guest", [str(vmlinux), str(busybox), script.read_text()], make, Cpio)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -700,24 +726,3 @@ def images(version: str) -> Images:
         initrd(release) / "root.cpio",
         root(release) / "tree",
     )
-
-
-def main() -> int:
-    """Builds images from the command line."""
-    parser = argparse.ArgumentParser(description="Build the lab's images.")
-    parser.add_argument("--xen", action="append", choices=[*RELEASES], help="only this release")
-    parser.add_argument("--install", action="store_true", help="apt-get install what is missing")
-    options = parser.parse_args()
-    try:
-        require(options.install)
-        for version in options.xen or RELEASES:
-            images(version)
-    except LabError as error:
-        print(f"lab: {error}", file=sys.stderr)
-        return 1
-    say(f"images are in {cache_dir()}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

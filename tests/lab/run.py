@@ -23,10 +23,8 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from boot import BLOCK, DISK_BYTES, PAYLOAD_AT, Boot, Machine, snapshot
-from images import RELEASES, Images, LabError, cache_dir, images, locked, require, say
-
-STATUS_OF_LAB = 70  # EX_SOFTWARE: the lab failed, not the job
+from boot import BLOCK, DISK_BYTES, PAYLOAD_AT, STATUS_OF_LAB, Boot, Machine, snapshot
+from images import RELEASES, Images, LabError, cache_dir, images, linux_guest, locked, require, say
 
 
 def python_of(root: Path) -> str:
@@ -35,8 +33,16 @@ def python_of(root: Path) -> str:
 
 
 def install(archive: tarfile.TarFile, wheel: Path, python: str) -> None:
-    """Puts a pure Python wheel where dom0's Python finds it, with its console scripts."""
+    """Puts a pure Python wheel where dom0's Python finds it, with its console scripts.
+
+    A directory is taken as a package, for which `python3 -m` becomes a command of its name.
+    """
     site = f"usr/local/lib/{python}/dist-packages"
+    if wheel.is_dir():
+        archive.add(wheel, f"{site}/{wheel.name}", filter=as_root)
+        text = f'#!/bin/sh\nexec python3 -m {wheel.name} "$@"\n'
+        add(archive, f"usr/bin/{wheel.name}", text.encode(), 0o755)
+        return
     with zipfile.ZipFile(wheel) as content:
         for name in content.namelist():
             if ".data/" in name or name.endswith("/"):
@@ -55,7 +61,14 @@ def install(archive: tarfile.TarFile, wheel: Path, python: str) -> None:
                     add(archive, f"usr/bin/{script}", text.encode(), 0o755)
 
 
-def pack(disk: Path, built: Images, wheels: Sequence[Path], puts: Sequence[str], job: str) -> None:
+def pack(
+    disk: Path,
+    built: Images,
+    wheels: Sequence[Path],
+    puts: Sequence[str],
+    job: str,
+    linux: Path | None = None,
+) -> None:
     """Writes the disk that carries the job into dom0, unpacked there over the root."""
     with open(disk, "wb") as out:
         os.truncate(disk, DISK_BYTES)
@@ -69,6 +82,8 @@ def pack(disk: Path, built: Images, wheels: Sequence[Path], puts: Sequence[str],
                 if not path.exists():
                     raise LabError(f"no such file: {source}")
                 archive.add(path, f"job/{name or path.resolve().name}", filter=as_root)
+            for path in sorted(linux.iterdir()) if linux is not None else []:
+                archive.add(path.resolve(), f"lab/linux/{path.name}", filter=as_root)
             add(archive, "job/job.sh", job.encode(), 0o755)
             environment = {
                 "XEN_RELEASE": built.release.xen,
@@ -84,8 +99,10 @@ def pack(disk: Path, built: Images, wheels: Sequence[Path], puts: Sequence[str],
             raise LabError(f"the job is larger than the disk ({DISK_BYTES >> 20} MB)")
 
 
-def as_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
-    """Ownership of what goes into dom0."""
+def as_root(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    """Gives what goes into dom0 to root, and leaves out what Python cached here."""
+    if member.name.endswith("/__pycache__"):
+        return None
     member.uid = member.gid = 0
     member.uname = member.gname = "root"
     return member
@@ -93,9 +110,21 @@ def as_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
 
 def add(archive: tarfile.TarFile, name: str, data: bytes, mode: int = 0o644) -> None:
     """Adds a file made here."""
-    member = as_root(tarfile.TarInfo(name))
+    member = tarfile.TarInfo(name)
     member.size, member.mode, member.mtime = len(data), mode, int(time.time())
     archive.addfile(member, io.BytesIO(data))
+
+
+def unpack(archive: tarfile.TarFile, target: Path) -> None:
+    """Takes the files out of an archive that a job has written, and nothing else."""
+    for member in archive:
+        path = target / member.name
+        content = archive.extractfile(member) if member.isfile() else None
+        if content is None or not path.resolve().is_relative_to(target.resolve()):
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as out:
+            shutil.copyfileobj(content, out)
 
 
 def main() -> int:
@@ -107,10 +136,12 @@ def main() -> int:
     parser.add_argument("--wheel", action="append", type=Path, default=[], help="wheel to install")
     parser.add_argument("--put", action="append", default=[], metavar="SOURCE[:NAME]",
                         help="file or directory to put into /job")  # fmt: skip
+    parser.add_argument("--linux", action="store_true",
+                        help="put a Linux guest into /lab/linux (linux.cfg)")  # fmt: skip
     parser.add_argument("--results", type=Path, help="directory for what the job leaves")
     parser.add_argument("--timeout", type=float, default=600, help="seconds of wall time")
     parser.add_argument("--xen-option", action="append", default=[], metavar="OPTION",
-                        help="Xen command line: name=value sets, -name drops it")  # fmt: skip
+                        help="of Xen's: name=value sets, -name drops a default")  # fmt: skip
     parser.add_argument("--dom0-option", action="append", default=[], metavar="OPTION",
                         help="the same for dom0's kernel")  # fmt: skip
     parser.add_argument("--install", action="store_true", help="apt-get install what is missing")
@@ -141,7 +172,8 @@ def _run(arguments: argparse.Namespace, built: Images, results: Path, job: str) 
         work = Path(name)
         started = time.monotonic()
         disk = work / "job.img"
-        pack(disk, built, arguments.wheel, arguments.put, job)
+        linux = linux_guest() if arguments.linux else None
+        pack(disk, built, arguments.wheel, arguments.put, job, linux)
         machine = Machine(boot, work)
         showing = False
 
@@ -155,6 +187,8 @@ def _run(arguments: argparse.Namespace, built: Images, results: Path, job: str) 
                 print(f"{clock:6.2f} {text}", flush=True)
             elif showing and not text.startswith("(XEN) "):
                 print(text, flush=True)
+            if text.startswith("LAB: results do not fit"):
+                raise LabError(f"the results are larger than the disk ({DISK_BYTES >> 20} MB)")
             return text.startswith("LAB: results written")
 
         try:
@@ -172,9 +206,12 @@ def _run(arguments: argparse.Namespace, built: Images, results: Path, job: str) 
         with open(work / "disk.img", "rb") as out:
             out.seek(PAYLOAD_AT + BLOCK)
             with tarfile.open(fileobj=out, mode="r|") as archive:
-                archive.extractall(results, filter="data")
+                unpack(archive, results)
         say(f"{time.monotonic() - started:6.2f} s  over, results in {results}")
-    return int((results / "status").read_text())
+    status = (results / "status").read_text()
+    if not status:
+        raise LabError("dom0 had no room for the results")
+    return int(status)
 
 
 if __name__ == "__main__":

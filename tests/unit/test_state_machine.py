@@ -433,10 +433,10 @@ class Altp2mMachine(RuleBasedStateMachine):
 
         possible = not isinstance(where, int) or self.can_be_set(view, where)
         refused = None if possible else NotMappedError
-        passed_over = {gfn for gfn in listed(where) if not self.can_be_set(view, gfn)}
         with self.doing(plan, effect, view=view, refused=refused):
-            view.set_suppress_ve(where, suppress_ve)
-        self.touched[view.id] |= passed_over
+            for failure in view.set_suppress_ve(where, suppress_ve):
+                # It was asked for, and Xen does not tell of the others that failed.
+                self.touched[view.id] |= {gfn for gfn in listed(where) if gfn >= failure.gfn}
 
     @precondition(has_views)
     @rule(plan=plans, at=which, visible=st.booleans())
