@@ -2,8 +2,8 @@
  *
  * libxenctrl.so.4.N: the handle, errors, versions, domain control, memory, HVM state.
  * Origin: tools/include/xenctrl.h (tools/libxc/include/xenctrl.h in 4.14), RELEASE-4.14.0 ..
- * RELEASE-4.22.0 (LGPL-2.1-only); constants from xen/include/public/{domctl,version,sched,
- * hvm/params}.h (MIT).
+ * RELEASE-4.22.0 (LGPL-2.1-only), and xenctrl_compat.h beside it; constants from
+ * xen/include/public/{domctl,version,sched,hvm/dm_op,hvm/params}.h (MIT).
  */
 
 typedef struct xc_interface_core xc_interface;
@@ -95,6 +95,32 @@ enum {
 };
 
 int xc_domain_debug_control(xc_interface *xch, uint32_t domid, uint32_t sop, uint32_t vcpu);
+
+/*
+ * Not laid out here either. libxc copies it back, so pass a buffer longer than any release needs,
+ * cast. The vCPU is cut to 16 bits (xc_domain.c).
+ */
+typedef struct xen_domctl_getvcpuinfo xc_vcpuinfo_t;
+
+int xc_vcpu_getinfo(xc_interface *xch, uint32_t domid, uint32_t vcpu, xc_vcpuinfo_t *info);
+
+/* The same numbers as Xen's own X86_EVENTTYPE_*; dm_op.h makes them macros. */
+enum {
+    XEN_DMOP_EVENT_ext_int    = 0,
+    XEN_DMOP_EVENT_nmi        = 2,
+    XEN_DMOP_EVENT_hw_exc     = 3,
+    XEN_DMOP_EVENT_sw_int     = 4,
+    XEN_DMOP_EVENT_pri_sw_exc = 5,
+    XEN_DMOP_EVENT_sw_exc     = 6
+};
+
+/*
+ * xenctrl_compat.h, under XC_WANT_COMPAT_DEVICEMODEL_API: a wrapper of libxendevicemodel's
+ * xendevicemodel_inject_event. An error_code of ~0 stands for none. The vCPU goes into a uint32_t.
+ */
+int xc_hvm_inject_trap(
+    xc_interface *xch, uint32_t domid, int vcpu, uint8_t vector, uint8_t type, uint32_t error_code,
+    uint8_t insn_len, uint64_t cr2);
 
 /* Memory. */
 

@@ -20,7 +20,9 @@ from xenaltp2m.errors import (
     NotMappedError,
     XenError,
 )
+from xenaltp2m.events import Event, Subscription
 from xenaltp2m.handle import Handle, UndoList
+from xenaltp2m.monitor import Monitor, subscription
 from xenaltp2m.types import (
     GFN_LIMIT,
     HOST_VIEW,
@@ -32,6 +34,7 @@ from xenaltp2m.types import (
     DomId,
     Gfn,
 )
+from xenaltp2m.vcpu import Vcpu
 from xenaltp2m.view import check_gfn
 
 if TYPE_CHECKING:
@@ -65,6 +68,7 @@ class Domain(Handle):
         self.memory = Memory(self)
         self._backend = xen.backend
         self._altp2m: Altp2m | None = None
+        self._monitor: Monitor | None = None
         self._added: dict[range, UndoList] = {}
         self._pauses = UndoList()
 
@@ -159,6 +163,52 @@ class Domain(Handle):
             )
         self._altp2m = Altp2m(self)
         return self._altp2m
+
+    def monitor(
+        self, *subscriptions: Subscription | type[Event], access_required: bool = False
+    ) -> Monitor:
+        """Listen to what the domain's vCPUs do, for as long as the result is open.
+
+        Open it before remapping: taking the ring's page from the guest resets a view whose remap
+        targets lie around it.
+
+        Args:
+            *subscriptions: Kinds of events, such as :class:`~xenaltp2m.events.MemAccess`, or what
+                their ``on`` returns, with options.
+            access_required: Whether the domain crashes rather than violate a view unheard. It
+                reaches the views only if altp2m is on already.
+
+        Raises:
+            BusyError: A monitor is or was active, here or in another process.
+            UnsupportedError: This Xen or its library cannot tell of an event.
+
+        ``xc_monitor_enable``, ``xc_monitor_*``.
+        """
+        self._check_open()
+        if self._open_monitor is not None:
+            raise BusyError(
+                f"{self._monitor!r} is open already: use it, or close it first", domid=self.domid
+            )
+        wanted = tuple(map(subscription, subscriptions))
+        self._monitor = Monitor(self, wanted, access_required)
+        return self._monitor
+
+    def vcpu(self, number: int) -> Vcpu:
+        """Return a vCPU.
+
+        Raises:
+            InvalidArgumentError: There is no such vCPU.
+        """
+        last = self.info().max_vcpu_id
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= last:
+            raise InvalidArgumentError(
+                f"domain {self.domid} has no vCPU {number!r}: 0 to {last}", domid=self.domid
+            )
+        return Vcpu(self, number)
+
+    def vcpus(self) -> list[Vcpu]:
+        """List its vCPUs."""
+        return [Vcpu(self, number) for number in range(self.info().max_vcpu_id + 1)]
 
     def pause(self) -> None:
         """Stop the domain's vCPUs until as many :meth:`unpause`. ``xc_domain_pause``."""
@@ -339,6 +389,12 @@ class Domain(Handle):
             return None
         return self._altp2m
 
+    @property
+    def _open_monitor(self) -> Monitor | None:
+        if self._monitor is None or self._monitor.closed:
+            return None
+        return self._monitor
+
     def _anybody_s_altp2m(self) -> Altp2m | None:
         """The domain's open altp2m, through whichever handle of this connection."""
         for domain in self.xen._domains:
@@ -351,15 +407,19 @@ class Domain(Handle):
         super().abandon()
         if self._altp2m is not None:
             self._altp2m.abandon()
+        if self._monitor is not None:
+            self._monitor.abandon()
 
     def _take_back(self) -> None:
-        """Close its altp2m, then take back added pages, then pauses."""
+        """Close its altp2m and its monitor, then take back added pages, then pauses."""
         doing = f"closing {self!r}"
         undo = UndoList()
         undo.push("", lambda: self._pauses.unwind(doing))
         for gfns in self._added:
             undo.push("", partial(self._remove_or_tell, gfns))
         undo.push("", lambda: self._undo.unwind(doing))
+        if self._open_monitor is not None:
+            undo.push("", self._open_monitor.close)
         if self._open_altp2m is not None:
             undo.push("", self._open_altp2m.close)
         undo.unwind(doing)

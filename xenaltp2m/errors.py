@@ -116,6 +116,10 @@ class SymbolError(XenError, ValueError):
     """An image cannot be used: it is unreadable, damaged, or has no such symbol."""
 
 
+class RingError(XenError):
+    """A monitor's ring holds what neither Xen nor this package can have put there."""
+
+
 class LeftoverError(XenError):
     """An operation failed and so did undoing it.
 
@@ -346,6 +350,15 @@ HINTS: dict[tuple[str, int], tuple[str, ...]] = {
     ),
     ("domain_unpause", _errno.EINVAL): ("the domain is not paused, or not by a toolstack",),
     ("domain_debug_control", _errno.EINVAL): (_NO_VCPU, _NOT_HVM),
+    ("vcpu_getinfo", _errno.EINVAL): (_NO_VCPU,),
+    ("vcpu_getinfo", _errno.ENOENT): (_NO_VCPU,),
+    ("hvm_inject_trap", _errno.EINVAL): (
+        _NO_VCPU,
+        "the domain is PV: only HVM and PVH guests can be injected into",
+    ),
+    ("hvm_inject_trap", _errno.EBUSY): (
+        "another event waits for the vCPU to run: let it run, then inject again",
+    ),
     ("domain_hvm_getcontext", _errno.EINVAL): (_NOT_HVM,),
     ("domain_hvm_getcontext_partial", _errno.EINVAL): ("Xen saves no such record", _NOT_HVM),
     ("domain_hvm_getcontext_partial", _errno.ENOENT): (_NO_VCPU,),

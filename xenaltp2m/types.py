@@ -114,6 +114,18 @@ class DomainInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class VcpuInfo:
+    """What ``xc_vcpu_getinfo`` says of a vCPU."""
+
+    online: bool
+    blocked: bool
+    """It waits for an event, such as an interrupt after HLT."""
+    running: bool
+    cpu_time: int
+    """How long it has run, in nanoseconds."""
+
+
+@dataclass(frozen=True, slots=True)
 class SuppressVeFailure:
     """The first gfn a bulk suppress-#VE call could not change, and why."""
 

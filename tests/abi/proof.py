@@ -34,10 +34,13 @@ _HEADERS: Final = (
     *("xenctrl.h", "xenevtchn.h", "xenforeignmemory.h", "xenstore.h", "xentoollog.h"),
     *("libxl.h", "libxl_utils.h"),
     *("xen/domctl.h", "xen/memory.h", "xen/sched.h", "xen/version.h", "xen/vm_event.h"),
-    *("xen/hvm/params.h", "xen/hvm/save.h"),
+    *("xen/hvm/dm_op.h", "xen/hvm/params.h", "xen/hvm/save.h"),
 )
 
-_COMPILE: Final = ("gcc", "-std=gnu11", "-x", "c", "-", "-Wall", "-Werror", "-fmax-errors=0")
+_COMPILE: Final = (
+    *("gcc", "-std=gnu11", "-x", "c", "-", "-Wall", "-Werror", "-fmax-errors=0"),
+    "-DXC_WANT_COMPAT_DEVICEMODEL_API",  # xc_hvm_inject_trap, in xenctrl_compat.h
+)
 _ERROR: Final = re.compile(r"^(?P<name>[^:\n]+):\d+:\d+: error: (?P<message>.*)$", re.MULTILINE)
 
 #: Ours ends where this member of theirs begins: the ring's entries are not declared.
@@ -103,6 +106,7 @@ def table_claims(version: Version) -> Iterator[Claim]:
     newer = build.other_marks()
     structures = {
         "struct xen_domctl_getdomaininfo": layouts.DOMAIN_INFO.at(version),
+        "struct xen_domctl_getvcpuinfo": layouts.VCPU_INFO,
         "struct hvm_hw_cpu": layouts.HVM_CPU,
         "struct hvm_save_descriptor": layouts.HVM_DESCRIPTOR,
         "struct vm_event_st": layouts.VM_EVENT[layouts.VM_EVENT_VERSION.at(version)],

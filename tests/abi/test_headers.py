@@ -124,6 +124,12 @@ LIES = {
         "uint32_t param, unsigned long long *value",
         {"function xc_hvm_param_get"},
     ),
+    "argument of a compatibility function": Lie(
+        "xenctrl.h",
+        "int vcpu, uint8_t vector",
+        "uint32_t vcpu, uint8_t vector",
+        {"function xc_hvm_inject_trap"},
+    ),
     "const lost": Lie(
         "xenctrl.h",
         "const xc_error *xc_get_last_error",

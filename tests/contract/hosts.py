@@ -63,7 +63,7 @@ class MockHost(Host):
         return self.backend.add_domain(self.name_of(mode, vcpus), mode=mode, vcpus=vcpus)
 
     def destroy(self, domid: int) -> None:
-        del self.backend.machine.domains[domid]
+        self.backend.destroy(domid)
 
 
 class XenHost(Host):

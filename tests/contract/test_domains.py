@@ -21,6 +21,7 @@ Answer: TypeAlias = Callable[..., Any]
 HOLE = 0x3000
 APIC_PAGE = 0xFEE00
 ABSENT = 0x7FE0
+NO_ERROR_CODE = 0xFFFF_FFFF
 
 
 def test_what_is_known_of_a_domain(host: Host) -> None:
@@ -139,6 +140,32 @@ def records(stream: bytearray) -> Iterator[tuple[int, int]]:
         at += HVM_DESCRIPTOR.size + HVM_DESCRIPTOR.number(stream, "length", at)
 
 
+def test_vcpus_that_never_ran(host: Host, answer: Answer) -> None:
+    xen = host.backend
+    domid = host.shared_domain(vcpus=4)
+    found = [xen.vcpu_getinfo(domid, vcpu) for vcpu in range(4)]
+    assert [info.online for info in found] == [True, False, False, False]
+    assert not any(info.blocked or info.running or info.cpu_time for info in found)
+    no_such = "EINVAL" if host.release.minor < 22 else "ENOENT"
+    for missing in (4, 0xFFFF):
+        assert answer(xen.vcpu_getinfo, domid, missing) == no_such
+
+
+def test_one_event_waits_for_a_vcpu(host: Host, answer: Answer) -> None:
+    xen = host.backend
+    domid = host.create(vcpus=4)
+    breakpoint_ = (3, 6, NO_ERROR_CODE, 1, 0)
+    try:
+        for vcpu in (0, 3):  # one that runs when the domain does, and one that was never started
+            assert answer(xen.hvm_inject_trap, domid, vcpu, *breakpoint_) is None
+            assert answer(xen.hvm_inject_trap, domid, vcpu, *breakpoint_) == "EBUSY"
+            assert answer(xen.hvm_inject_trap, domid, vcpu, 14, 3, 2, 0, 0x1000) == "EBUSY"
+        for missing in (4, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF):
+            assert answer(xen.hvm_inject_trap, domid, missing, *breakpoint_) == "EINVAL"
+    finally:
+        host.destroy(domid)
+
+
 def test_an_absent_domain(host: Host, answer: Answer) -> None:
     xen = host.backend
     for call, arguments in (
@@ -152,6 +179,8 @@ def test_an_absent_domain(host: Host, answer: Answer) -> None:
         (xen.monitor_get_capabilities, ()),
         (xen.monitor_disable, ()),
         (xen.domain_debug_control, (0, 0)),
+        (xen.vcpu_getinfo, (0,)),
+        (xen.hvm_inject_trap, (0, 3, 6, NO_ERROR_CODE, 1, 0)),
     ):
         assert answer(call, ABSENT, *arguments) == "ESRCH", call
 

@@ -15,6 +15,7 @@ EXAMPLES = ROOT / "examples"
 LONGEST = 60
 
 PRINTED = {
+    "asyncio_agent.py": "2 events in 0.3 s\nCpuid: 1\nWriteCtrlreg: 1\n",
     "bulk_access.py": "gfns 0x0..0xfefff: rw-\n",
     "list_domains.py": "Xen 4.17\n    1 guest: 1 vCPU(s), altp2m external\n",
     "protect_page.py": """\
@@ -29,10 +30,23 @@ host p2m: gfn 0x101 has 00 at 0x0
 access in the view: --x
 afterwards: 00, no view, no shadow page
 """,
+    "trace_cr3.py": """\
+vCPU 0: 0x0 -> 0x5000
+vCPU 0: 0x5000 -> 0x9000
+vCPU 0: 0x9000 -> 0x5000
+vCPU 0 went to 0x5000 2 times
+vCPU 0 went to 0x9000 1 times
+""",
     "verify_views.py": """\
 asked for r-x: gfns 0xf00..0x10ff
 256 are so, 256 are not
 not so: from 0x1000 to 0x10ff
+""",
+    "watch_page.py": """\
+rip 0x1000 tried R at 0x101000
+rip 0x1004 tried R|W at 0x101000
+rip 0x101008 tried X at 0x101008
+rip 0x1000 tried R at 0x101000
 """,
 }
 

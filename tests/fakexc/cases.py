@@ -119,6 +119,12 @@ XENCTRL = [
         about=about(vcpu=VCPU),
     ),
     Case(
+        "xc_hvm_inject_trap",
+        lambda b: b.hvm_inject_trap(DOMID, VCPU, 0xFE, 0xDC, 0xFFFF_FFFF, 0xBA, WIDE),
+        (DOMID, VCPU, 0xFE, 0xDC, 0xFFFF_FFFF, 0xBA, WIDE),
+        about=about(vcpu=VCPU),
+    ),
+    Case(
         "xc_get_paging_mempool_size",
         lambda b: b.get_paging_mempool_size(DOMID),
         (DOMID,),
@@ -363,6 +369,7 @@ ELSEWHERE = {
     "xc_domain_getinfolist",
     "xc_domain_hvm_getcontext",
     "xc_domain_hvm_getcontext_partial",
+    "xc_vcpu_getinfo",
     "xc_monitor_enable",
     "xenevtchn_open",
     "xenforeignmemory_open",

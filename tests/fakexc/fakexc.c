@@ -289,6 +289,18 @@ int xc_domain_hvm_setcontext(void *h, uint32_t domid, uint8_t *buffer, uint32_t 
 
 int xc_domain_debug_control(void *h, uint32_t domid, uint32_t op, uint32_t vcpu)
     PLAIN(domid, op, vcpu)
+
+int xc_vcpu_getinfo(void *h, uint32_t domid, uint32_t vcpu, void *info)
+{
+    NOTE(domid, vcpu);
+    memcpy(info, a->data, a->size);
+    return a->result;
+}
+
+int xc_hvm_inject_trap(void *h, uint32_t domid, int vcpu, uint8_t vector, uint8_t type,
+                       uint32_t error_code, uint8_t length, uint64_t cr2)
+    PLAIN(domid, (uint32_t)vcpu, vector, type, error_code, length, cr2)
+
 int xc_get_paging_mempool_size(void *h, uint32_t domid, uint64_t *size) OUT(uint64_t, size, domid)
 int xc_set_paging_mempool_size(void *h, uint32_t domid, uint64_t size) PLAIN(domid, size)
 

@@ -46,6 +46,11 @@ BOUNDS = {
     "index": 1 << 8,  # uint8_t in domctl.h, uint16_t in C's prototype
     "bitmask": U64,
     "msr": U32,
+    "vector": 1 << 8,
+    "kind": 1 << 8,
+    "error_code": U32,
+    "length": 1 << 8,
+    "cr2": U64,
     "port": U32,
     "remote_port": U32,
 }
@@ -60,8 +65,14 @@ SAMPLES: dict[str, object] = {
 }
 
 
+NARROWER = {
+    ("set_mem_access", "access"): 1 << 8,  # uint8_t in memory.h
+    ("vcpu_getinfo", "vcpu"): U16,  # a cast in xc_domain.c
+}
+
+
 def bound_of(method: str, name: str) -> int:
-    return 1 << 8 if (method, name) == ("set_mem_access", "access") else BOUNDS[name]
+    return NARROWER.get((method, name), BOUNDS[name])
 
 
 def methods() -> Iterator[tuple[str, inspect.Signature]]:

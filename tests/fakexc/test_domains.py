@@ -18,7 +18,7 @@ from xenaltp2m.errors import (
     UnsupportedError,
     XenError,
 )
-from xenaltp2m.types import DomainInfo, DomId
+from xenaltp2m.types import DomainInfo, DomId, VcpuInfo
 
 from . import fake as fakexc
 from .cases import DOMID
@@ -297,6 +297,36 @@ def test_libxl_does_not_open(known: LibxcBackend, fake: Fake) -> None:
     fake.answer("xc_domain_getinfolist", 1, data=info(DOMID))
     fake.answer("libxl_userdata_retrieve", data=b"{}")
     assert known.domain_config_json(DOMID) == "{}", "once xenstored is up"
+
+
+# xc_vcpu_getinfo.
+
+
+@pytest.mark.parametrize("size", [24, 48], ids=["known", "grown"])
+@pytest.mark.parametrize("which", ["online", "blocked", "running", ""])
+def test_a_vcpu(which: str, size: int, backend: LibxcBackend, fake: Fake) -> None:
+    raw = bytearray(b"\xa5" * size)  # struct xen_domctl_getvcpuinfo, by hand from public/domctl.h
+    raw[4:7] = bytes(3)
+    if which:
+        raw[4 + ["online", "blocked", "running"].index(which)] = 1
+    raw[8:16] = (0xFEDC_BA98_7654_3210).to_bytes(8, "little")
+    fake.answer("xc_vcpu_getinfo", data=bytes(raw))
+    assert backend.vcpu_getinfo(DOMID, 0xFEDC) == VcpuInfo(
+        online=which == "online",
+        blocked=which == "blocked",
+        running=which == "running",
+        cpu_time=0xFEDC_BA98_7654_3210,
+    )
+    assert fake.only_call().args == (DOMID, 0xFEDC)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOENT])  # to 4.21, from 4.22 on
+def test_no_such_vcpu(number: int, backend: LibxcBackend, fake: Fake) -> None:
+    fake.fail("xc_vcpu_getinfo", number)
+    with pytest.raises(XenError, match="no such vCPU") as caught:
+        backend.vcpu_getinfo(DOMID, 9)
+    assert caught.value.errno == number
+    assert (caught.value.op, caught.value.domid, caught.value.vcpu) == ("vcpu_getinfo", DOMID, 9)
 
 
 # Saved state.

@@ -43,6 +43,7 @@ OTHERS: list[tuple[str, Callable[[LibxcBackend], object]]] = [
     ("xc_domain_getinfolist", lambda b: b.domain_getinfolist(0, 1)),
     ("xc_domain_hvm_getcontext", lambda b: b.domain_hvm_getcontext(DOMID)),
     ("xc_domain_hvm_getcontext_partial", lambda b: b.domain_hvm_getcontext_partial(DOMID, 2, 0)),
+    ("xc_vcpu_getinfo", lambda b: b.vcpu_getinfo(DOMID, 0)),
     ("xc_monitor_enable", lambda b: b.monitor_enable(DOMID)),
     ("xenevtchn_open", lambda b: b.evtchn_open()),
     ("xenforeignmemory_open", lambda b: b.foreignmemory_map(DOMID, True, [1])),

@@ -23,7 +23,10 @@ LAYERS: list[set[str]] = [
     {"abi"},
     {"backend", "backend.arguments", "backend.loader", "backend.mapping"},
     {"backend.libxc", "backend.mock"},
-    {"handle", "runs", "view", "altp2m", "domain", "monitor", "memory", "xen"},
+    {
+        "handle", "signals", "runs", "view", "altp2m", "events", "monitor", "vcpu", "domain",
+        "memory", "xen",
+    },
     {
         "breakpoints", "tracing", "viewstate", "journal", "rescue", "hazards", "doctor",
         "symbols",

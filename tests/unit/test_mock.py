@@ -479,11 +479,13 @@ def test_cpu_state_makes_the_round_trip(host: MockBackend) -> None:
     assert (len(one), one[rip]) == (HVM_CPU.size, 0x11)
     assert one in saved
     changed = bytearray(saved)
-    changed[8 + rip] = 0x20  # vCPU 0's record comes first, behind its descriptor
+    changed[32 + 8 + rip] = 0x20  # vCPU 0's record comes behind the header, and its descriptor
     host.domain_hvm_setcontext(domid, changed)
     assert host.domain_hvm_getcontext_partial(domid, 2, 0)[rip] == 0x20
     host.domain_hvm_setcontext(domid, memoryview(saved))
     assert host.domain_hvm_getcontext(domid) == saved
+    host.domain_hvm_setcontext(domid, saved[: 32 + 8 + HVM_CPU.size] + bytes(8))
+    assert [vcpu.online for vcpu in host.domain(domid).vcpus] == [True, False]
 
 
 def test_cpu_state_that_does_not_fit_changes_nothing(host: MockBackend) -> None:
@@ -492,8 +494,9 @@ def test_cpu_state_that_does_not_fit_changes_nothing(host: MockBackend) -> None:
     host.domain(two).online_vcpus = 2
     saved = host.domain_hvm_getcontext(domid)
     changed = bytearray(saved)
-    changed[8] = 1
+    changed[40] = 1
     for stream, expected in (
+        (changed[32:], ENODATA),  # no header
         (host.domain_hvm_getcontext(two), EINVAL),
         (changed[:-8], ENODATA),  # no end marker
         (changed[:100], EINVAL),

@@ -1983,11 +1983,11 @@ def _(new: New) -> None:
     guest = new()
     agent = guest.monitor()
     guest.monitor_singlestep(True)
-    agent.backend._monitors[guest.domid].waiting_vcpus = 1
+    agent.backend._monitors[guest.domid].queue.append(guest.model.vcpus[0])
     assert errno_of(guest.monitor_disable) == EBUSY
     guest.monitor_singlestep(True)  # not EEXIST
     assert errno_of(guest.monitor_enable) == EBUSY
-    agent.backend._monitors[guest.domid].waiting_vcpus = 0
+    agent.backend._monitors[guest.domid].queue.clear()
 
 
 @holds("xc_monitor_disable: ok -> subscriptions gone; a vCPU with an open event stays paused")
@@ -2389,7 +2389,7 @@ def _(new: New) -> None:
 def _(new: New) -> None:
     guest, agent, _ = paused(new)
     vcpu = guest.model.vcpus[0]
-    assert struct.unpack_from("<IIII", agent.ring) == (0, 1, 0, 1)
+    assert struct.unpack_from("<IIII", agent.ring) == (1, 1, 0, 1)
     for number in range(1, 20):
         vcpu.event_pauses = 1
         agent.reply(agent.PAUSED)

@@ -42,8 +42,8 @@ from xenaltp2m import (
     connect,
 )
 from xenaltp2m.abi.releases import SUPPORTED
-from xenaltp2m.backend.mock.machine import INVALID_VIEW
 from xenaltp2m.backend.mock.p2m import PageType
+from xenaltp2m.backend.mock.vcpu import INVALID_VIEW
 
 from .effective import State, changes, met, state_of
 from .faults import Failing, Plan

@@ -19,6 +19,7 @@ __all__ = [
     "HVM_CPU_TYPECODE",
     "HVM_DESCRIPTOR",
     "LIBXL_DOMAIN_CONFIG_ROOM",
+    "VCPU_INFO",
     "VM_EVENT",
     "VM_EVENT_RING",
     "VM_EVENT_VERSION",
@@ -111,6 +112,20 @@ _DOMAIN_INFO_FIELDS: Final = {
 DOMAIN_INFO: Final = Steps(
     ((4, 14), Layout(104, MappingProxyType(_DOMAIN_INFO_FIELDS))),
     ((4, 16), Layout(112, MappingProxyType({**_DOMAIN_INFO_FIELDS, "gpaddr_bits": Field(96, 1)}))),
+)
+
+
+#: ``struct xen_domctl_getvcpuinfo`` (public/domctl.h), unchanged 4.14 .. 4.22.
+VCPU_INFO: Final = Layout(
+    24,
+    MappingProxyType(
+        {
+            "vcpu": Field(0, 4),
+            **_run(4, 1, "online blocked running"),
+            "cpu_time": Field(8, 8),
+            "cpu": Field(16, 4),
+        }
+    ),
 )
 
 

@@ -12,16 +12,27 @@ be put to Xen. A domid, view or gfn that C would truncate is an
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from typing import Protocol, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, TypeAlias
 
 from xenaltp2m.abi.releases import Release
 from xenaltp2m.errors import InvalidArgumentError
-from xenaltp2m.types import DomainInfo
+from xenaltp2m.types import DomainInfo, VcpuInfo
 
 Bytes: TypeAlias = "bytes | bytearray | memoryview"
 Gfns: TypeAlias = "array[int] | memoryview"
 """Native unsigned 64-bit integers: ``array("Q", ...)`` or a memoryview of format ``Q``."""
+
+
+class PortCalls(NamedTuple):
+    """An event channel's port as three calls without arguments."""
+
+    pending: Callable[[], object]
+    """Waits until it fires, and takes that; raises OSError on failure."""
+    unmask: Callable[[], object]
+    """Lets it fire again; raises OSError on failure."""
+    notify: Callable[[], int]
+    """Signals the other end; negative on failure, where the method of that name tells why."""
 
 
 class Backend(Protocol):
@@ -106,6 +117,17 @@ class Backend(Protocol):
 
     def domain_debug_control(self, domid: int, op: int, vcpu: int) -> None:
         """``xc_domain_debug_control``: such as single-step on or off for one vCPU."""
+
+    def vcpu_getinfo(self, domid: int, vcpu: int) -> VcpuInfo:
+        """``xc_vcpu_getinfo``: whether a vCPU runs, and how long it has."""
+
+    def hvm_inject_trap(
+        self, domid: int, vcpu: int, vector: int, kind: int, error_code: int, length: int, cr2: int
+    ) -> None:
+        """``xc_hvm_inject_trap``: an exception or interrupt for when the vCPU runs next.
+
+        ``kind`` is ``X86_EVENTTYPE_*``, ``length`` the instruction's, ``error_code`` ~0 for none.
+        """
 
     def get_paging_mempool_size(self, domid: int) -> int:
         """``xc_get_paging_mempool_size`` (4.17): the p2m pool, in bytes."""
@@ -272,6 +294,12 @@ class Backend(Protocol):
 
     def evtchn_notify(self, channel: int, port: int) -> None:
         """``xenevtchn_notify``: Xen takes the responses of that ring before this returns."""
+
+    def evtchn_calls(self, channel: int, port: int) -> PortCalls:
+        """Return one port's ``evtchn_pending``, ``evtchn_unmask`` and ``evtchn_notify``.
+
+        For a loop in which each microsecond counts; good until the channel is closed.
+        """
 
     # Memory.
 

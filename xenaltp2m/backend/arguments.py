@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from xenaltp2m.errors import InvalidArgumentError
 from xenaltp2m.types import ALL_GFNS
 
-_U16, _U32, _U64 = 1 << 16, 1 << 32, 1 << 64
+_U8, _U16, _U32, _U64 = 1 << 8, 1 << 16, 1 << 32, 1 << 64
 DOMID_LIMIT = 0x7FF0
 """``DOMID_FIRST_RESERVED``: numbers from here on are not domains."""
 
@@ -42,6 +42,11 @@ LIMITS: Mapping[str, int] = {
     "index": _U16,
     "bitmask": _U64,
     "msr": _U32,
+    "vector": _U8,
+    "kind": _U8,
+    "error_code": _U32,
+    "length": _U8,
+    "cr2": _U64,
     "channel": _U32,
     "port": _U32,
     "remote_port": _U32,

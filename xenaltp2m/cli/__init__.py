@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import xenaltp2m as xa
 from xenaltp2m.abi.releases import SUPPORTED
-from xenaltp2m.cli import domains, protect
+from xenaltp2m.cli import domains, protect, watch
 from xenaltp2m.cli.console import Console
 from xenaltp2m.cli.host import MOCK_DOMAIN
 
@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     protect.add_arguments(
         _add_command(commands, "protect", protect.run, protect.SUMMARY, protect.KEYS)
     )
+    watch.add_arguments(_add_command(commands, "watch", watch.run, watch.SUMMARY, watch.KEYS))
     return parser
 
 
@@ -120,9 +121,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         metavar="RELEASE",
         help="the mock's release, 4.14 to 4.22 (default: 4.17)",
     )
-    parser.add_argument(
-        "--json", action="store_true", default=absent, help="print one JSON document"
-    )
+    parser.add_argument("--json", action="store_true", default=absent, help="print JSON")
     parser.add_argument(
         "--quiet", action="store_true", default=absent, help="no progress and no remarks on stderr"
     )

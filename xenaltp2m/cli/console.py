@@ -48,25 +48,50 @@ class Console:
     """Where results and remarks go."""
 
     def __init__(self, as_json: bool, quiet: bool) -> None:
-        self._json = as_json
+        self.as_json = as_json
         self._quiet = quiet
+        self._status = ""
 
     def result(self, document: dict[str, Any], table: Table) -> None:
         """Print the result, as JSON or as a table."""
-        if self._json:
-            print(json.dumps(document, indent=2))
-        elif not (sys.stdout.isatty() and _print_rich(table)):
+        if self.as_json:
+            print(json.dumps(document, indent=2), flush=True)
+        else:
+            self.table(table)
+
+    def table(self, table: Table) -> None:
+        """Print a table."""
+        if not (sys.stdout.isatty() and _print_rich(table)):
             print(table.plain())
         sys.stdout.flush()
+
+    def line(self, text: str) -> None:
+        """Print a line of a result that comes bit by bit, above the status."""
+        status = self._status
+        self.status("")
+        print(text, flush=True)
+        self.status(status)
+
+    def status(self, text: str) -> None:
+        """Show how things stand, in place, where somebody watches; nothing if empty."""
+        if not self._quiet and sys.stderr.isatty() and (text or self._status):
+            print(f"\r\033[K{printable(text)}", end="", file=sys.stderr, flush=True)
+            self._status = text
 
     def note(self, text: str) -> None:
         """Remark on the course of things."""
         if not self._quiet:
-            print(printable(text), file=sys.stderr, flush=True)
+            self._tell(printable(text))
 
     def warn(self, text: str) -> None:
         """Tell of something the user should know."""
-        print(f"xenaltp2m: warning: {printable(text)}", file=sys.stderr, flush=True)
+        self._tell(f"xenaltp2m: warning: {printable(text)}")
+
+    def _tell(self, text: str) -> None:
+        status = self._status
+        self.status("")
+        print(text, file=sys.stderr, flush=True)
+        self.status(status)
 
     def error(self, error: xa.XenError) -> None:
         """Print an error in one line, and what may help below it."""

@@ -6,13 +6,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import signal
-from collections.abc import Iterator
-from typing import Self
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Self, TypeAlias
 
 import xenaltp2m as xa
 from xenaltp2m.cli.console import Console
 from xenaltp2m.symbols import Image
 from xenaltp2m.view import Progress
+
+if TYPE_CHECKING:
+    from xenaltp2m.backend.mock import Instruction
+
+Script: TypeAlias = Callable[[int], "list[Instruction]"]
+"""Makes what the mock's guest does, given how many pages it has."""
 
 MOCK_DOMAIN = "guest"
 _MOCK_VCPUS = 2
@@ -25,9 +32,19 @@ _MOCK_SPARE = 512 * _MIB
 
 @contextlib.contextmanager
 def connect(
-    options: argparse.Namespace, console: Console, image: Image | None = None
+    options: argparse.Namespace,
+    console: Console,
+    image: Image | None = None,
+    script: Script | None = None,
 ) -> Iterator[xa.Xen]:
-    """Open what ``--connect`` names; on the mock, with a guest that the image is loaded into."""
+    """Open what ``--connect`` names; on the mock, with a guest that the image is loaded into.
+
+    Args:
+        options: The arguments.
+        console: Gets the progress.
+        image: The guest's image.
+        script: What the mock's guest does, on each vCPU, for ever; nothing if None.
+    """
     if options.connect == "libxc":
         with xa.connect("libxc") as xen:
             yield xen
@@ -49,8 +66,22 @@ def connect(
         if image is not None:
             with xen.domain(domid) as domain:
                 _load(domain, image, console.progress("loading the image"))
+        if script is not None:
+            for vcpu in range(_MOCK_VCPUS):
+                backend.load(domid, script(memory // xa.PAGE_SIZE), vcpu, loop=True)
         backend.domain_unpause(domid)
         yield xen
+
+
+def is_altp2m_active(domain: xa.Domain, console: Console) -> bool:
+    """Tell, and warn, whether altp2m is on before we switch it on."""
+    active = domain.altp2m_active
+    if active:
+        console.warn(
+            "altp2m is on already, for another agent or since one was killed: "
+            "the vCPUs leave the view they are in while this holds"
+        )
+    return active
 
 
 def _load(domain: xa.Domain, image: Image, progress: Progress) -> None:
@@ -92,3 +123,60 @@ class Signals:
             while self.arrived(0):
                 pass
             signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal came while something was printed."""
+
+
+class Stop:
+    """Notes Ctrl-C, SIGTERM and SIGHUP, so that what goes on comes to an orderly end.
+
+    Nothing is noted before :meth:`hold_back`. Only output is broken off: nobody may read it.
+
+    Attributes:
+        came: Whether one has come.
+        wake: Called when one comes.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+        self.wake: Callable[[], None] = lambda: None
+        self._printing = False
+        self._before: dict[signal.Signals, signal.Handlers | Callable[..., object]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def hold_back(self) -> None:
+        """Note them from now on; one that is ignored stays so."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            before = signal.getsignal(number)
+            if before is not None and before is not signal.SIG_IGN:
+                assert not isinstance(before, int) or before is signal.SIG_DFL
+                self._before[number] = before
+                signal.signal(number, self._note)
+
+    def printing(self, act: Callable[[], None]) -> None:
+        """Do what may take for ever, unless one has come; one that comes ends it."""
+        try:
+            try:
+                self._printing = True
+                if not self.came:
+                    act()
+            finally:
+                self._printing = False
+        except Interrupted:
+            pass
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        self.came = True
+        self.wake()
+        if self._printing:
+            self._printing = False
+            raise Interrupted
+
+    def __exit__(self, *_: object) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)

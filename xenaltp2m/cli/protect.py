@@ -12,8 +12,16 @@ from typing import Any
 
 import xenaltp2m as xa
 from xenaltp2m.cli.console import Console, Table
-from xenaltp2m.cli.host import Signals, connect
-from xenaltp2m.symbols import Image, Segment, Symbol
+from xenaltp2m.cli.host import Signals, connect, is_altp2m_active
+from xenaltp2m.cli.pages import (
+    access_among,
+    check_loaded,
+    counted,
+    pages,
+    run_of_gfns,
+    seconds,
+)
+from xenaltp2m.symbols import Image, Symbol
 
 SUMMARY = "protect the pages of a symbol in a view, run the guest in it, then undo everything"
 
@@ -31,12 +39,8 @@ page, for Xen makes it rwx when no monitor listens (or crashes the domain where 
                which the view differs from the host p2m; remapped_to is the first's, or null
 """
 
-_ACCESSES = {
-    name: xa.Access[name.upper()]
-    for name in ("n", "r", "x", "rw", "rx", "rwx", "rx2rw", "n2rwx", "r_pw")
-}
+_ACCESSES = ("n", "r", "x", "rw", "rx", "rwx", "rx2rw", "n2rwx", "r_pw")
 _WATCH_SECONDS = 1.0
-_MOST_PAGES = 1 << 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--access",
-        type=_access,
+        type=access_among(_ACCESSES),
         default=xa.Access.RX,
         metavar="ACCESS",
         help=f"what the guest may do there: {', '.join(_ACCESSES)} (default: rx)",
@@ -68,48 +72,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--hold",
-        type=_seconds,
+        type=seconds,
         metavar="SECONDS",
         help="how long to hold it (default: until Ctrl-C)",
     )
-
-
-def _access(text: str) -> xa.Access:
-    try:
-        return _ACCESSES[text]
-    except KeyError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(_ACCESSES)}") from None
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
-    return seconds
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """Run the command."""
     image = Image.open(options.image)
     symbols = [image.symbol(name) for name in dict.fromkeys(options.symbols)]
-    gfns = _pages(image, symbols)
+    gfns = pages(image, symbols)
     with ExitStack() as stack:
         signals = stack.enter_context(Signals())
         xen = stack.enter_context(connect(options, console, image))
         domain = stack.enter_context(xen.domain(options.domain))
-        was_active = domain.altp2m_active
-        if was_active:
-            console.warn(
-                "altp2m is on already, for another agent or since one was killed: "
-                "the vCPUs leave the view they are in while this holds"
-            )
-        matches = {symbol.name: _matches(domain, image, symbol) for symbol in symbols}
-        for name, same in matches.items():
-            if same is False:
-                console.warn(f"the memory of {name} in the guest is not what {image.name} has")
+        was_active = is_altp2m_active(domain, console)
+        matches = {symbol.name: check_loaded(domain, image, symbol, console) for symbol in symbols}
         signals.hold_back()
         altp2m, view = stack.enter_context(_protected(domain, gfns, options, console))
         console.result(
@@ -133,37 +112,10 @@ def run(options: argparse.Namespace, console: Console) -> None:
         _watch(view, told, console)
     undone = ["vCPUs moved back", f"view {view.id} destroyed"]
     if options.shadow:
-        undone.append(f"{_count(len(gfns), 'page')} taken back")
+        undone.append(f"{counted(len(gfns), 'page')} taken back")
     if not was_active:
         undone.append("altp2m off")
     console.note(f"Undone: {', '.join(undone)}.")
-
-
-def _pages(image: Image, symbols: Sequence[Symbol]) -> list[int]:
-    """The gfns of all symbols, few enough to count: sizes are whatever the image says."""
-    gfns: set[int] = set()
-    for symbol in symbols:
-        pages = image.gfns(symbol.name)
-        if len(pages) > _MOST_PAGES:
-            raise xa.SymbolError(
-                f"{image.name}: {symbol.name!r} has {len(pages)} pages; "
-                f"at most {_MOST_PAGES} can be protected"
-            )
-        gfns.update(pages)
-    return sorted(gfns)
-
-
-def _matches(domain: xa.Domain, image: Image, symbol: Symbol) -> bool | None:
-    """Whether the guest's memory holds what the image says, where the guest keeps its hands off."""
-    segment = image.segment(symbol)
-    if segment.writable:
-        return None
-    return domain.memory.read(image.physical(symbol), symbol.size) == _content(segment, symbol)
-
-
-def _content(segment: Segment, symbol: Symbol) -> bytes:
-    start = symbol.address - segment.virtual
-    return segment.data[start : start + symbol.size].ljust(symbol.size, b"\0")
 
 
 @contextlib.contextmanager
@@ -273,9 +225,9 @@ def _row(
     ]
     shows = "its own pages" if run.count > 1 else "its own page"
     if run.remapped_to is not None:
-        shows = f"copy at {_gfns(run.remapped_to, run.count)}"
+        shows = f"copy at {run_of_gfns(run.remapped_to, run.count)}"
     return (
-        _gfns(run.first, run.count),
+        run_of_gfns(run.first, run.count),
         str(run.count),
         _name(domain.host_access(run.first)) or "",
         _name(run.access) or "",
@@ -284,13 +236,5 @@ def _row(
     )
 
 
-def _gfns(first: int, count: int) -> str:
-    return f"{first:#x}" if count == 1 else f"{first:#x}..{first + count - 1:#x}"
-
-
 def _name(access: xa.Access | None) -> str | None:
     return None if access is None else str(access)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -27,13 +27,13 @@ from uuid import UUID
 from xenaltp2m import errors
 from xenaltp2m.abi import layouts
 from xenaltp2m.abi.releases import Release, release
-from xenaltp2m.backend import Bytes, Gfns, arguments
+from xenaltp2m.backend import Bytes, Gfns, PortCalls, arguments
 from xenaltp2m.backend.libxc import clib
 from xenaltp2m.backend.libxc.clib import NULL, checked, constant, ffi, new, operation, refusal, text
 from xenaltp2m.backend.loader import Library, Loader, mismatch
 from xenaltp2m.backend.mapping import Mapping
 from xenaltp2m.errors import ClosedError, InvalidArgumentError, UnsupportedError, XenError
-from xenaltp2m.types import PAGE_SIZE, DomainInfo, DomId
+from xenaltp2m.types import PAGE_SIZE, DomainInfo, DomId, VcpuInfo
 
 __all__ = ["LibxcBackend"]
 
@@ -44,6 +44,8 @@ _DOMAINS_AT_ONCE = 256
 _NARROW = 1 << 8
 """Bound of fields that are a byte in the hypercall, whatever their type in C's prototype:
 ``xen_mem_access_op.access`` (memory.h) and ``mov_to_cr.index`` (domctl.h)."""
+_VCPU_INFO_VCPU = 1 << 16
+"""``xc_vcpu_getinfo`` casts the vCPU to uint16_t (``xc_domain.c``, 4.14 to 4.22)."""
 
 _CLOSED = "the backend is closed"
 _FORKED = "the backend was opened before this process was forked: connect again in the child"
@@ -476,6 +478,35 @@ class LibxcBackend:
         what, which = _number("op", op), _number("vcpu", vcpu)
         self._call("xc_domain_debug_control", _domid(domid), what, which, vcpu=vcpu)
 
+    def vcpu_getinfo(self, domid: int, vcpu: int) -> VcpuInfo:
+        layout, which = layouts.VCPU_INFO, _number("vcpu", vcpu, _VCPU_INFO_VCPU)
+        room = new("char[]", 2 * layout.size)  # the library copies its own structure's size
+        info = ffi.cast("xc_vcpuinfo_t *", room)
+        self._call("xc_vcpu_getinfo", _domid(domid), which, info, vcpu=vcpu)
+        number = functools.partial(layout.number, memoryview(ffi.buffer(room)))
+        return VcpuInfo(
+            online=bool(number("online")),
+            blocked=bool(number("blocked")),
+            running=bool(number("running")),
+            cpu_time=number("cpu_time"),
+        )
+
+    def hvm_inject_trap(
+        self, domid: int, vcpu: int, vector: int, kind: int, error_code: int, length: int, cr2: int
+    ) -> None:
+        which = _number("vcpu", vcpu)
+        self._call(
+            "xc_hvm_inject_trap",
+            _domid(domid),
+            which - ((which & 1 << 31) << 1),  # an int in the prototype, uint32_t in the hypercall
+            _number("vector", vector),
+            _number("kind", kind),
+            _number("error_code", error_code),
+            _number("length", length),
+            _number("cr2", cr2),
+            vcpu=vcpu,
+        )
+
     def get_paging_mempool_size(self, domid: int) -> int:
         size = new(clib.UINT64)
         self._call("xc_get_paging_mempool_size", _domid(domid), size)
@@ -744,6 +775,20 @@ class LibxcBackend:
 
     def evtchn_notify(self, channel: int, port: int) -> None:
         self._channel_call("xenevtchn_notify", channel, _number("port", port))
+
+    def evtchn_calls(self, channel: int, port: int) -> PortCalls:
+        """The port's calls; of these, libxenevtchn's first two are this read and this write.
+
+        ``tools/libs/evtchn/linux.c``, ``xenevtchn_pending`` and ``xenevtchn_unmask``, 4.14 to 4.22.
+        """
+        handle, number = self._channel("evtchn_calls", channel), _number("port", port)
+        descriptor = self.evtchn_fd(channel)
+        word = number.to_bytes(4, sys.byteorder)
+        return PortCalls(
+            functools.partial(os.read, descriptor, len(word)),
+            functools.partial(os.write, descriptor, word),
+            functools.partial(self._evtchn.xenevtchn_notify, handle, number),
+        )
 
     def _channel(self, op: str, channel: int) -> Any:
         handle = self._channels.get(channel)

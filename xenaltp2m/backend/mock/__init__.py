@@ -11,9 +11,10 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import struct
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from errno import (
     EACCES,
@@ -33,14 +34,47 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from xenaltp2m import errors
 from xenaltp2m.abi import layouts, releases
 from xenaltp2m.abi.releases import Release, release
-from xenaltp2m.backend import Bytes, Gfns, arguments
+from xenaltp2m.backend import Bytes, Gfns, PortCalls, arguments
+from xenaltp2m.backend.mock.cpu import (
+    Access,
+    Cpuid,
+    DebugException,
+    DescriptorAccess,
+    GuestRequest,
+    Halt,
+    Instruction,
+    PortIo,
+    Processor,
+    SetRegisters,
+    WriteControlRegister,
+    WriteMsr,
+    run,
+)
+from xenaltp2m.backend.mock.evtchn import Channel, Port
 from xenaltp2m.backend.mock.guest import Outcome, touch
 from xenaltp2m.backend.mock.machine import Domain, Livelock, Machine, Refused
-from xenaltp2m.backend.mock.monitor import Channel, Monitor, Port
+from xenaltp2m.backend.mock.monitor import Monitor
 from xenaltp2m.backend.mock.p2m import ANY_RAM_TYPES, Entry
-from xenaltp2m.types import ALL_GFNS, PAGE_SIZE, Altp2mMode, DomainInfo, DomId
+from xenaltp2m.backend.mock.vcpu import Trap
+from xenaltp2m.types import ALL_GFNS, PAGE_SIZE, Altp2mMode, DomainInfo, DomId, VcpuInfo
 
-__all__ = ["Call", "Livelock", "MockBackend", "Outcome"]
+__all__ = [
+    "Access",
+    "Call",
+    "Cpuid",
+    "DebugException",
+    "DescriptorAccess",
+    "GuestRequest",
+    "Halt",
+    "Instruction",
+    "Livelock",
+    "MockBackend",
+    "Outcome",
+    "PortIo",
+    "SetRegisters",
+    "WriteControlRegister",
+    "WriteMsr",
+]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -48,7 +82,10 @@ _R = TypeVar("_R")
 _LOG_LENGTH = 100_000
 _LOGGED_ITEMS = 64
 _MAX_PAGES = (1 << 32) - 1
-_SHUTDOWN_CRASH = 3
+_STEPS_AT_ONCE = 256
+_HEADER_TYPECODE = 1
+_SAVE_HEADER = struct.pack("<IIQII", 0x54381286, 1, 0, 0x306C3, 2_000_000)
+"""``struct hvm_save_header``: magic, version, changeset, cpuid, TSC's kHz."""
 _ABOUT = {
     "domid": "domid",
     "view": "view",
@@ -79,6 +116,7 @@ class _Fault:
 @dataclass(slots=True)
 class _Mapping:
     handle: object
+    domain: Domain
     pages: list[memoryview]
     frames: list[int]
 
@@ -126,6 +164,8 @@ class MockBackend:
     Attributes:
         machine: The modelled host, with its domains; tests may look and reach into it.
         calls: The calls made so far, oldest first; the oldest fall out past 100 000.
+        steps_at_once: How many instructions a domain's vCPUs execute at most, together, when a
+            call lets them go on.
     """
 
     name = "mock"
@@ -169,7 +209,9 @@ class MockBackend:
         )
         self.calls: deque[Call] = deque(maxlen=_LOG_LENGTH)
         self._faults: list[_Fault] = []
+        self.steps_at_once = _STEPS_AT_ONCE
         self._monitors: dict[int, Monitor] = {}
+        self._processors: dict[int, list[Processor]] = {}
         self._channels: dict[int, Channel] = {}
         self._mappings: dict[int, _Mapping] = {}
         self._closed = False
@@ -201,10 +243,76 @@ class MockBackend:
         """
         self._faults.append(_Fault(op, nth, errno))
 
-    def touch(self, domid: int, gfn: int, kind: str = "r", vcpu: int = 0) -> Outcome:
-        """Let a vCPU read ("r"), write ("w") or fetch ("x") a gfn, and say how that ended."""
+    def touch(
+        self, domid: int, gfn: int, kind: str = "r", vcpu: int = 0, offset: int = 0
+    ) -> Outcome:
+        """Let a vCPU read ("r"), write ("w") or fetch ("x") in a gfn, and say how that ended.
+
+        A vCPU does it whatever else it does, running or not, for tests that need no program.
+        """
+        return touch(self._monitor_of(domid), self.domain(domid).vcpus[vcpu], gfn, kind, offset)
+
+    def load(
+        self, domid: int, program: Iterable[Instruction], vcpu: int = 0, *, loop: bool = False
+    ) -> None:
+        """Give a vCPU a program, which it begins anew; it is brought up if it was down.
+
+        It runs, with the domain's other vCPUs, in :meth:`run`, whenever a call lets it go on
+        (:meth:`domain_unpause`, :meth:`evtchn_notify`, :meth:`monitor_resume`,
+        :meth:`monitor_disable`), and a little after each :meth:`vcpu_getinfo`.
+
+        Args:
+            domid: The domain.
+            program: What it executes, in order.
+            vcpu: The vCPU.
+            loop: Whether it begins again after the last; if not it then waits, as after HLT.
+        """
         domain = self.domain(domid)
-        return touch(domain, domain.vcpus[vcpu], gfn, kind)
+        self._processors_of(domid)[vcpu].load(program, loop=loop)
+        domain.vcpus[vcpu].online = True
+
+    def run(self, domid: int, steps: int) -> int:
+        """Let a domain's vCPUs execute, in turn, up to ``steps`` attempts of an instruction.
+
+        Returns:
+            How many were executed: an attempt that causes an event or a fault does not count.
+        """
+        return run(self._processors_of(domid), steps)
+
+    def destroy(self, domid: int) -> None:
+        """End a domain, as ``xl destroy`` does; it lingers, dying, while pages are mapped."""
+        domain = self.domain(domid)
+        domain.dying = True
+        self._monitor_of(domid).clean_up()
+        domain.relinquish()
+        self._bury(domain)
+
+    def shut_down(self, domid: int, reason: int = 0) -> None:
+        """Let a guest shut down, with a ``SHUTDOWN_*`` reason."""
+        self.domain(domid).shut_down(reason)
+
+    def _bury(self, domain: Domain) -> None:
+        """Forget a domain that is dead and that nobody holds on to."""
+        held = any(mapping.domain is domain for mapping in self._mappings.values())
+        if domain.dying and not held and self.machine.domains.get(domain.domid) is domain:
+            for table in (self.machine.domains, self._monitors, self._processors):
+                table.pop(domain.domid, None)
+
+    def _monitor_of(self, domid: int) -> Monitor:
+        monitor = self._monitors.get(domid)
+        if monitor is None:
+            monitor = self._monitors[domid] = Monitor(self.domain(domid))
+        return monitor
+
+    def _processors_of(self, domid: int) -> list[Processor]:
+        if domid not in self._processors:
+            monitor = self._monitor_of(domid)
+            self._processors[domid] = [Processor(monitor, vcpu) for vcpu in monitor.domain.vcpus]
+        return self._processors[domid]
+
+    def _go_on(self, domid: int) -> None:
+        """Let the vCPUs run for a while, now that something let them."""
+        run(self._processors_of(domid), self.steps_at_once)
 
     def dump(self, domid: int, view: int | None = None) -> str:
         """Describe the host p2m (``view`` None) or a view's own entries, a line for each run."""
@@ -283,10 +391,10 @@ class MockBackend:
         return self.machine.controlled(domid)
 
     def _monitor(self, domid: int) -> Monitor:
-        domain = self._domctl(domid)
+        self._domctl(domid)
         if not self.machine.vm_event:
             raise Refused(EOPNOTSUPP)
-        return self._monitors.setdefault(domid, Monitor(domain))
+        return self._monitor_of(domid)
 
     def _require(self, op: str) -> None:
         symbol = f"xc_{op}"
@@ -320,14 +428,14 @@ class MockBackend:
     @_operation
     def name_to_domid(self, name: str) -> int | None:
         for domid, domain in self.machine.domains.items():
-            if domain.name == name:
+            if domain.name == name and not domain.dying:
                 return domid
         return None
 
     @_operation
     def domid_to_name(self, domid: int) -> str | None:
         domain = self.machine.domains.get(domid)
-        return None if domain is None else domain.name
+        return None if domain is None or domain.dying else domain.name
 
     @_operation
     def domain_config_json(self, domid: int) -> str:
@@ -356,7 +464,10 @@ class MockBackend:
 
     @_operation
     def domain_unpause(self, domid: int) -> None:
-        self._domctl(domid).unpause()
+        domain = self._domctl(domid)
+        domain.unpause()
+        if not domain.pauses:
+            self._go_on(domid)
 
     @_operation
     def domain_maximum_gpfn(self, domid: int) -> int:
@@ -400,19 +511,22 @@ class MockBackend:
     @_operation
     def domain_hvm_getcontext(self, domid: int) -> bytes:
         domain = self._hvm_domctl(domid)
-        return b"".join(
+        records = [_record(_HEADER_TYPECODE, 0, _SAVE_HEADER)]
+        records += [
             _record(layouts.HVM_CPU_TYPECODE, vcpu.number, bytes(vcpu.context))
-            for vcpu in domain.vcpus[: domain.online_vcpus]  # hvm_save_cpu_ctxt passes the others
-        ) + _record(0, 0, b"")
+            for vcpu in domain.vcpus
+            if vcpu.online  # hvm_save_cpu_ctxt passes the others
+        ]
+        return b"".join(records) + _record(0, 0, b"")
 
     @_operation
     def domain_hvm_getcontext_partial(self, domid: int, typecode: int, instance: int) -> bytes:
         domain = self._hvm_domctl(domid)
-        if typecode != layouts.HVM_CPU_TYPECODE:
-            raise Refused(EINVAL)
+        if domain.dying or typecode != layouts.HVM_CPU_TYPECODE:
+            raise Refused(EINVAL)  # the header, too, has no handler of its own (hvm_save_one)
         if instance >= len(domain.vcpus):
             raise Refused(ENOENT)
-        if instance >= domain.online_vcpus:
+        if not domain.vcpus[instance].online:
             raise Refused(ENODATA)
         return bytes(domain.vcpus[instance].context)
 
@@ -422,6 +536,8 @@ class MockBackend:
         contexts: dict[int, bytes] = {}
         rest = bytes(stream)
         head = layouts.HVM_DESCRIPTOR
+        if not rest.startswith(_record(_HEADER_TYPECODE, 0, _SAVE_HEADER)):
+            raise Refused(ENODATA)  # hvm_load: it comes first
         while True:
             if len(rest) < head.size:
                 raise Refused(ENODATA)  # hvm_load: there was no end marker
@@ -435,6 +551,8 @@ class MockBackend:
                 if number >= len(domain.vcpus) or len(body) != layouts.HVM_CPU.size:
                     raise Refused(EINVAL)
                 contexts[number] = body
+        for vcpu in domain.vcpus:
+            vcpu.online = vcpu.number in contexts  # hvm_load downs the others
         for number, body in contexts.items():
             domain.vcpus[number].context[:] = body
 
@@ -449,6 +567,37 @@ class MockBackend:
         target.single_step = op == 1
         if not op and self.release.version >= (4, 17):  # 897def94b5, in 4.17.4 and 4.18.1, too
             target.fast_step_view = None
+
+    @_operation
+    def vcpu_getinfo(self, domid: int, vcpu: int) -> VcpuInfo:
+        domain = self._domctl(domid)
+        if self.release.version >= (4, 22) and vcpu >= len(domain.vcpus):
+            raise Refused(ENOENT)
+        target = domain.vcpu(vcpu)
+        processors = self._processors_of(domid)
+        idle = processors[vcpu].idle
+        info = VcpuInfo(
+            online=target.online,
+            blocked=target.halted or idle,
+            running=domain.runs(target) and not idle,
+            cpu_time=target.cpu_time,
+        )
+        run(processors, len(processors))  # time passes for those who wait for it to pass
+        return info
+
+    @_operation
+    def hvm_inject_trap(
+        self, domid: int, vcpu: int, vector: int, kind: int, error_code: int, length: int, cr2: int
+    ) -> None:
+        domain = self.machine.domain(domid)
+        if not domain.hvm:
+            raise Refused(EINVAL)
+        if not self.machine.privileged:
+            raise Refused(EPERM)
+        target = domain.vcpu(vcpu)
+        if target.injected is not None:
+            raise Refused(EBUSY)
+        target.injected = Trap(vector, kind, error_code, length, cr2)
 
     @_operation
     def get_paging_mempool_size(self, domid: int) -> int:
@@ -590,7 +739,7 @@ class MockBackend:
         monitor = self._monitor(domid)
         ring = monitor.enable()
         assert monitor.ring_frame is not None
-        self._map(ring, [ring], [monitor.ring_frame])
+        self._map(monitor.domain, ring, [ring], [monitor.ring_frame])
         return monitor.port, ring
 
     @_operation
@@ -600,10 +749,12 @@ class MockBackend:
     @_operation
     def monitor_disable(self, domid: int) -> None:
         self._monitor(domid).disable()
+        self._go_on(domid)
 
     @_operation
     def monitor_resume(self, domid: int) -> None:
         self._monitor(domid).resume()
+        self._go_on(domid)
 
     @_operation
     def monitor_get_capabilities(self, domid: int) -> int:
@@ -718,6 +869,22 @@ class MockBackend:
         bound = self._port(channel, port)
         if bound.remote == bound.monitor.port:
             bound.monitor.resume()
+            self._go_on(bound.monitor.domain.domid)
+
+    def evtchn_calls(self, channel: int, port: int) -> PortCalls:
+        """One port's calls, each of which is logged as the method of that name."""
+        arguments.check("evtchn_calls", {"channel": channel, "port": port})
+
+        def notify() -> int:
+            self.evtchn_notify(channel, port)
+            return 0
+
+        self._check_open()
+        return PortCalls(
+            functools.partial(self.evtchn_pending, channel),
+            functools.partial(self.evtchn_unmask, channel, port),
+            notify,
+        )
 
     def _channel(self, channel: int) -> Channel:
         if channel not in self._channels:
@@ -745,17 +912,19 @@ class MockBackend:
             frames.append(found.mfn)
         views = map(self.machine.frames.page, frames)
         pages = [view if writable else view.toreadonly() for view in views]
-        self._map(pages, pages, frames)
+        self._map(domain, pages, pages, frames)
         return pages
 
     @_operation
     def foreignmemory_unmap(self, pages: list[memoryview]) -> None:
         self._unmap("foreignmemory_unmap", pages)
 
-    def _map(self, handle: object, pages: list[memoryview], frames: list[int]) -> None:
+    def _map(
+        self, domain: Domain, handle: object, pages: list[memoryview], frames: list[int]
+    ) -> None:
         for frame in frames:
             self.machine.frames.pin(frame)
-        self._mappings[id(handle)] = _Mapping(handle, pages, frames)
+        self._mappings[id(handle)] = _Mapping(handle, domain, pages, frames)
 
     def _unmap(self, op: str, handle: object) -> None:
         mapping = self._mappings.get(id(handle))
@@ -766,6 +935,7 @@ class MockBackend:
             page.release()
         for frame in mapping.frames:
             self.machine.frames.unpin(frame)
+        self._bury(mapping.domain)
 
 
 def _info(domain: Domain) -> DomainInfo:
@@ -775,8 +945,8 @@ def _info(domain: Domain) -> DomainInfo:
         hvm=domain.hvm,
         paused=domain.pauses > 0,
         dying=domain.dying,
-        shutdown=domain.crashed,
-        shutdown_reason=_SHUTDOWN_CRASH if domain.crashed else 0,
+        shutdown=domain.shutdown_code is not None,
+        shutdown_reason=domain.shutdown_code or 0,
         pages=domain.pages,
         max_pages=domain.max_pages,
         vcpus=domain.online_vcpus,

@@ -2,14 +2,18 @@
 """A guest's memory access, and what the hypervisor makes of it in the vCPU's view.
 
 Restates ``hvm_hap_nested_page_fault``, ``p2m_altp2m_get_or_propagate`` and
-``p2m_mem_access_check``. An access that a monitor must hear of leaves the vCPU paused.
+``p2m_mem_access_check``. An access that a monitor must hear of leaves the vCPU paused. Paging is
+off in this guest: linear addresses are physical ones.
 """
 
 from __future__ import annotations
 
 import enum
+from typing import TypeVar
 
-from xenaltp2m.backend.mock.machine import Domain, Livelock, Vcpu, View
+from xenaltp2m.abi.vm_event import AccessFlag, Reason
+from xenaltp2m.backend.mock.machine import Domain, Livelock, View
+from xenaltp2m.backend.mock.monitor import Monitor
 from xenaltp2m.backend.mock.p2m import (
     ACCESS_N2RWX,
     ACCESS_RWX,
@@ -25,9 +29,21 @@ from xenaltp2m.backend.mock.p2m import (
     access_rights,
     entry_rights,
 )
+from xenaltp2m.backend.mock.vcpu import Vcpu, Waits
+from xenaltp2m.types import PAGE_SIZE
 
+_T = TypeVar("_T")
 _KINDS = {"r": R, "w": R | W, "x": X}
 """A write fault counts as a read too (``ept_handle_violation``)."""
+_QUALIFICATIONS = {"r": R, "w": W, "x": X}
+_EPT_VIOLATION, _EPT_MISCONFIGURATION = 48, 49
+"""``EXIT_REASON_*``."""
+_RIGHTS_SHIFT = 3
+_LINEAR_ADDRESS_VALID, _FAULT_OF_LINEAR_ADDRESS = 1 << 7, 1 << 8
+_LINEAR = _LINEAR_ADDRESS_VALID | _FAULT_OF_LINEAR_ADDRESS
+_GLA = AccessFlag.GLA_VALID | AccessFlag.FAULT_WITH_GLA
+"""As paging is off: the linear address is known, and its translation faults, not a page walk."""
+_U64 = (1 << 64) - 1
 _ACCESS_RW = R | W
 _RETRIES = 8
 _WRITES_EMULATED = frozenset({PageType.RAM_RO, PageType.GRANT_MAP_RO, PageType.IOREQ_SERVER})
@@ -48,13 +64,35 @@ class Outcome(enum.Enum):
     """The domain is gone."""
 
 
-def touch(domain: Domain, vcpu: Vcpu, gfn: int, kind: str) -> Outcome:
-    """Let a vCPU read ("r"), write ("w") or fetch ("x") one gfn in its current view.
+def drive(vcpu: Vcpu, code: Waits[_T]) -> _T | None:
+    """Run hypervisor code for a vCPU to its end; None where the vCPU is put on a wait queue."""
+    try:
+        next(code)
+    except StopIteration as done:
+        result: _T = done.value
+        return result
+    vcpu.waiting = code
+    return None
+
+
+def touch(monitor: Monitor, vcpu: Vcpu, gfn: int, kind: str, offset: int = 0) -> Outcome:
+    """Let a vCPU read ("r"), write ("w") or fetch ("x") in one gfn in its current view.
+
+    It need not be running otherwise; but if it waits for room in the ring it does nothing.
 
     Raises:
         Livelock: The vCPU would fault for ever: what Xen fills in has no rights, and being a
             superpage is then no entry to Xen at all (``ept_get_entry``).
     """
+    if vcpu.waiting is not None:
+        return Outcome.EVENT
+    return drive(vcpu, access(monitor, vcpu, gfn * PAGE_SIZE + offset, kind)) or Outcome.EVENT
+
+
+def access(monitor: Monitor, vcpu: Vcpu, address: int, kind: str) -> Waits[Outcome]:
+    """One access of a page at a physical address; see :func:`touch`."""
+    domain = monitor.domain
+    gfn = address // PAGE_SIZE
     wanted = _KINDS[kind]
     for _ in range(_RETRIES):
         view = domain.views[vcpu.view] if domain.active else None
@@ -63,25 +101,51 @@ def touch(domain: Domain, vcpu: Vcpu, gfn: int, kind: str) -> Outcome:
         if domain.crashed:
             return Outcome.CRASH
         found = table.lookup(gfn)
-        if not found.mapped:
+        rights = entry_rights(found.type, found.access) if found.mapped else 0
+        misconfigured = bool(rights & W and not rights & R)
+        shatters = bool(wanted & X and found.order and not domain.machine.executable_superpages)
+        if not wanted & ~rights and not misconfigured and not shatters:
+            return Outcome.DONE
+        reason = _EPT_MISCONFIGURATION if misconfigured else _EPT_VIOLATION
+        qualification = _QUALIFICATIONS[kind] | rights << _RIGHTS_SHIFT | _LINEAR
+        if (yield from vm_exit(monitor, vcpu, reason, qualification)):
+            return Outcome.EVENT
+        outcome: Outcome | None
+        if misconfigured:
+            domain.crash("EPT misconfiguration: writable but not readable")  # SDM 28.3.3.1
+            outcome = Outcome.CRASH
+        elif not found.mapped:
             if view is None or not host.mapped:
                 return Outcome.EMULATED
             _copy(domain, view, gfn, host)
-            continue
-        rights = entry_rights(found.type, found.access)
-        if rights & W and not rights & R:
-            domain.crash("EPT misconfiguration: writable but not readable")  # Intel SDM 28.3.3.1
-            return Outcome.CRASH
-        outcome: Outcome | None = Outcome.DONE
-        if wanted & ~access_rights(found.access):
-            outcome = _violation(domain, vcpu, view, table, gfn, found, wanted)
+            outcome = None
+        elif wanted & ~access_rights(found.access):
+            outcome = yield from _violation(monitor, vcpu, view, table, address, found, wanted)
         elif wanted & ~rights:
             outcome = _type_fault(domain, gfn, found.type, wanted)
-        elif wanted & X and found.order and not domain.machine.executable_superpages:
+        else:
             outcome = _shatter(domain, table, gfn, found)
         if outcome is not None:
             return outcome
+        if vcpu.ring_blocked:
+            return Outcome.EVENT  # tried again when the ring has room
     raise Livelock(f"gfn {gfn:#x}: the vCPU faults for ever")
+
+
+def vm_exit(monitor: Monitor, vcpu: Vcpu, reason: int, qualification: int = 0) -> Waits[bool]:
+    """The vCPU leaves guest mode; True if Xen does not handle why, having sent an event.
+
+    The beginning of ``vmx_vmexit_handler``, and ``hvm_monitor_vmexit``.
+    """
+    options = monitor.switches.get("vmexit")
+    if options is None:
+        return False
+    fields = {
+        "vmexit.arch.vmx.reason": reason,
+        "vmexit.arch.vmx.qualification": qualification,
+    }
+    sync = bool(options["sync"])
+    return (yield from monitor.traps(vcpu, Reason.VMEXIT, fields, sync=sync))
 
 
 def _shatter(domain: Domain, table: P2m, gfn: int, found: Lookup) -> Outcome:
@@ -117,15 +181,17 @@ def _copy(domain: Domain, view: View, gfn: int, host: Lookup) -> None:
 
 
 def _violation(
-    domain: Domain,
+    monitor: Monitor,
     vcpu: Vcpu,
     view: View | None,
     table: P2m,
-    gfn: int,
+    address: int,
     found: Lookup,
     wanted: int,
-) -> Outcome | None:
+) -> Waits[Outcome | None]:
     """``p2m_mem_access_check``; None to try again."""
+    domain = monitor.domain
+    gfn, offset = divmod(address, PAGE_SIZE)
     if view is not None and not found.suppress_ve and vcpu.veinfo is not None:
         return Outcome.VIRTUALISATION_EXCEPTION
 
@@ -137,15 +203,22 @@ def _violation(
         rewrite(_ACCESS_RW)
         return None
     required = domain.access_required if view is None else view.access_required
-    if found.access == ACCESS_N2RWX:
+    promoted = found.access == ACCESS_N2RWX
+    if promoted:
         rewrite(ACCESS_RWX)
-        return Outcome.CRASH if _unheard(domain, required) else None
     if domain.listened:
-        vcpu.event_pauses += 1
-        return Outcome.EVENT
+        fields = {
+            "mem_access.gfn": gfn,
+            "mem_access.offset": offset,
+            "mem_access.gla": address & _U64,
+            "mem_access.flags": wanted | _GLA,
+        }
+        paused = yield from monitor.traps(vcpu, Reason.MEM_ACCESS, fields, sync=not promoted)
+        return Outcome.EVENT if paused else None
     if _unheard(domain, required):
         return Outcome.CRASH
-    rewrite(ACCESS_RWX)
+    if not promoted:
+        rewrite(ACCESS_RWX)
     return None
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import mmap
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from errno import (
     EAGAIN,
     EBUSY,
@@ -27,12 +27,12 @@ from errno import (
 )
 from uuid import UUID, uuid5
 
-from xenaltp2m.abi.layouts import HVM_CPU
 from xenaltp2m.abi.releases import Release
 from xenaltp2m.backend.mock.p2m import (
     ACCESS_RWX,
     ANY_RAM_TYPES,
     INVALID_MFN,
+    MMIO_MFN_BASE,
     ORDER_1G,
     ORDER_2M,
     ORDER_4K,
@@ -45,9 +45,9 @@ from xenaltp2m.backend.mock.p2m import (
     Pool,
     pieces,
 )
+from xenaltp2m.backend.mock.vcpu import INVALID_VIEW, Vcpu
 from xenaltp2m.types import ALL_GFNS, PAGE_SIZE, Altp2mMode
 
-INVALID_VIEW = 0xFFFF
 _MAP_NORESERVE = 0x4000  # <sys/mman.h>, Linux: memory is taken when it is touched, not before
 _DEFAULT_VIEWS = 10
 _SPECIAL_PAGES_END = 0xFF000
@@ -65,6 +65,7 @@ HVM_PARAM_ALTP2M = 35
 HVM_NR_PARAMS = 39
 
 LIVELOCK_STEPS = 1 << 28
+SHUTDOWN_CRASH = 3
 
 
 class Refused(Exception):  # noqa: N818 - it is Xen's answer, not an error of ours
@@ -150,22 +151,6 @@ class View:
         self.max_remapped = 0
 
 
-@dataclass
-class Vcpu:
-    """A virtual CPU, as far as views and events concern it."""
-
-    number: int
-    view: int = INVALID_VIEW
-    veinfo: int | None = None
-    """The frame of its #VE information page."""
-    single_step: bool = False
-    fast_step_view: int | None = None
-    event_pauses: int = 0
-    """Xen's ``vm_event_pause_count``."""
-    context: bytearray = field(default_factory=lambda: bytearray(HVM_CPU.size))
-    """Its ``hvm_hw_cpu`` record."""
-
-
 class Domain:
     """An HVM, PVH or PV domain. Made by :meth:`Machine.add_domain`."""
 
@@ -198,7 +183,8 @@ class Domain:
         self.pauses = 0
         self.creation_finished = False
         self.dying = False
-        self.crashed = False
+        self.shutdown_code: int | None = None
+        self.crash_reason = ""
         self.pool = Pool(pool_pages)
         self.host = self._table()
         self.host_default_access = ACCESS_RWX
@@ -207,8 +193,8 @@ class Domain:
         """Whether a monitor's ring is there."""
         self.active = False
         self.views = [View(self._table()) for _ in range(view_count)]
-        self.vcpus = [Vcpu(number) for number in range(vcpus)]
-        self.online_vcpus = 1 if kind == "pvh" else vcpus
+        online = 1 if kind == "pvh" else vcpus
+        self.vcpus = [Vcpu(number, online=number < online) for number in range(vcpus)]
         self.params = {HVM_PARAM_ALTP2M: int(mode)}
         self.m2p: dict[int, int] = {}
         """Frame to gfn, as ``paging_mark_dirty`` and memory sharing look it up."""
@@ -229,6 +215,17 @@ class Domain:
     def mode(self) -> int:
         """The altp2m mode's number."""
         return self.params[HVM_PARAM_ALTP2M]
+
+    @property
+    def online_vcpus(self) -> int:
+        """How many vCPUs are up."""
+        return sum(vcpu.online for vcpu in self.vcpus)
+
+    @online_vcpus.setter
+    def online_vcpus(self, count: int) -> None:
+        """Bring the first ones up, and the others down."""
+        for vcpu in self.vcpus:
+            vcpu.online = vcpu.number < count
 
     def get_param(self, param: int) -> int:
         """``hvmop_get_param``."""
@@ -318,7 +315,7 @@ class Domain:
 
     def add_page(self, gfn: int, order: int) -> bool:
         """Populate 2^order frames at ``gfn`` (``populate_physmap``, ``p2m_add_page``)."""
-        if order > ORDER_1G or self.pages + (1 << order) > self.max_pages:
+        if self.dying or order > ORDER_1G or self.pages + (1 << order) > self.max_pages:
             return False
         mfn = self.machine.frames.allocate(order)
         if mfn is None:
@@ -404,10 +401,46 @@ class Domain:
             self.special_frames.add(mfn)
             self.host_write(_APIC_PAGE_GFN, mfn, ORDER_4K, PageType.MMIO_DIRECT, ACCESS_RWX)
 
+    @property
+    def crashed(self) -> bool:
+        """Whether Xen has shut it down."""
+        return self.shutdown_code == SHUTDOWN_CRASH
+
     def crash(self, reason: str) -> None:
         """``domain_crash``."""
-        self.crashed = True
-        self.crash_reason = reason
+        if self.shutdown_code is None:
+            self.crash_reason = reason
+        self.shut_down(SHUTDOWN_CRASH)
+
+    def shut_down(self, code: int) -> None:
+        """``domain_shutdown``: the first reason counts."""
+        if self.shutdown_code is None:
+            self.shutdown_code = code
+
+    def runs(self, vcpu: Vcpu) -> bool:
+        """Whether nothing keeps a vCPU from running."""
+        return not (
+            self.pauses
+            or self.dying
+            or self.shutdown_code is not None
+            or not vcpu.online
+            or vcpu.stopped
+        )
+
+    def relinquish(self) -> None:
+        """Give the memory back (``domain_relinquish_resources``); what is mapped stays so long."""
+        for vcpu in self.vcpus:
+            self._forget_veinfo(vcpu)
+        held = {
+            entry.mfn + offset
+            for _, order, entry in self.host.entries()
+            if entry.type in RAM_TYPES and entry.mfn < MMIO_MFN_BASE
+            for offset in range(1 << order)
+        }
+        self.host.flush()
+        self.m2p.clear()
+        for mfn in held:
+            self.machine.frames.release(mfn, self)
 
     # altp2m. Arguments are those of the hypercall; the gate has been passed.
 

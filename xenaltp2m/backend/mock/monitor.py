@@ -1,30 +1,41 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The mock's side of vm_event: the ring's life, the event switches, and taking responses.
+"""The mock's side of vm_event: the ring, what is put into it, the answers, the event switches.
 
-Restates ``common/vm_event.c`` (``vm_event_enable``, ``vm_event_resume``), ``common/monitor.c``
-and ``arch/x86/monitor.c``, and what ``xc_monitor_enable`` does around them.
+Restates ``common/vm_event.c``, ``arch/x86/vm_event.c``, ``common/monitor.c`` and
+``arch/x86/monitor.c``, and what ``xc_monitor_enable`` does around them.
 """
 
 from __future__ import annotations
 
-import os
-import struct
+import functools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from errno import EBUSY, EEXIST, EINVAL, ENODEV, ENXIO, EOPNOTSUPP
-from functools import partial
 
-from xenaltp2m.backend.mock.machine import HVM_PARAM_MONITOR_RING_PFN, Domain, Refused
+from xenaltp2m.abi.layouts import HVM_CPU, VM_EVENT_RING, Layout
+from xenaltp2m.abi.vm_event import (
+    HEAD,
+    SETTABLE_REGISTERS,
+    Flag,
+    Reason,
+    encode_request,
+    layout,
+)
+from xenaltp2m.backend.mock.machine import HVM_PARAM_MONITOR_RING_PFN, Domain, Livelock, Refused
+from xenaltp2m.backend.mock.p2m import access_rights
+from xenaltp2m.backend.mock.vcpu import Deferred, Vcpu, Waits
+from xenaltp2m.types import ALL_GFNS
 
-_RING = struct.Struct("<IIII")  # req_prod, req_event, rsp_prod, rsp_event
-_SLOTS = 8
-_SLOTS_AT = 64
-_EVENT_SIZE = {6: 384, 7: 400}
-_RSP_EVENT = struct.Struct("<12xI")
-_RESPONSE = struct.Struct("<IIIIH6xH")
-"""version, flags, reason, vcpu_id, altp2m_idx, u.fast_singlestep.p2midx"""
-_VCPU_PAUSED, _TOGGLE_SINGLESTEP, _ALTERNATE_P2M = 1 << 0, 1 << 4, 1 << 7
-_FAST_SINGLESTEP = 1 << 11
+SLOTS = 8
+CR0, CR3, CR4, XCR0 = range(4)
+"""``VM_EVENT_X86_*``."""
+_INDEX_MASK = 0xFFFF_FFFF
+_MOST_RESPONSES = 1 << 20
+_RWX = 7
+_SEGMENTS = ("cs", "ss", "ds", "es", "fs", "gs")
+_NOT_MONITORS = {"emulate_each_rep"}
+_GRANULAR = 1 << 11
+"""Of a segment's attributes as Xen packs them: its limit counts pages."""
 
 _MSR_RANGES = (range(0x2000), range(0x40000000, 0x40002000), range(0xC0000000, 0xC0002000))
 _CTRLREGS = 4
@@ -53,10 +64,26 @@ class Monitor:
         """The domain's end of the event channel; 0 while there is none."""
         self._last_port = 0
         self.ring_frame: int | None = None
+        self.produced = 0
+        """Requests put so far (``req_prod_pvt``)."""
         self.taken = 0
         """Responses taken so far (``rsp_cons``)."""
-        self.waiting_vcpus = 0
-        """vCPUs queued for room in the ring."""
+        self.producers = 0
+        """Slots that are claimed and not filled (``target_producers``)."""
+        self.queue: deque[Vcpu] = deque()
+        """vCPUs that wait for a slot (``wq``)."""
+        self.blocked = 0
+        """vCPUs paused because the ring was nearly full."""
+        self.last_woken = 0
+        """``last_vcpu_wake_up``."""
+        self.gates_writes = False
+        """Whether writes of registers wait for the answer (``control_register_values``).
+
+        ``XEN_DOMCTL_MONITOR_OP_CONTROL_REGISTERS`` turns it on, which no libxenctrl up to 4.22 has
+        a function for: without it the write is done when the agent hears of it.
+        """
+        self.intercepted_msrs: set[int] = set()
+        """Those whose writes exit for having once been monitored (``vmx_set_msr_intercept``)."""
         self.switches: dict[str, dict[str, int]] = {}
         """Which events are sent, with the options given."""
         self.signal: Callable[[], None] | None = None
@@ -83,53 +110,263 @@ class Monitor:
         domain.remove_page(gfn)
         self.ring_frame = frame
         domain.listened = True
-        self.taken = 0
+        for vcpu in domain.vcpus:
+            vcpu.deferred = vcpu.deferred or Deferred()  # vm_event_init_domain
+        self.produced = self.taken = self.producers = self.blocked = self.last_woken = 0
         self.port = self._last_port = self._last_port + 1
         ring = domain.machine.frames.page(frame)
         ring[:] = bytes(len(ring))
-        _RING.pack_into(ring, 0, 0, 1, 0, 1)
+        for name in ("req_event", "rsp_event"):
+            self._write_index(name, 1)
         return ring
 
     def disable(self) -> None:
-        """``vm_event_disable``: every switch falls, paused vCPUs stay paused."""
+        """``vm_event_disable``: every switch falls, paused vCPUs stay paused.
+
+        What responses asked for and no vCPU has run for is lost.
+        """
+        if self.domain.dying:  # vm_event_domctl
+            return
         if self.ring_frame is None:
             raise Refused(EINVAL)
-        self.switches.clear()  # arch_monitor_cleanup_domain, also where the next line refuses
-        if self.waiting_vcpus:
+        self._forget_switches()  # also where the next line refuses
+        if self.queue:
             raise Refused(EBUSY)
+        self._destroy()
+
+    def clean_up(self) -> None:
+        """``vm_event_cleanup``: the domain is dying."""
+        self._wake_queued(len(self.queue))
+        if self.ring_frame is not None:
+            self._forget_switches()
+            self._destroy()
+
+    def _forget_switches(self) -> None:
+        """``arch_monitor_cleanup_domain``."""
+        self.switches = {
+            event: self.switches[event] for event in self.switches.keys() & _NOT_MONITORS
+        }
+        self.gates_writes = False
+
+    def _destroy(self) -> None:
+        assert self.ring_frame is not None
+        for vcpu in self.domain.vcpus:
+            vcpu.ring_blocked = False
+            vcpu.deferred = None  # vm_event_cleanup_domain
+        self.switches.clear()
+        self.blocked = 0
         self.domain.machine.frames.unpin(self.ring_frame)
         self.ring_frame = None
         self.port = 0
         self.signal = None
         self.domain.listened = False
 
+    # Requests.
+
+    def traps(
+        self, vcpu: Vcpu, reason: int, fields: Mapping[str, int], *, sync: bool = True
+    ) -> Waits[bool]:
+        """``monitor_traps``: send a request, when there is room. True if the vCPU is paused now."""
+        while not (claimed := self._claim_slot()):
+            if claimed is None:
+                return False
+            self.queue.append(vcpu)
+            vcpu.queued = True
+            yield
+        domain = self.domain
+        flags, view = Flag(0), 0
+        if sync:
+            flags |= Flag.VCPU_PAUSED
+            vcpu.event_pauses += 1
+        if domain.active:
+            flags |= Flag.ALTERNATE_P2M
+            view = vcpu.view
+        version = domain.release.vm_event_version
+        request = encode_request(
+            version,
+            reason,
+            vcpu.number,
+            flags=flags,
+            view=view,
+            fields=fields,
+        )
+        _fill_registers(vcpu, version, request)
+        self._put(vcpu, request)
+        return sync
+
+    @property
+    def available(self) -> int:
+        """``vm_event_ring_available``."""
+        used = (self.produced - self.taken) & _INDEX_MASK
+        if used > _INDEX_MASK // 2:
+            used -= _INDEX_MASK + 1  # more responses than requests
+        return SLOTS - used - self.producers
+
+    def _claim_slot(self) -> bool | None:
+        """``vm_event_grab_slot``: None where there is no ring."""
+        if self.ring_frame is None:
+            return None
+        if not self.available:
+            return False
+        self.producers += 1
+        return True
+
+    def _put(self, vcpu: Vcpu, request: bytearray) -> None:
+        """``vm_event_put_request``."""
+        ring, start = self._slot(self.produced)
+        ring[start : start + len(request)] = request
+        self.produced = (self.produced + 1) & _INDEX_MASK
+        self._write_index("req_prod", self.produced)
+        self.producers -= 1
+        self._wake()
+        few = self.available < len(self.domain.vcpus)
+        if few and not vcpu.event_pauses and not vcpu.ring_blocked:  # vm_event_mark_and_pause
+            vcpu.ring_blocked = True
+            self.blocked += 1
+        self.wake()
+
+    def _wake(self) -> None:
+        """``vm_event_wake``: those on the queue come first."""
+        if self.queue:
+            self._wake_queued(self.available)
+        else:
+            self._wake_blocked()
+
+    def _wake_queued(self, count: int) -> None:
+        """``wake_up_nr``: they have to claim a slot again when they run."""
+        for _ in range(min(count, len(self.queue))):
+            self.queue.popleft().queued = False
+
+    def _wake_blocked(self) -> None:
+        """``vm_event_wake_blocked``: as many as there are slots, from the one after the last."""
+        vcpus = self.domain.vcpus
+        available, first = self.available, self.last_woken + 1
+        for at in range(first, first + len(vcpus)):
+            if not available or not self.blocked:
+                break
+            vcpu = vcpus[at % len(vcpus)]
+            if vcpu.ring_blocked:
+                vcpu.ring_blocked = False
+                available -= 1
+                self.blocked -= 1
+                self.last_woken = vcpu.number
+
+    def _slot(self, index: int) -> tuple[memoryview, int]:
+        assert self.ring_frame is not None
+        size = layout(self.domain.release.vm_event_version).size
+        page = self.domain.machine.frames.page(self.ring_frame)
+        return page, VM_EVENT_RING.size + index % SLOTS * size
+
+    def _write_index(self, name: str, value: int) -> None:
+        assert self.ring_frame is not None
+        offset, width = VM_EVENT_RING.fields[name]
+        page = self.domain.machine.frames.page(self.ring_frame)
+        page[offset : offset + width] = (value & _INDEX_MASK).to_bytes(width, "little")
+
+    # Responses.
+
     def resume(self) -> None:
-        """``vm_event_resume``: take every response in the ring."""
+        """``vm_event_resume``: take every response in the ring.
+
+        Raises:
+            Livelock: Xen would be busy with garbage for long.
+        """
+        if self.domain.dying:  # vm_event_domctl
+            return
         if self.ring_frame is None:
             raise Refused(ENODEV)
-        domain = self.domain
-        version = domain.release.vm_event_version
-        ring = domain.machine.frames.page(self.ring_frame)
-        produced = _RING.unpack_from(ring, 0)[2]
+        page = self.domain.machine.frames.page(self.ring_frame)
+        version = self.domain.release.vm_event_version
+        shape = layout(version)
+        produced = VM_EVENT_RING.number(page, "rsp_prod")
+        if (produced - self.taken) & _INDEX_MASK > _MOST_RESPONSES:
+            raise Livelock(f"rsp_prod is {produced:#x} and {self.taken:#x} responses were taken")
         while self.taken != produced:
-            slot = _SLOTS_AT + self.taken % _SLOTS * _EVENT_SIZE[version]
-            self.taken = (self.taken + 1) & 0xFFFFFFFF
-            _RSP_EVENT.pack_into(ring, 0, (self.taken + 1) & 0xFFFFFFFF)
-            spoken, flags, _reason, number, view, step_view = _RESPONSE.unpack_from(ring, slot)
-            if spoken != version or number >= len(domain.vcpus):
+            page, start = self._slot(self.taken)
+            response = bytes(page[start : start + shape.size])
+            self.taken = (self.taken + 1) & _INDEX_MASK
+            self._write_index("rsp_event", self.taken + 1)
+            self._wake()
+            spoken, _, _, number, _ = HEAD.unpack_from(response)
+            if spoken != version or number >= len(self.domain.vcpus):
                 continue
-            vcpu = domain.vcpus[number]
-            if not vcpu.event_pauses:
-                continue
-            if flags & _TOGGLE_SINGLESTEP:
-                vcpu.single_step = not vcpu.single_step
-            elif flags & _FAST_SINGLESTEP and step_view < len(domain.views):
-                vcpu.single_step = True
-                vcpu.fast_step_view = step_view
-            if flags & _ALTERNATE_P2M:
-                domain.switch_vcpu(vcpu, view)
-            if flags & _VCPU_PAUSED:
-                vcpu.event_pauses -= 1
+            vcpu = self.domain.vcpus[number]
+            if vcpu.event_pauses:
+                self._apply(vcpu, response, shape)
+
+    def _apply(self, vcpu: Vcpu, response: bytes, shape: Layout) -> None:
+        """One response to a paused vCPU, in Xen's order."""
+        domain, deferred = self.domain, vcpu.deferred
+        assert deferred is not None
+        _, flags, reason, _, view = HEAD.unpack_from(response)
+        self._check_emulation(vcpu, deferred, flags, reason, response, shape)
+        if flags & Flag.DENY:  # vm_event_register_write_resume
+            if reason == Reason.MOV_TO_MSR:
+                deferred.msr = None
+            elif reason == Reason.WRITE_CTRLREG:
+                index = shape.number(response, "u.write_ctrlreg.index")
+                deferred.control_registers.pop(index, None)
+        step_view = shape.number(response, "u.fast_singlestep.p2midx")
+        if flags & Flag.TOGGLE_SINGLESTEP:  # vm_event_toggle_singlestep
+            vcpu.single_step = not vcpu.single_step
+        elif flags & Flag.FAST_SINGLESTEP and step_view < len(domain.views):
+            vcpu.single_step = True
+            vcpu.fast_step_view = step_view
+        if flags & Flag.ALTERNATE_P2M:
+            domain.switch_vcpu(vcpu, view)
+        if flags & Flag.SET_REGISTERS:  # vm_event_set_registers
+            deferred.registers = {
+                name: shape.number(response, f"data.regs.x86.{name}") for name in SETTABLE_REGISTERS
+            }
+        if flags & Flag.GET_NEXT_INTERRUPT:
+            vcpu.next_interrupt = True
+        if flags & Flag.VCPU_PAUSED:
+            vcpu.event_pauses -= 1
+
+    def _check_emulation(
+        self,
+        vcpu: Vcpu,
+        deferred: Deferred,
+        flags: int,
+        reason: int,
+        response: bytes,
+        shape: Layout,
+    ) -> None:
+        """``vm_event_emulate_check``: what it does not accept leaves things as they are."""
+        data = shape.raw(response, "data")
+        if not flags & Flag.EMULATE:
+            deferred.emulate_flags = 0
+            return
+        if reason == Reason.SOFTWARE_BREAKPOINT:
+            if not flags & Flag.SET_EMUL_INSN_DATA:
+                return
+            deferred.emulation_data = data
+        elif reason == Reason.DESCRIPTOR_ACCESS or (
+            reason == Reason.MEM_ACCESS
+            and self._violates(
+                vcpu,
+                shape.number(response, "u.mem_access.gfn"),
+                shape.number(response, "u.mem_access.flags"),
+            )
+        ):
+            if flags & Flag.SET_EMUL_READ_DATA:
+                deferred.emulation_data = data
+        else:
+            return
+        deferred.emulate_flags = flags
+
+    def _violates(self, vcpu: Vcpu, gfn: int, flags: int) -> bool:
+        """``p2m_mem_access_emulate_check``: the access of the response, in the vCPU's view."""
+        domain = self.domain
+        view = domain.views[vcpu.view] if domain.active else None
+        if gfn == ALL_GFNS:
+            access = domain.host_default_access if view is None else view.default_access
+        else:
+            found = (domain.host if view is None else view.table).lookup(gfn)
+            if not found.mapped or found.access >= domain.release.default_access_number:
+                return True
+            access = found.access
+        return bool(flags & ~access_rights(access) & _RWX)
 
     def capabilities(self) -> int:
         """``xc_monitor_get_capabilities``: none for a PV domain."""
@@ -168,6 +405,8 @@ class Monitor:
             if not any(msr in span for span in _MSR_RANGES):
                 raise Refused(EINVAL)
         self.switch(event, enable, **options)
+        if enable:
+            self.intercepted_msrs.add(msr)
 
     def emulate_each_rep(self, enable: bool) -> None:
         """``XEN_DOMCTL_MONITOR_OP_EMULATE_EACH_REP``: no EEXIST, but a ring is needed."""
@@ -188,67 +427,30 @@ class Monitor:
             raise Refused(EOPNOTSUPP)
 
 
-class Port:
-    """The agent's end of an event channel: fires once, then not before it is unmasked."""
+@functools.cache
+def _register_copies(version: int) -> list[tuple[slice, slice]]:
+    """Where registers lie in a request, and where in the context; both are little-endian."""
+    copies = []
+    for name, (offset, width) in layout(version).fields.items():
+        place = HVM_CPU.fields.get(name.removeprefix("data.regs.x86."))
+        if name.startswith("data.regs.x86.") and place is not None:
+            copies.append(
+                (slice(offset, offset + width), slice(place.offset, place.offset + width))
+            )
+    return copies
 
-    def __init__(self, monitor: Monitor) -> None:
-        self.monitor = monitor
-        self.remote = monitor.port
-        self.masked = False
-        self.pending = False
 
-
-class Channel:
-    """An open ``/dev/xen/evtchn``: its eventfd counts the fired ports that wait to be read."""
-
-    def __init__(self) -> None:
-        self.fd = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_CLOEXEC)
-        self.ports: dict[int, Port] = {}
-        self._fired: deque[int] = deque()
-
-    def bind(self, monitor: Monitor) -> int:
-        """``evtchn_bind_interdomain``: a port that fires at once, for what may have been missed."""
-        number = max(self.ports, default=0) + 1
-        self.ports[number] = Port(monitor)
-        monitor.signal = partial(self._fire, number)
-        self._fire(number)
-        return number
-
-    def unbind(self, number: int) -> None:
-        """Let go of a port, and of its event if that waits to be read."""
-        port = self.ports.pop(number)
-        if port.remote == port.monitor.port:
-            port.monitor.signal = None
-        if number in self._fired:
-            self._fired.remove(number)
-            os.eventfd_read(self.fd)
-
-    def pending(self) -> int:
-        """Wait for a port that fired."""
-        os.eventfd_read(self.fd)
-        return self._fired.popleft()
-
-    def unmask(self, number: int) -> None:
-        """Let a port fire again, at once if it was signalled meanwhile; unknown ones are passed."""
-        port = self.ports.get(number)
-        if port is None:
-            return
-        port.masked = False
-        if port.pending:
-            port.pending = False
-            self._fire(number)
-
-    def close(self) -> None:
-        """Let go of everything."""
-        for number in list(self.ports):
-            self.unbind(number)
-        os.close(self.fd)
-
-    def _fire(self, number: int) -> None:
-        port = self.ports[number]
-        if port.masked:
-            port.pending = True
-            return
-        port.masked = True
-        self._fired.append(number)
-        os.eventfd_write(self.fd, 1)
+def _fill_registers(vcpu: Vcpu, version: int, request: bytearray) -> None:
+    """``vm_event_fill_regs``."""
+    for to, source in _register_copies(version):
+        request[to] = vcpu.context[source]
+    fields = layout(version).fields
+    for name in _SEGMENTS:
+        limit, attributes = vcpu.register(f"{name}_limit"), vcpu.register(f"{name}_arbytes")
+        if attributes & _GRANULAR:
+            limit >>= 12
+        offset, width = fields[f"data.regs.x86.{name}"]
+        packed = (limit & 0xFFFFF) | (attributes & 0xFFF) << 20
+        request[offset : offset + width] = packed.to_bytes(width, "little")
+    if (trace := fields.get("data.regs.x86.vmtrace_pos")) is not None:
+        request[trace.offset : trace.offset + trace.width] = b"\xff" * trace.width

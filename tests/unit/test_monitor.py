@@ -1,0 +1,551 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The monitor: each request answered once, single-steps as asked for, everything undone."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+import xenaltp2m as xa
+from tests.unit.ringhost import RingHost, domain, finish, started
+from xenaltp2m.abi.vm_event import encode_request
+
+PAUSED, EMULATE, TOGGLE, DENY, VIEW, REGISTERS, FAST = (
+    1,
+    1 << 2,
+    1 << 4,
+    1 << 6,
+    1 << 7,
+    1 << 8,
+    1 << 11,
+)
+
+
+@pytest.fixture
+def host() -> Iterator[RingHost]:
+    host = RingHost()
+    yield host
+    host.close()
+
+
+@pytest.fixture
+def monitor(host: RingHost) -> Iterator[xa.Monitor]:
+    dom, monitor = started(host, xa.MemAccess)
+    yield monitor
+    monitor.close()
+    finish(dom)
+
+
+def access(vcpu: int = 0, view: int = 1, flags: int = PAUSED | VIEW) -> bytes:
+    fields = {"mem_access.gfn": 0x101, "mem_access.flags": 4}
+    return bytes(
+        encode_request(7, xa.Reason.MEM_ACCESS, vcpu, flags=flags, view=view, fields=fields)
+    )
+
+
+def happened(reason: int, vcpu: int = 0, flags: int = PAUSED | VIEW, **fields: int) -> bytes:
+    named = {name.replace("__", "."): value for name, value in fields.items()}
+    registers = {"rip": 0x1000, "rax": 0x11}
+    return bytes(
+        encode_request(7, reason, vcpu, flags=flags, view=1, fields=named, registers=registers)
+    )
+
+
+def answers(host: RingHost) -> list[tuple[int, int, int]]:
+    """Each response's vCPU, flags and view."""
+    found = []
+    for raw in host.responses:
+        _, flags, _, vcpu, view = struct.unpack_from("<IIIIH", raw)
+        found.append((vcpu, flags, view))
+    return found
+
+
+def test_a_reply_reaches_xen_before_the_next_event_is_waited_for(
+    host: RingHost, monitor: xa.Monitor
+) -> None:
+    host.put(access(vcpu=2))
+    [event] = monitor.events(timeout=0)
+    assert isinstance(event, xa.MemAccess)
+    assert event.gfn == 0x101
+    assert answers(host) == [(2, PAUSED | VIEW | FAST, 0)]  # by default: one step in view 0
+    assert struct.unpack_from("<H", host.responses[0], 24)[0] == 1  # and back to its own
+
+
+def test_a_request_is_echoed_for_the_emulator(host: RingHost, monitor: xa.Monitor) -> None:
+    host.put(access())
+    monitor.run(lambda _: xa.Response.emulate(), timeout=0)
+    assert answers(host) == [(0, PAUSED | EMULATE, 0)]
+    assert host.responses[0][24:56] == access()[24:56]
+
+
+def test_the_handler_s_exception_comes_after_the_answer(
+    host: RingHost, monitor: xa.Monitor
+) -> None:
+    def handler(event: xa.Event) -> xa.Response:
+        raise KeyError(event.vcpu)
+
+    host.put(access(vcpu=1))
+    with pytest.raises(KeyError):
+        monitor.run(handler)
+    assert [vcpu for vcpu, _, _ in answers(host)] == [1]
+
+
+def test_leaving_the_loop_answers(host: RingHost, monitor: xa.Monitor) -> None:
+    host.put(access(vcpu=1))
+    host.put(access(vcpu=2))
+    for _ in monitor.events():
+        break
+    assert {vcpu for vcpu, _, _ in answers(host)} == {1}
+    assert [event.vcpu for event in monitor.events(timeout=0)] == [2]
+    assert len(answers(host)) == 2
+
+
+def test_a_bad_response_can_be_given_again(host: RingHost, monitor: xa.Monitor) -> None:
+    host.put(access())
+    for event in monitor.events(timeout=0):
+        with pytest.raises(xa.InvalidArgumentError, match="WriteCtrlreg"):
+            event.reply(xa.Response.deny())
+        with pytest.raises(xa.InvalidArgumentError, match="not None"):
+            event.reply(None)  # type: ignore[arg-type]
+        event.reply(xa.Response.resume())
+        with pytest.raises(xa.AlreadyError):
+            event.reply(xa.Response.resume())
+    assert answers(host) == [(0, PAUSED, 0)]
+
+
+@pytest.mark.parametrize(
+    ("reason", "response", "words"),
+    [
+        (xa.Reason.MEM_ACCESS, xa.Response.deny(), "answers MovToMsr, WriteCtrlreg only"),
+        (xa.Reason.MEM_ACCESS, xa.Response.reinject(), "DebugException, SoftwareBreakpoint"),
+        (xa.Reason.SINGLESTEP, xa.Response.emulate(), "only"),
+        (xa.Reason.MEM_ACCESS, xa.Response.emulate(instruction=b"\x90"), "SoftwareBreakpoint"),
+        (xa.Reason.SOFTWARE_BREAKPOINT, xa.Response.emulate(), "give the instruction"),
+        (xa.Reason.MEM_ACCESS, xa.Response.resume(99), "no view 99"),
+    ],
+)
+def test_what_xen_would_not_do_is_refused(
+    host: RingHost, monitor: xa.Monitor, reason: int, response: xa.Response, words: str
+) -> None:
+    host.put(happened(reason))
+    for event in monitor.events(timeout=0):
+        with pytest.raises(xa.InvalidArgumentError, match=words):
+            event.reply(response)
+    assert len(host.responses) == 1
+
+
+def test_an_event_whose_vcpu_did_not_wait_can_only_be_resumed(
+    host: RingHost, monitor: xa.Monitor
+) -> None:
+    host.put(happened(xa.Reason.GUEST_REQUEST, flags=VIEW))
+    for event in monitor.events(timeout=0):
+        assert not event.paused
+        with pytest.raises(xa.InvalidArgumentError, match="did not wait"):
+            event.reply(xa.Response.resume(1))
+    assert answers(host) == [(0, 0, 0)]  # answered all the same: it frees the slot
+
+
+def test_without_altp2m_there_are_no_views_to_go_to(host: RingHost, monitor: xa.Monitor) -> None:
+    host.put(access(flags=PAUSED))
+    for event in monitor.events(timeout=0):
+        with pytest.raises(xa.InvalidArgumentError, match="altp2m is off"):
+            event.reply(xa.Response.fast_singlestep(back_to=1))
+        with pytest.raises(xa.InvalidArgumentError, match="altp2m is off"):
+            event.reply(xa.Response.resume(1))
+    assert answers(host) == [(0, PAUSED | EMULATE, 0)]
+
+
+def test_a_constant_response_is_checked_against_each_event(
+    host: RingHost, monitor: xa.Monitor
+) -> None:
+    response = xa.Response.fast_singlestep(back_to=1)
+    host.put(access())
+    monitor.run(lambda _: response, timeout=0)
+    host.put(access(flags=PAUSED))
+    with pytest.raises(xa.InvalidArgumentError, match="altp2m is off"):
+        monitor.run(lambda _: response, timeout=0)
+    assert len(host.responses) == 2
+
+
+# Single-steps: the four rows of Xen's toggle.
+
+
+def test_one_response_is_one_step(host: RingHost, monitor: xa.Monitor) -> None:
+    host.put(access())
+    monitor.run(lambda _: xa.Response.singlestep(0), timeout=0)
+    assert answers(host) == [(0, PAUSED | VIEW | TOGGLE, 0)]  # no, yes: on
+    host.put(happened(xa.Reason.SINGLESTEP))
+    monitor.run(lambda _: xa.Response.resume(1), timeout=0)
+    assert answers(host)[1:] == [(0, PAUSED | VIEW | TOGGLE, 1)]  # yes, no: off
+    host.put(access())
+    monitor.run(lambda _: xa.Response.resume(), timeout=0)
+    assert answers(host)[2:] == [(0, PAUSED, 0)]  # no, no: not touched
+
+
+def test_steps_can_go_on(host: RingHost, monitor: xa.Monitor) -> None:
+    host.put(access())
+    monitor.run(lambda _: xa.Response.singlestep(), timeout=0)
+    for _ in range(2):
+        host.put(happened(xa.Reason.SINGLESTEP))
+        monitor.run(lambda _: xa.Response.singlestep(), timeout=0)
+    assert [flags & TOGGLE for _, flags, _ in answers(host)] == [TOGGLE, 0, 0]  # yes, yes
+
+
+def test_an_event_within_a_step_leaves_the_step(host: RingHost, monitor: xa.Monitor) -> None:
+    host.put(access())
+    monitor.run(lambda _: xa.Response.singlestep(), timeout=0)
+    host.put(access())
+    monitor.run(lambda _: xa.Response.resume(0), timeout=0)
+    host.put(happened(xa.Reason.SINGLESTEP))
+    monitor.run(lambda _: None, timeout=0)
+    assert [flags & TOGGLE for _, flags, _ in answers(host)] == [TOGGLE, 0, TOGGLE]
+
+
+def test_each_vcpu_steps_by_itself(host: RingHost, monitor: xa.Monitor) -> None:
+    for vcpu in (0, 1):
+        host.put(access(vcpu=vcpu))
+    monitor.run(lambda event: xa.Response.singlestep() if event.vcpu else None, timeout=0)
+    host.put(access(vcpu=0))
+    host.put(happened(xa.Reason.SINGLESTEP, vcpu=1))
+    monitor.run(lambda _: xa.Response.resume(), timeout=0)
+    toggled = [(vcpu, bool(flags & TOGGLE)) for vcpu, flags, _ in answers(host)]
+    assert toggled == [(0, False), (1, True), (0, False), (1, True)]
+
+
+def test_a_step_nobody_asked_for_is_ended(host: RingHost, monitor: xa.Monitor) -> None:
+    host.put(happened(xa.Reason.SINGLESTEP))  # left on by an agent that was killed
+    monitor.run(lambda _: None, timeout=0)
+    assert answers(host) == [(0, PAUSED | TOGGLE, 0)]
+
+
+def test_a_fast_step_leaves_the_toggle_alone_and_ends_a_slow_one(
+    host: RingHost, monitor: xa.Monitor
+) -> None:
+    host.put(access())
+    monitor.run(lambda _: xa.Response.singlestep(), timeout=0)
+    host.put(access())
+    monitor.run(lambda _: xa.Response.fast_singlestep(back_to=1), timeout=0)
+    host.put(access())
+    monitor.run(lambda _: xa.Response.resume(), timeout=0)
+    assert [flags & (TOGGLE | FAST) for _, flags, _ in answers(host)] == [TOGGLE, FAST, 0]
+
+
+def test_stepping_turns_on_what_it_needs(host: RingHost, monitor: xa.Monitor) -> None:
+    host.put(access())
+    monitor.run(lambda _: xa.Response.fast_singlestep(back_to=1), timeout=0)
+    assert "monitor_singlestep" not in host.calls  # 4.20 needs no switch (410ef33439)
+    host.put(access())
+    monitor.run(lambda _: xa.Response.singlestep(), timeout=0)
+    assert host.calls.count("monitor_singlestep") == 1
+
+
+def test_before_4_19_a_fast_step_needs_the_switch_too() -> None:
+    host = RingHost(version=6)
+    dom, monitor = started(host, xa.MemAccess)
+    fields = {"mem_access.gfn": 1}
+    host.put(bytes(encode_request(6, 1, 0, flags=PAUSED | VIEW, view=1, fields=fields)))
+    monitor.run(lambda _: xa.Response.fast_singlestep(back_to=1), timeout=0)
+    assert host.calls.count("monitor_singlestep") == 1
+    monitor.close()
+    finish(dom)
+    host.close()
+
+
+def test_what_cannot_be_resumed_is_let_through_by_a_step_with_its_switch_off(
+    host: RingHost,
+) -> None:
+    dom, monitor = started(host, xa.Io)
+    heard = []
+    host.put(happened(xa.Reason.IO_INSTRUCTION))
+    host.calls.clear()
+    monitor.run(heard.append, timeout=0)  # type: ignore[arg-type]
+    assert host.calls == ["monitor_singlestep", "monitor_io"]
+    assert answers(host) == [(0, PAUSED | TOGGLE, 0)]
+    host.put(happened(xa.Reason.SINGLESTEP))
+    monitor.run(heard.append, timeout=0)  # type: ignore[arg-type]
+    assert host.calls == ["monitor_singlestep", "monitor_io", "monitor_io"]
+    assert answers(host)[1:] == [(0, PAUSED | TOGGLE, 0)]
+    assert [type(event) for event in heard] == [xa.Io]  # the step is the library's own business
+    monitor.close()
+    finish(dom)
+
+
+def test_a_breakpoint_nobody_wants_is_the_guest_s(host: RingHost, monitor: xa.Monitor) -> None:
+    host.put(happened(xa.Reason.SOFTWARE_BREAKPOINT, software_breakpoint__insn_length=1))
+    host.calls.clear()
+    monitor.run(lambda _: None, timeout=0)
+    assert host.calls == ["hvm_inject_trap"]
+    assert answers(host) == [(0, PAUSED, 0)]
+
+
+def test_registers_are_set_beside_the_event_s_own(host: RingHost, monitor: xa.Monitor) -> None:
+    host.put(happened(xa.Reason.CPUID, cpuid__insn_length=2))
+    monitor.run(lambda _: None, timeout=0)
+    assert answers(host) == [(0, PAUSED | REGISTERS, 0)]
+    [response] = host.responses
+    assert struct.unpack_from("<Q", response, 56)[0] == 0x11
+    assert struct.unpack_from("<Q", response, 56 + 19 * 8)[0] == 0x1002
+
+
+# Bad rings.
+
+
+def test_a_request_of_another_version_is_an_error_and_its_vcpu_goes_on(
+    host: RingHost, monitor: xa.Monitor
+) -> None:
+    raw = bytearray(access(vcpu=3))
+    raw[0] = 5
+    host.put(bytes(raw))
+    with pytest.raises(xa.RingError, match="version 5"):
+        next(monitor.events(timeout=0))
+    assert struct.unpack_from("<IIII", host.responses[0]) == (5, PAUSED, 1, 3)
+
+
+def test_a_damaged_ring_lets_every_vcpu_go(host: RingHost) -> None:
+    dom, monitor = started(host, xa.MemAccess)
+    host.put(access(vcpu=2))
+    host.damage(0x1234)
+    with pytest.raises(xa.RingError, match="damaged"):
+        next(monitor.events(timeout=0))
+    monitor.close()
+    assert [vcpu for vcpu, flags, _ in answers(host) if flags == PAUSED] == [0, 1, 2, 3]
+    finish(dom)
+
+
+def test_half_a_ring_of_answers_is_shown_at_once(host: RingHost, monitor: xa.Monitor) -> None:
+    for vcpu in range(8):
+        host.put(access(vcpu=vcpu % 4))
+    shown = [len(host.responses) for _ in monitor.events(timeout=0)]
+    assert max(later - earlier for earlier, later in itertools.pairwise([0, *shown])) <= 4
+    assert shown[-1] >= 4
+    assert len(host.responses) == 8
+
+
+# The end.
+
+
+@pytest.mark.parametrize("reason", [None, 0, 3])
+def test_a_domain_s_end_is_the_last_event(host: RingHost, reason: int | None) -> None:
+    dom, monitor = started(host, xa.MemAccess)
+    host.put(access())
+    host.alive = reason is not None
+    host.shutdown_reason = reason
+    events = list(monitor.events())
+    assert [type(event) for event in events] == [xa.MemAccess, xa.DomainEnded]
+    ended = events[-1]
+    assert isinstance(ended, xa.DomainEnded)
+    assert ended.shutdown_reason == reason
+    ended.reply(xa.Response.resume())
+    monitor.run(lambda event: xa.Response.resume(), timeout=0)
+    host.alive = False
+    monitor.close()
+    assert host.calls[-1] == "monitor_unmap_ring"
+    assert "monitor_disable" not in host.calls
+    finish(dom)
+
+
+def test_stopping_ends_the_loop_or_the_next_one(host: RingHost, monitor: xa.Monitor) -> None:
+    monitor.stop()
+    assert list(monitor.events()) == []
+    threading.Timer(0.05, monitor.stop).start()
+    assert list(monitor.events()) == []
+    host.put(access())
+    threading.Timer(0.05, monitor.stop).start()
+    assert len(list(monitor.events())) == 1
+
+
+def test_a_busy_guest_does_not_keep_a_stop_from_working(
+    host: RingHost, monitor: xa.Monitor
+) -> None:
+    host.on_notify = lambda: host.put(access())
+    host.put(access())
+    count = itertools.count(1)
+
+    def handler(event: xa.Event) -> None:
+        if next(count) == 100:
+            monitor.stop()
+
+    monitor.run(handler)
+    assert next(count) < 110
+    host.on_notify = lambda: None
+
+
+def test_the_timeout_is_for_each_wait(monitor: xa.Monitor) -> None:
+    began = time.monotonic()
+    assert list(monitor.events(timeout=0.2)) == []
+    assert time.monotonic() - began >= 0.2
+
+
+def test_one_loop_at_a_time(host: RingHost, monitor: xa.Monitor) -> None:
+    host.put(access())
+    for _ in monitor.events(timeout=0):
+        with pytest.raises(xa.BusyError, match="iterated"):
+            monitor.run(lambda _: None)
+
+
+def test_async_for(host: RingHost) -> None:
+    dom, monitor = started(host, xa.MemAccess)
+
+    async def agent() -> list[int]:
+        loop = asyncio.get_running_loop()
+        loop.call_later(0.05, host.put, access(vcpu=1))
+        loop.call_later(0.10, host.put, access(vcpu=2))
+        loop.call_later(0.15, monitor.stop)
+        return [int(event.vcpu) async for event in monitor]
+
+    assert asyncio.run(agent()) == [1, 2]
+    assert [vcpu for vcpu, _, _ in answers(host)] == [1, 2]
+    monitor.close()
+    finish(dom)
+
+
+def test_an_event_after_the_end_is_not_answered_twice(host: RingHost) -> None:
+    dom, monitor = started(host, xa.MemAccess)
+    host.put(access())
+    [event] = monitor.events(timeout=0)
+    with pytest.raises(xa.AlreadyError):
+        event.reply(xa.Response.resume())
+    monitor.close()
+    with pytest.raises(xa.ClosedError):
+        event.reply(xa.Response.resume())
+    assert len(host.responses) == 1
+    finish(dom)
+
+
+def test_closing_answers_turns_off_and_gives_back_in_this_order(host: RingHost) -> None:
+    dom, monitor = started(host, xa.MemAccess, xa.Singlestep, xa.Cpuid)
+    host.put(access())
+    monitor.run(lambda _: xa.Response.singlestep(), timeout=0)
+    host.put(access(vcpu=3))
+    host.calls.clear()
+    monitor.close()
+    assert [vcpu for vcpu, _, _ in answers(host)] == [0, 3]
+    assert answers(host)[1] == (3, PAUSED, 0)
+    assert host.calls == [
+        "monitor_cpuid",
+        "monitor_singlestep",
+        "domain_pause",
+        "domain_debug_control",  # stepping off, both vCPUs
+        "domain_debug_control",
+        "monitor_disable",
+        "domain_unpause",
+        "evtchn_close",
+        "monitor_unmap_ring",
+    ]
+    monitor.close()
+    assert len(host.calls) == 9
+    finish(dom)
+
+
+def test_opening_that_fails_leaves_nothing(host: RingHost) -> None:
+    class Unable(RingHost):
+        def evtchn_bind_interdomain(self, *_: int) -> int:
+            raise xa.InvalidArgumentError("no such port")
+
+    unable = Unable()
+    dom = domain(unable)
+    with pytest.raises(xa.InvalidArgumentError):
+        dom.monitor(xa.MemAccess)
+    assert {"monitor_disable", "evtchn_close", "monitor_unmap_ring"} <= set(unable.calls)
+    finish(dom)
+    unable.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_ends_the_process_answers_first(number: signal.Signals) -> None:
+    script = """
+import sys
+from tests.unit.ringhost import finish, started, RingHost
+from tests.unit.test_monitor import access
+import xenaltp2m as xa
+host = RingHost()
+dom, monitor = started(host, xa.MemAccess)
+with monitor:
+    host.put(access(vcpu=2))
+    try:
+        for event in monitor.events():
+            print("waiting", flush=True)
+            while True:
+                pass
+    finally:
+        monitor.close()
+        print(len(host.responses), host.calls[-1], flush=True)
+        finish(dom)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(number)
+    assert process.stdout.readline() == "1 monitor_unmap_ring\n"
+    process.stdout.close()
+    assert process.wait() == {signal.SIGINT: -2}.get(number, 128 + number)
+
+
+def test_signals_wait_while_it_closes(host: RingHost) -> None:
+    order = []
+    dom, monitor = started(host, xa.MemAccess)
+    before = signal.signal(signal.SIGINT, lambda *_: order.append("signal"))
+
+    class Impatient:
+        def __call__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            order.append("closing")
+
+    host.on_notify = Impatient()
+    host.put(access())
+    monitor.close()
+    signal.signal(signal.SIGINT, before)
+    assert order == ["closing", "signal"]
+    finish(dom)
+
+
+def test_the_signals_are_left_as_they_were(host: RingHost) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    dom, monitor = started(host, xa.MemAccess)
+    assert signal.getsignal(signal.SIGTERM) != before
+    monitor.close()
+    assert signal.getsignal(signal.SIGTERM) == before
+    finish(dom)
+
+
+def test_subscribing_twice_or_to_nothing_is_refused(host: RingHost, monitor: xa.Monitor) -> None:
+    monitor.enable(xa.Cpuid)
+    with pytest.raises(xa.AlreadyError, match="cpuid"):
+        monitor.enable(xa.Cpuid)
+    monitor.disable(xa.Cpuid)
+    with pytest.raises(xa.InvalidArgumentError, match="cpuid"):
+        monitor.disable(xa.Cpuid)
+    with pytest.raises(xa.InvalidArgumentError, match="neither"):
+        monitor.enable("cpuid")  # type: ignore[arg-type]
+
+
+def test_a_monitor_is_open_once(host: RingHost) -> None:
+    dom, monitor = started(host, xa.MemAccess)
+    with pytest.raises(xa.BusyError, match="open already"):
+        dom.monitor(xa.Cpuid)
+    monitor.close()
+    dom.monitor(xa.Cpuid).close()
+    finish(dom)
+
+
+def test_an_interface_version_nobody_knows_is_refused() -> None:
+    host = RingHost()
+    host.version = 8
+    dom = domain(host)
+    with pytest.raises(xa.UnsupportedError, match="version 8"):
+        dom.monitor(xa.MemAccess)
+    assert "monitor_enable" not in host.calls
+    finish(dom)
+    host.close()

@@ -1,0 +1,861 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""vCPUs that execute: scripted instructions, and what Xen makes of each.
+
+A program stands for machine code with paging off. Each instruction is fetched, may access memory
+and may have one effect; where the CPU would leave guest mode, Xen's part is restated: the exit
+handlers of ``vmx.c``, ``hvm/monitor.c``, ``hvm_do_resume`` and ``hvm_emulate_one_vm_event``.
+
+What decides between a step and none: an instruction that leaves guest mode and is completed by
+Xen causes no monitor trap, its successor does; so it is on the CPU, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import NamedTuple, TypeAlias
+
+from xenaltp2m.abi.vm_event import Flag, Reason
+from xenaltp2m.backend.mock.guest import Outcome, access, drive, vm_exit
+from xenaltp2m.backend.mock.machine import Livelock
+from xenaltp2m.backend.mock.monitor import CR0, CR3, CR4, XCR0, Monitor
+from xenaltp2m.backend.mock.p2m import Lookup, PageType
+from xenaltp2m.backend.mock.vcpu import Trap, Vcpu, Waits
+from xenaltp2m.types import PAGE_SIZE
+
+# EXIT_REASON_* (asm/hvm/vmx/vmx.h).
+_EXCEPTION, _CPUID, _HLT, _VMCALL, _CR_ACCESS, _IO, _MSR_WRITE = 0, 10, 12, 18, 28, 30, 32
+_MONITOR_TRAP, _GDTR_OR_IDTR, _LDTR_OR_TR, _XSETBV = 37, 46, 47, 55
+
+_DB, _BP, _UD, _GP, _VE = 1, 3, 6, 13, 20
+_HARDWARE_EXCEPTION, _SOFTWARE_INTERRUPT, _SOFTWARE_EXCEPTION = 3, 4, 6
+"""``X86_ET_*``."""
+_NO_ERROR_CODE = 0xFFFF_FFFF
+_INT3 = 0xCC
+_NANOSECONDS = 1000
+"""What an attempt to execute an instruction takes."""
+
+_PE, _ET, _PG = 1 << 0, 1 << 4, 1 << 31
+_CR0_BITS = 0xE005003F
+"""All but ``HVM_CR0_GUEST_RESERVED_BITS``."""
+_CR4_BITS = 0x770FFF & ~(1 << 12)
+_CR4_HOST_MASK = ~_CR4_BITS | 1 << 5 | 1 << 6 | 1 << 13 | 1 << 4 | 1 << 20 | 1 << 21 | 1 << 22
+"""Which bits exit (``vmx_update_guest_cr``): PAE, MCE, VMXE, PKE, and while paging is off PSE,
+SMEP and SMAP; and all that the guest may not set."""
+_DR6_DEFAULT, _DR6_STEP = 0xFFFF0FF0, 1 << 14
+
+_MSR_REGISTERS = {
+    0x10: "tsc", 0x174: "sysenter_cs", 0x175: "sysenter_esp", 0x176: "sysenter_eip",
+    0xC0000080: "msr_efer", 0xC0000081: "msr_star", 0xC0000082: "msr_lstar",
+    0xC0000083: "msr_cstar", 0xC0000084: "msr_syscall_mask", 0xC0000100: "fs_base",
+    0xC0000101: "gs_base", 0xC0000102: "shadow_gs", 0xC0000103: "msr_tsc_aux",
+}  # fmt: skip
+_DIRECT_MSRS = {0x174, 0x175, 0x176, 0x277, 0xC0000100, 0xC0000101, 0xC0000102}
+"""Written without an exit until they are monitored (``construct_vmcs``)."""
+
+_FLAT_CODE, _FLAT_DATA = 0xC9B, 0xC93
+
+
+class Access(NamedTuple):
+    """A data access of an instruction.
+
+    Attributes:
+        kind: "r" or "w".
+        address: Where.
+        data: What is written; of a read its length counts.
+        register: Where a read's value goes; nowhere if empty.
+    """
+
+    kind: str
+    address: int
+    data: bytes = b"\0"
+    register: str = ""
+
+
+@dataclass(frozen=True)
+class SetRegisters:
+    """Load registers; ``rip`` is a jump."""
+
+    values: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class WriteControlRegister:
+    """MOV to CR0 (index 0), CR3 (1), CR4 (2), or XSETBV of XCR0 (3)."""
+
+    index: int
+    value: int
+
+
+@dataclass(frozen=True)
+class WriteMsr:
+    """WRMSR."""
+
+    msr: int
+    value: int
+
+
+@dataclass(frozen=True)
+class Cpuid:
+    """CPUID of what is in eax and ecx, with the results for eax, ebx, ecx and edx."""
+
+    results: tuple[int, int, int, int] = (0xD, 0x756E6547, 0x6C65746E, 0x49656E69)
+
+
+@dataclass(frozen=True)
+class DescriptorAccess:
+    """SIDT (descriptor 1), SGDT (2), SLDT (3), STR (4), or where it is a write LIDT to LTR."""
+
+    descriptor: int
+    is_write: bool = False
+    instr_info: int = 0
+    exit_qualification: int = 0
+
+
+@dataclass(frozen=True)
+class PortIo:
+    """IN or OUT; what comes in goes to rax."""
+
+    port: int
+    size: int = 1
+    is_in: bool = False
+    is_string: bool = False
+    value: int = 0
+
+
+@dataclass(frozen=True)
+class GuestRequest:
+    """VMCALL of ``HVMOP_guest_request_vm_event``."""
+
+
+@dataclass(frozen=True)
+class DebugException:
+    """A #DB: of kind 3 after the instruction, as of the trap flag; of kind 5 INT1 itself."""
+
+    kind: int = _HARDWARE_EXCEPTION
+
+
+@dataclass(frozen=True)
+class Halt:
+    """HLT: the vCPU waits until ``Vcpu.halted`` is False again."""
+
+
+Effect: TypeAlias = (
+    SetRegisters
+    | WriteControlRegister
+    | WriteMsr
+    | Cpuid
+    | DescriptorAccess
+    | PortIo
+    | GuestRequest
+    | DebugException
+    | Halt
+)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction.
+
+    Attributes:
+        address: Where it is. A 0xCC there in memory, as the vCPU's view shows it, is an int3.
+        length: Its length; the next instruction of the program need not follow it in memory.
+        accesses: Its data accesses: :class:`Access` or tuples of its fields.
+        effect: What else it does.
+        emulated: Whether Xen's emulator can execute it.
+    """
+
+    address: int
+    length: int = 1
+    accesses: Sequence[Access | tuple[str, int] | tuple[str, int, bytes]] = ()
+    effect: Effect | None = None
+    emulated: bool = True
+
+
+class _Done(Enum):
+    """How far an instruction came."""
+
+    NATIVE = auto()
+    """The CPU completed it."""
+    EXITED = auto()
+    """Xen completed it, after an exit."""
+    HELD = auto()
+    """It is not completed, and comes again."""
+
+
+@dataclass
+class Processor:
+    """A vCPU with its program."""
+
+    monitor: Monitor
+    vcpu: Vcpu
+    program: Sequence[Instruction] = ()
+    loop: bool = False
+    _at: int = field(default=0, init=False)
+    """Where in the program the last instruction was begun."""
+
+    def load(self, program: Iterable[Instruction], *, loop: bool) -> None:
+        """Give the vCPU a program, and registers as they are at its start, paging off."""
+        self.program, self.loop, self._at = tuple(program), loop, 0
+        vcpu = self.vcpu
+        for segment in ("cs", "ds", "es", "ss", "fs", "gs"):
+            code = segment == "cs"
+            vcpu.set_register(f"{segment}_sel", 8 if code else 16)
+            vcpu.set_register(f"{segment}_limit", 0xFFFF_FFFF)
+            vcpu.set_register(f"{segment}_arbytes", _FLAT_CODE if code else _FLAT_DATA)
+        start = self.program[0].address if self.program else 0
+        for name, value in {
+            "rip": start, "rflags": 2, "cr0": _PE | _ET, "dr6": _DR6_DEFAULT, "dr7": 0x400,
+        }.items():  # fmt: skip
+            vcpu.set_register(name, value)
+        vcpu.halted = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether the program has come to its end; the vCPU then waits as after HLT."""
+        if self.loop or not self.program:
+            return False
+        end = self.program[-1].address + self.program[-1].length
+        return self.vcpu.register("rip") == end and not any(
+            instruction.address == end for instruction in self.program
+        )
+
+    @property
+    def idle(self) -> bool:
+        """Whether the vCPU may run and has nothing to do."""
+        return self.monitor.domain.runs(self.vcpu) and not self.ready
+
+    @property
+    def ready(self) -> bool:
+        """Whether the vCPU may run and has something to do."""
+        vcpu = self.vcpu
+        if not self.monitor.domain.runs(vcpu):
+            return False
+        deferred = vcpu.deferred
+        return bool(
+            vcpu.waiting is not None
+            or vcpu.injected
+            or vcpu.pending
+            or (deferred is not None and deferred.waits)
+            or (self.program and not self.finished)
+        )
+
+    def step(self) -> bool:
+        """Let the vCPU run until it has executed an instruction, or something keeps it from it.
+
+        Returns:
+            Whether it has executed one.
+        """
+        vcpu = self.vcpu
+        vcpu.cpu_time += _NANOSECONDS
+        code, vcpu.waiting = vcpu.waiting, None
+        try:
+            return bool(drive(vcpu, self._step() if code is None else code))
+        except Livelock:
+            return False  # it faults for ever, and burns its time
+
+    # The program.
+
+    def _current(self) -> Instruction | None:
+        """The instruction at rip."""
+        rip, program = self.vcpu.register("rip"), self.program
+        if not program:
+            return None
+        last = program[self._at]
+        if last.address == rip:
+            return last
+        following = self._following
+        if following is not None and rip in (
+            last.address + last.length,
+            program[following].address,
+        ):
+            self._at = following
+            self.vcpu.set_register("rip", program[following].address)
+            return program[following]
+        for index, instruction in enumerate(program):
+            if instruction.address == rip:
+                self._at = index
+                return instruction
+        return None
+
+    @property
+    def _following(self) -> int | None:
+        if self._at + 1 < len(self.program):
+            return self._at + 1
+        return 0 if self.loop else None
+
+    def _advance(self, instruction: Instruction) -> None:
+        """``update_guest_eip``, and a jump where the program goes on elsewhere."""
+        following = self._following
+        address = instruction.address + instruction.length
+        if following is not None:
+            address = self.program[following].address
+            self._at = following
+        self.vcpu.set_register("rip", address)
+
+    # Running.
+
+    def _runs(self) -> bool:
+        return self.monitor.domain.runs(self.vcpu)
+
+    def _step(self) -> Waits[bool]:
+        vcpu = self.vcpu
+        yield from self._do_resume()
+        if not self._runs():
+            return False
+        if vcpu.single_step:  # vmx_intr_assist
+            vcpu.monitor_trap_flag = True
+        if vcpu.pending is not None:
+            self._deliver(vcpu.pending)
+            if vcpu.monitor_trap_flag:
+                yield from self._monitor_trap()
+            return False
+        instruction = self._current()
+        if instruction is None:
+            if self.program and not self.finished:  # it has gone astray
+                vcpu.delivered.append((_UD, _HARDWARE_EXCEPTION))
+                vcpu.halted = True
+            return False
+        done = yield from self._execute(instruction)
+        if done is _Done.NATIVE and vcpu.monitor_trap_flag:
+            yield from self._monitor_trap()
+        return done is not _Done.HELD
+
+    def _deliver(self, trap: Trap) -> None:
+        """The guest's handler gets it, and returns to where the CPU says."""
+        vcpu = self.vcpu
+        vcpu.pending = None
+        vcpu.delivered.append((trap.vector, trap.kind))
+        if trap.kind >= _SOFTWARE_INTERRUPT:
+            vcpu.set_register("rip", vcpu.register("rip") + trap.length)
+
+    def _do_resume(self) -> Waits[None]:
+        """``hvm_do_resume`` and ``hvm_vm_event_do_resume``."""
+        vcpu, deferred = self.vcpu, self.vcpu.deferred
+        if deferred is not None:
+            if deferred.registers is not None:
+                for name, value in deferred.registers.items():
+                    vcpu.set_register(name, value)
+                deferred.registers = None
+            if deferred.emulate_flags:
+                yield from self._emulate(deferred.emulate_flags, deferred.emulation_data)
+                deferred.emulate_flags = 0
+            for index in (CR0, CR4, CR3):
+                if index in deferred.control_registers:
+                    self._set_control_register(index, deferred.control_registers.pop(index))
+            if deferred.msr is not None:
+                self._write_msr(*deferred.msr)
+                deferred.msr = None
+        if vcpu.injected is not None:
+            vcpu.raise_trap(vcpu.injected)
+            vcpu.injected = None
+        trap = vcpu.pending
+        if vcpu.deferred is not None and vcpu.next_interrupt and trap is not None:
+            fields = {
+                "interrupt.x86.vector": trap.vector,
+                "interrupt.x86.type": trap.kind,
+                "interrupt.x86.error_code": trap.error_code,
+                "interrupt.x86.cr2": trap.cr2,
+            }
+            yield from self.monitor.traps(vcpu, Reason.INTERRUPT, fields)
+            vcpu.next_interrupt = False
+
+    def _fault(self, vector: int) -> None:
+        """``hvm_inject_hw_exception``."""
+        error_code = 0 if vector == _GP else _NO_ERROR_CODE
+        self.vcpu.raise_trap(Trap(vector, _HARDWARE_EXCEPTION, error_code, 0, 0))
+
+    def _monitor_trap(self) -> Waits[None]:
+        """``EXIT_REASON_MONITOR_TRAP_FLAG`` and ``hvm_monitor_debug``."""
+        vcpu, monitor = self.vcpu, self.monitor
+        if (yield from vm_exit(monitor, vcpu, _MONITOR_TRAP)):
+            return
+        vcpu.monitor_trap_flag = False
+        if not vcpu.single_step:
+            return
+        heard = "singlestep" in monitor.switches
+        if vcpu.fast_step_view is not None and (
+            heard or monitor.domain.release.fast_singlestep_alone
+        ):
+            monitor.domain.switch_vcpu(vcpu, vcpu.fast_step_view)
+            vcpu.single_step = False
+            vcpu.fast_step_view = None
+        elif heard:
+            yield from monitor.traps(vcpu, Reason.SINGLESTEP, {"singlestep.gfn": self._gfn()})
+
+    def _gfn(self) -> int:
+        """``gfn_of_rip``."""
+        return (self.vcpu.register("cs_base") + self.vcpu.register("rip")) // PAGE_SIZE
+
+    # Execution by the CPU, in the vCPU's view.
+
+    def _execute(self, instruction: Instruction) -> Waits[_Done]:
+        for part in _pages(instruction.address, instruction.length):
+            outcome = yield from access(self.monitor, self.vcpu, part, "x")
+            if outcome is Outcome.EMULATED:
+                self._fault(_GP)  # hvm_hap_nested_page_fault: nothing to fetch
+            if outcome is not Outcome.DONE:
+                return self._held(outcome)
+        if self._bytes_in_view(instruction.address, 1)[0] == _INT3:
+            return (yield from self._breakpoint())
+        accesses = [Access(*one) for one in instruction.accesses]
+        for one in accesses:
+            for part in _pages(one.address, len(one.data)):
+                outcome = yield from access(self.monitor, self.vcpu, part, one.kind)
+                if outcome is Outcome.EMULATED:  # handle_mmio
+                    completed = yield from self._emulate_instruction(
+                        instruction, Flag(0), b"", answered=False
+                    )
+                    return _Done.EXITED if completed else _Done.HELD
+                if outcome is not Outcome.DONE:
+                    return self._held(outcome)
+        for one in accesses:
+            if one.kind == "w":
+                self._store_in_view(one.address, one.data)
+            else:
+                self._load(one, self._bytes_in_view(one.address, len(one.data)))
+        done = yield from self._apply(instruction)
+        if done is not _Done.HELD and not _moves_itself(instruction):
+            self._advance(instruction)
+        return done
+
+    def _held(self, outcome: Outcome) -> _Done:
+        if outcome is Outcome.VIRTUALISATION_EXCEPTION:
+            self._fault(_VE)
+        return _Done.HELD
+
+    def _breakpoint(self) -> Waits[_Done]:
+        """``X86_EXC_BP`` in ``vmx_vmexit_handler``."""
+        vcpu, monitor = self.vcpu, self.monitor
+        if (yield from vm_exit(monitor, vcpu, _EXCEPTION)):
+            return _Done.HELD
+        sent = False
+        if "software_breakpoint" in monitor.switches:
+            fields = {
+                "software_breakpoint.gfn": self._gfn(),
+                "software_breakpoint.insn_length": 1,
+                "software_breakpoint.type": _SOFTWARE_EXCEPTION,
+            }
+            sent = yield from monitor.traps(vcpu, Reason.SOFTWARE_BREAKPOINT, fields)
+        if not sent:
+            vcpu.raise_trap(Trap(_BP, _SOFTWARE_EXCEPTION, _NO_ERROR_CODE, 1, 0))
+        return _Done.HELD
+
+    def _apply(self, instruction: Instruction) -> Waits[_Done]:
+        """The effect of an instruction, and Xen's part in it."""
+        vcpu, monitor, effect = self.vcpu, self.monitor, instruction.effect
+        done = _Done.EXITED
+        match effect:
+            case None:
+                done = _Done.NATIVE
+            case SetRegisters(values):
+                self._set_registers(values)
+                done = _Done.NATIVE
+            case WriteControlRegister(index, value):
+                done = yield from self._move_to_control_register(index, value)
+            case WriteMsr(msr, value):
+                if msr in _DIRECT_MSRS - monitor.intercepted_msrs:
+                    self._write_msr(msr, value)
+                    done = _Done.NATIVE
+                elif (yield from vm_exit(monitor, vcpu, _MSR_WRITE)):
+                    done = _Done.HELD
+                else:
+                    yield from self._intercept_msr(msr, value)
+            case Cpuid(results):
+                if (yield from vm_exit(monitor, vcpu, _CPUID)):
+                    return _Done.HELD
+                fields = {
+                    "cpuid.insn_length": instruction.length,
+                    "cpuid.leaf": vcpu.register("rax") & 0xFFFF_FFFF,
+                    "cpuid.subleaf": vcpu.register("rcx") & 0xFFFF_FFFF,
+                }
+                self._set_registers(dict(zip(("rax", "rbx", "rcx", "rdx"), results, strict=True)))
+                if "cpuid" in monitor.switches and (
+                    yield from monitor.traps(vcpu, Reason.CPUID, fields)
+                ):
+                    done = _Done.HELD
+            case DescriptorAccess():
+                done = yield from self._access_descriptor(effect)
+            case PortIo():
+                done = yield from self._port_io(effect)
+            case GuestRequest():
+                if (yield from vm_exit(monitor, vcpu, _VMCALL)):
+                    return _Done.HELD
+                options = monitor.switches.get("guest_request")
+                if options is not None:
+                    sync = bool(options["sync"])
+                    yield from monitor.traps(vcpu, Reason.GUEST_REQUEST, {}, sync=sync)
+                vcpu.set_register("rax", 0)
+            case DebugException(kind):
+                done = yield from self._debug_exception(instruction, kind)
+            case Halt():
+                if (yield from vm_exit(monitor, vcpu, _HLT)):
+                    return _Done.HELD
+                vcpu.halted = True
+        return done
+
+    def _set_registers(self, values: Mapping[str, int]) -> None:
+        for name, value in values.items():
+            self.vcpu.set_register(name, value)
+
+    def _move_to_control_register(self, index: int, value: int) -> Waits[_Done]:
+        """``vmx_cr_access`` and ``EXIT_REASON_XSETBV``, where the CPU exits for the write."""
+        if not self._exits(index, value):
+            self._set_control_register(index, value)
+            return _Done.NATIVE
+        vcpu, monitor = self.vcpu, self.monitor
+        reason = _XSETBV if index == XCR0 else _CR_ACCESS
+        number = {CR0: 0, CR3: 3, CR4: 4, XCR0: 0}[index]
+        if (yield from vm_exit(monitor, vcpu, reason, number)):
+            return _Done.HELD
+        if index == XCR0:  # hvm_handle_xsetbv tells of it and writes it, whatever the answer
+            yield from self._monitor_control_register(index, value)
+            written = self._write_control_register(index, value)
+        else:
+            written = yield from self._try_control_register(index, value)
+        if not written:
+            self._fault(_GP)
+        return _Done.EXITED if written else _Done.HELD
+
+    def _exits(self, index: int, value: int) -> bool:
+        """Whether a write leaves guest mode (``vmx_update_guest_cr``)."""
+        if index == CR3:
+            return "ctrlreg 1" in self.monitor.switches
+        if index == XCR0:
+            return True
+        mask = ~0
+        if index == CR4:
+            mask = _CR4_HOST_MASK
+            options = self.monitor.switches.get("ctrlreg 2")
+            if options is not None:
+                mask |= ~options["bitmask"]
+        return bool((value ^ self._control_register(index)) & mask)
+
+    def _control_register(self, index: int) -> int:
+        if index == XCR0:
+            return self.vcpu.xcr0
+        return self.vcpu.register(("cr0", "cr3", "cr4")[index])
+
+    def _set_control_register(self, index: int, value: int) -> None:
+        if index == XCR0:
+            self.vcpu.xcr0 = value
+        else:
+            self.vcpu.set_register(("cr0", "cr3", "cr4")[index], value)
+
+    def _valid_control_register(self, index: int, value: int) -> int | None:
+        """What ``hvm_set_cr0``, ``hvm_set_cr3``, ``hvm_set_cr4`` write; None for a #GP."""
+        if index == CR0:
+            if value >> 32:
+                return None
+            value = (value & _CR0_BITS) | _ET
+            return None if value & (_PE | _PG) == _PG else value
+        if index == CR3:
+            bits = self.monitor.domain.machine.physical_address_bits
+            return None if value >> bits else value
+        if index == CR4:
+            return None if value & ~_CR4_BITS else value
+        return value if value & 1 else None
+
+    def _write_control_register(self, index: int, value: int) -> bool:
+        """Write one; False for a #GP."""
+        valid = self._valid_control_register(index, value)
+        if valid is None:
+            return False
+        self._set_control_register(index, valid)
+        return True
+
+    def _try_control_register(self, index: int, value: int) -> Waits[bool]:
+        """``hvm_set_cr*`` with ``may_defer``: False for a #GP."""
+        valid = self._valid_control_register(index, value)
+        if valid is None:
+            return False
+        defers = yield from self._monitor_control_register(index, valid)
+        if defers and self.vcpu.deferred is not None:
+            self.vcpu.deferred.control_registers[index] = valid
+        else:
+            self._set_control_register(index, valid)
+        return True
+
+    def _monitor_control_register(self, index: int, value: int) -> Waits[bool]:
+        """``hvm_monitor_cr``: True if the write waits for the vCPU to run again."""
+        monitor, old = self.monitor, self._control_register(index)
+        options = monitor.switches.get(f"ctrlreg {index}")
+        if (
+            options is None
+            or (options["onchangeonly"] and value == old)
+            or not (value ^ old) & ~options["bitmask"]
+        ):
+            return False
+        fields = {
+            "write_ctrlreg.index": index,
+            "write_ctrlreg.new_value": value,
+            "write_ctrlreg.old_value": old,
+        }
+        yield from monitor.traps(
+            self.vcpu, Reason.WRITE_CTRLREG, fields, sync=bool(options["sync"])
+        )
+        return monitor.gates_writes
+
+    def _read_msr(self, msr: int) -> int:
+        name = _MSR_REGISTERS.get(msr)
+        return self.vcpu.register(name) if name else self.vcpu.msrs.get(msr, 0)
+
+    def _write_msr(self, msr: int, value: int) -> None:
+        name = _MSR_REGISTERS.get(msr)
+        if name:
+            self.vcpu.set_register(name, value)
+        else:
+            self.vcpu.msrs[msr] = value
+
+    def _intercept_msr(self, msr: int, value: int) -> Waits[None]:
+        """``hvm_msr_write_intercept`` with ``may_defer``, and ``hvm_monitor_msr``."""
+        monitor, old = self.monitor, self._read_msr(msr)
+        options = monitor.switches.get(f"msr {msr:#x}")
+        if options is not None and not (options["onchangeonly"] and value == old):
+            fields = {
+                "mov_to_msr.msr": msr,
+                "mov_to_msr.new_value": value,
+                "mov_to_msr.old_value": old,
+            }
+            yield from monitor.traps(self.vcpu, Reason.MOV_TO_MSR, fields)
+            if monitor.gates_writes and self.vcpu.deferred is not None:
+                self.vcpu.deferred.msr = msr, value
+                return
+        self._write_msr(msr, value)
+
+    def _access_descriptor(self, effect: DescriptorAccess) -> Waits[_Done]:
+        """``hvm_descriptor_access_intercept``: left to the response, which can have it emulated."""
+        monitor, vcpu = self.monitor, self.vcpu
+        if "descriptor_access" not in monitor.switches:
+            return _Done.NATIVE
+        reason = _GDTR_OR_IDTR if effect.descriptor in (1, 2) else _LDTR_OR_TR
+        if not (yield from vm_exit(monitor, vcpu, reason, effect.exit_qualification)):
+            fields = {
+                "desc_access.arch.vmx.instr_info": effect.instr_info,
+                "desc_access.arch.vmx.exit_qualification": effect.exit_qualification,
+                "desc_access.descriptor": effect.descriptor,
+                "desc_access.is_write": effect.is_write,
+            }
+            yield from monitor.traps(vcpu, Reason.DESCRIPTOR_ACCESS, fields)
+        return _Done.HELD
+
+    def _port_io(self, effect: PortIo) -> Waits[_Done]:
+        """``EXIT_REASON_IO_INSTRUCTION``."""
+        monitor, vcpu = self.monitor, self.vcpu
+        qualification = (
+            (effect.size - 1) | effect.is_in << 3 | effect.is_string << 4 | effect.port << 16
+        )
+        if (yield from vm_exit(monitor, vcpu, _IO, qualification)):
+            return _Done.HELD
+        fields = {
+            "io.bytes": effect.size,
+            "io.port": effect.port,
+            "io.in": effect.is_in,
+            "io.str": effect.is_string,
+        }
+        if "io" in monitor.switches and (
+            yield from monitor.traps(vcpu, Reason.IO_INSTRUCTION, fields)
+        ):
+            return _Done.HELD
+        self._complete_io(effect)
+        return _Done.EXITED
+
+    def _complete_io(self, effect: PortIo) -> None:
+        if effect.is_in:
+            self.vcpu.set_register("rax", effect.value)
+
+    def _debug_exception(self, instruction: Instruction, kind: int) -> Waits[_Done]:
+        """``X86_EXC_DB`` in ``vmx_vmexit_handler``."""
+        vcpu, monitor = self.vcpu, self.monitor
+        traps = kind == _HARDWARE_EXCEPTION
+        if traps:
+            self._advance(instruction)
+        done = _Done.EXITED if traps else _Done.HELD  # INT1 comes again, a trap does not
+        if (yield from vm_exit(monitor, vcpu, _EXCEPTION, _DR6_STEP if traps else 0)):
+            return done
+        vcpu.set_register("dr6", _DR6_DEFAULT | (_DR6_STEP if traps else 0))
+        length = 0 if traps else instruction.length
+        options = monitor.switches.get("debug_exceptions")
+        sent = False
+        if options is not None:
+            fields = {
+                "debug_exception.gfn": self._gfn(),
+                "debug_exception.insn_length": length,
+                "debug_exception.type": kind,
+            }
+            sent = yield from monitor.traps(
+                vcpu, Reason.DEBUG_EXCEPTION, fields, sync=bool(options["sync"])
+            )
+        if not sent:
+            vcpu.raise_trap(Trap(_DB, kind, _NO_ERROR_CODE, length, 0))
+        return done
+
+    # Execution by Xen's emulator, in the host p2m.
+
+    def _emulate(self, flags: int, data: bytes) -> Waits[None]:
+        """``hvm_emulate_one_vm_event``; the first kind that is asked for counts."""
+        if not self.program:
+            return
+        kinds = Flag.SET_EMUL_READ_DATA, Flag.EMULATE_NOWRITE, Flag.SET_EMUL_INSN_DATA
+        kind = next((kind for kind in kinds if flags & kind), Flag(0))
+        instruction = self._current()
+        if instruction is None:
+            self._fault(_UD)
+        else:
+            yield from self._emulate_instruction(instruction, kind, data, answered=True)
+
+    def _emulate_instruction(
+        self, instruction: Instruction, kind: Flag, data: bytes, *, answered: bool
+    ) -> Waits[bool]:
+        """Emulate one, because a response says so or for MMIO; True if it is completed."""
+        vcpu, monitor, effect = self.vcpu, self.monitor, instruction.effect
+        first = self._bytes_in_host(instruction.address, 1)
+        if kind is Flag.SET_EMUL_INSN_DATA:
+            first = data[:1]
+        if first[0] == _INT3:
+            vcpu.raise_trap(Trap(_BP, _SOFTWARE_EXCEPTION, _NO_ERROR_CODE, 1, 0))
+            return False
+        if not instruction.emulated or isinstance(effect, GuestRequest):
+            if not answered:  # hvm_emulate_one_insn: it comes again, and nobody is told
+                return False
+            if "emul_unimplemented" in monitor.switches and (
+                yield from monitor.traps(vcpu, Reason.EMUL_UNIMPLEMENTED, {})
+            ):
+                return False
+            self._fault(_UD)
+            return False
+        for one in instruction.accesses:
+            wanted = Access(*one)
+            if wanted.kind != "w":
+                found = self._bytes_in_host(wanted.address, len(wanted.data))
+                if kind is Flag.SET_EMUL_READ_DATA:  # set_context_data
+                    size = int.from_bytes(data[:4], "little")
+                    found = data[4 : 4 + min(size, len(found))].ljust(len(found), b"\0")
+                self._load(wanted, found)
+            elif kind is not Flag.EMULATE_NOWRITE:
+                self._store_in_host(wanted.address, wanted.data)
+        if not (yield from self._emulate_effect(instruction)):
+            return False
+        if not _moves_itself(instruction):
+            self._advance(instruction)
+        return True
+
+    def _emulate_effect(self, instruction: Instruction) -> Waits[bool]:
+        """False where an exception takes its place; few effects are heard of here."""
+        vcpu = self.vcpu
+        match instruction.effect:
+            case SetRegisters(values):
+                self._set_registers(values)
+            case WriteControlRegister(index, value):
+                if index == XCR0:
+                    written = self._write_control_register(index, value)
+                else:
+                    written = yield from self._try_control_register(index, value)
+                if not written:
+                    self._fault(_GP)
+                return written
+            case WriteMsr(msr, value):
+                yield from self._intercept_msr(msr, value)
+            case Cpuid(results):
+                self._set_registers(dict(zip(("rax", "rbx", "rcx", "rdx"), results, strict=True)))
+            case PortIo() as effect:
+                self._complete_io(effect)
+            case DebugException(kind) if kind == _HARDWARE_EXCEPTION:
+                self._advance(instruction)
+                self._fault(_DB)
+            case DebugException(kind):
+                vcpu.raise_trap(Trap(_DB, kind, _NO_ERROR_CODE, instruction.length, 0))
+                return False
+            case Halt():
+                vcpu.halted = True
+            case _:
+                pass
+        return True
+
+    # Memory.
+
+    def _load(self, wanted: Access, found: bytes) -> None:
+        if wanted.register:
+            self.vcpu.set_register(wanted.register, int.from_bytes(found, "little"))
+
+    def _find_in_view(self, gfn: int) -> Lookup:
+        domain = self.monitor.domain
+        table = domain.views[self.vcpu.view].table if domain.active else domain.host
+        return table.lookup(gfn)
+
+    def _bytes_in_view(self, address: int, size: int) -> bytes:
+        parts = (self._frame(self._find_in_view(gfn)) for gfn in _gfns(address, size))
+        return _cut(b"".join(parts), address, size)
+
+    def _store_in_view(self, address: int, data: bytes) -> None:
+        domain = self.monitor.domain
+        for offset, one in enumerate(data):
+            gfn, at = divmod(address + offset, PAGE_SIZE)
+            domain.machine.frames.page(self._find_in_view(gfn).mfn)[at] = one
+
+    def _bytes_in_host(self, address: int, size: int) -> bytes:
+        domain = self.monitor.domain
+        parts = (
+            self._frame(domain.host_lookup(gfn, populate=True)) for gfn in _gfns(address, size)
+        )
+        return _cut(b"".join(parts), address, size)
+
+    def _store_in_host(self, address: int, data: bytes) -> None:
+        """``hvm_copy_to_guest_phys``: dropped where the page is read-only or none."""
+        domain = self.monitor.domain
+        for offset, one in enumerate(data):
+            gfn, at = divmod(address + offset, PAGE_SIZE)
+            found = domain.host_lookup(gfn, populate=True, unshare=True)
+            if found.valid and found.type not in _WRITES_DROPPED:
+                domain.machine.frames.page(found.mfn)[at] = one
+
+    def _frame(self, found: Lookup) -> bytes:
+        """A page's contents; of no memory, what a bus that nobody answers on gives."""
+        if not found.valid:
+            return b"\xff" * PAGE_SIZE
+        return bytes(self.monitor.domain.machine.frames.page(found.mfn))
+
+
+_WRITES_DROPPED = {PageType.RAM_RO, PageType.GRANT_MAP_RO}
+
+
+def run(processors: Sequence[Processor], attempts: int) -> int:
+    """Let vCPUs run in turn, until none can or the attempts are used up.
+
+    Returns:
+        How many instructions were executed.
+    """
+    executed = 0
+    while attempts > 0:
+        before = attempts
+        for processor in processors:
+            if attempts and processor.ready:
+                attempts -= 1
+                executed += processor.step()
+        if attempts == before:
+            break
+    return executed
+
+
+def _moves_itself(instruction: Instruction) -> bool:
+    effect = instruction.effect
+    if isinstance(effect, SetRegisters):
+        return "rip" in effect.values
+    return isinstance(effect, DebugException) and effect.kind == _HARDWARE_EXCEPTION
+
+
+def _pages(address: int, size: int) -> Iterator[int]:
+    """The first address in each page of a range."""
+    yield address
+    end = address + size
+    yield from range((address // PAGE_SIZE + 1) * PAGE_SIZE, end, PAGE_SIZE)
+
+
+def _gfns(address: int, size: int) -> range:
+    return range(address // PAGE_SIZE, (address + max(size, 1) - 1) // PAGE_SIZE + 1)
+
+
+def _cut(pages: bytes, address: int, size: int) -> bytes:
+    start = address % PAGE_SIZE
+    return pages[start : start + size]

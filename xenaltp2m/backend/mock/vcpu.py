@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A virtual CPU's state: registers, what stops it, and what waits for it to run."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias, TypeVar
+
+from xenaltp2m.abi.layouts import HVM_CPU
+
+INVALID_VIEW = 0xFFFF
+_T = TypeVar("_T")
+
+Waits: TypeAlias = Generator[None, None, _T]
+"""Hypervisor code on behalf of a vCPU: yields where Xen puts the vCPU on a wait queue."""
+
+
+class Trap(NamedTuple):
+    """An exception or interrupt (Xen: ``struct x86_event``); ``kind`` is ``X86_ET_*``."""
+
+    vector: int
+    kind: int
+    error_code: int
+    length: int
+    cr2: int
+
+
+@dataclass
+class Deferred:
+    """What responses asked for, until the vCPU runs next (Xen: ``struct arch_vm_event``)."""
+
+    emulate_flags: int = 0
+    emulation_data: bytes = b""
+    registers: dict[str, int] | None = None
+    control_registers: dict[int, int] = field(default_factory=dict)
+    """Writes that wait for permission (``do_write``), by ``VM_EVENT_X86_*`` index."""
+    msr: tuple[int, int] | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(
+            self.emulate_flags
+            or self.registers is not None
+            or self.control_registers
+            or self.msr is not None
+        )
+
+
+@dataclass
+class Vcpu:
+    """A virtual CPU, as far as views and events concern it."""
+
+    number: int
+    online: bool = True
+    """Not ``VPF_down``."""
+    view: int = INVALID_VIEW
+    veinfo: int | None = None
+    """The frame of its #VE information page."""
+    single_step: bool = False
+    fast_step_view: int | None = None
+    event_pauses: int = 0
+    """Xen's ``vm_event_pause_count``."""
+    ring_blocked: bool = False
+    """Paused because the ring is nearly full (``_VPF_mem_access``)."""
+    queued: bool = False
+    """On the ring's wait queue."""
+    halted: bool = False
+    """Waits for an interrupt (``_VPF_blocked``)."""
+    waiting: Waits[object] | None = None
+    """What goes on once it is off the wait queue (``check_wakeup_from_wait``)."""
+    deferred: Deferred | None = None
+    """There while a monitor is enabled."""
+    injected: Trap | None = None
+    """From the toolstack (``inject_event``)."""
+    pending: Trap | None = None
+    """Delivered when the guest is entered (``VM_ENTRY_INTR_INFO``)."""
+    next_interrupt: bool = False
+    """``next_interrupt_enabled``."""
+    monitor_trap_flag: bool = False
+    """The execution control, which stays set until it has caused an exit."""
+    delivered: list[tuple[int, int]] = field(default_factory=list)
+    """What the guest's handlers got: (vector, kind)."""
+    xcr0: int = 1
+    msrs: dict[int, int] = field(default_factory=dict)
+    """Those that the context has no place for."""
+    cpu_time: int = 0
+    """In nanoseconds."""
+    context: bytearray = field(default_factory=lambda: bytearray(HVM_CPU.size))
+    """Its ``hvm_hw_cpu`` record."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether anything of its own keeps it from running."""
+        return bool(self.event_pauses or self.ring_blocked or self.queued or self.halted)
+
+    def register(self, name: str) -> int:
+        """Return a register of the context."""
+        return HVM_CPU.number(self.context, name)
+
+    def set_register(self, name: str, value: int) -> None:
+        """Set a register of the context; what it has no room for is cut off."""
+        offset, width = HVM_CPU.fields[name]
+        mask = (1 << 8 * width) - 1
+        self.context[offset : offset + width] = (value & mask).to_bytes(width, "little")
+
+    def raise_trap(self, trap: Trap) -> None:
+        """``hvm_inject_event``; a second exception at once, which Xen combines, is left out."""
+        if self.pending is None:
+            self.pending = trap

@@ -1,0 +1,495 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""``watch``: tell what a guest does with pages and registers, as it happens."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import xenaltp2m as xa
+from xenaltp2m.cli.console import Console, Table, printable
+from xenaltp2m.cli.host import Stop, connect, is_altp2m_active
+from xenaltp2m.cli.pages import (
+    access_among,
+    check_loaded,
+    counted,
+    pages,
+    run_of_gfns,
+    seconds,
+)
+from xenaltp2m.symbols import Image
+from xenaltp2m.types import GFN_LIMIT
+
+SUMMARY = "watch pages and registers of a guest: a line for each hit, then undo everything"
+
+KEYS = """\
+Pages are watched in a view of their own, which all vCPUs are moved to: each access that the view
+does not allow stops its vCPU, is told, and is then executed as a single step in view 0. The host
+p2m is not touched, so that other views and the guest's devices notice nothing.
+
+ACCESS is what the guest may do with the pages unseen. By default that is reading (r), which
+changes nothing and of which there is most: writes and fetches are told. For reads, too, say n.
+rx tells of writes only, x of reads and writes, rw of fetches. With n2rwx a page's first access is
+told, whatever it is, and nothing after it. r_pw is r, and lets the CPU's own page walk set
+accessed and dirty bits (Xen 4.20 and later).
+
+A line has: seconds since the start, vCPU, its view, what happened, where, what was tried (rwx; a
+write counts as a read, too), the instruction (rip), the address it used (gla); with --image the
+symbols these lie in.
+
+It ends after --duration or --count, with the domain, on Ctrl-C or SIGTERM, and when nobody reads
+its output any more; all of these undo everything.
+
+--json prints one object in a line for each hit:
+  time         Unix time
+  event        MemAccess, WriteCtrlreg, MovToMsr, Cpuid, SoftwareBreakpoint; at last DomainEnded
+               where the domain has gone, with its shutdown_reason
+  vcpu, view   numbers
+  gfn, offset, gla, access_flags    of a MemAccess; the fields of other events by Xen's names
+  tried        "r--", "rw-", "--x": of a MemAccess
+  rip          the instruction
+  symbol       what rip lies in, and
+  target       what gla lies in: with --image, or null
+  registers    {name: value}, with --registers
+and a last line {"summary": {...}}:
+  hits, seconds, rate    in all
+  by_event, by_vcpu      {name or number: hits}
+  by_gfn                 {gfn: {tried: hits}}
+"""
+
+_ACCESSES = ("n", "r", "x", "rw", "rx", "n2rwx", "r_pw")
+_MOST_PAGES = 1 << 20
+_MOST_VERIFIED = 1 << 12
+_MOST_ROWS = 20
+_TICK_SECONDS = 0.25
+_VERIFY_SECONDS = 5.0
+_REGISTERS_IN_A_ROW = 6
+_MSR_LIMIT = 1 << 32
+_R, _W, _X = xa.AccessFlag.R, xa.AccessFlag.W, xa.AccessFlag.X
+_TRIED = [
+    "".join(letter if bits & bit else "-" for letter, bit in (("r", _R), ("w", _W), ("x", _X)))
+    for bits in range(8)
+]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Say what the command takes."""
+    parser.set_defaults(usage_error=parser.error)
+    parser.add_argument("domain", metavar="DOMAIN", help="a domid, a name or a uuid")
+    parser.add_argument(
+        "--gfn",
+        type=_gfns,
+        action="append",
+        default=[],
+        dest="gfns",
+        metavar="N|A-B",
+        help="watch a page, or those from A to B; 0x for hexadecimal; may be given again",
+    )
+    parser.add_argument(
+        "--symbol",
+        action="append",
+        default=[],
+        dest="symbols",
+        metavar="NAME",
+        help="watch all pages of a symbol of the image; may be given again",
+    )
+    parser.add_argument("--image", metavar="ELF", help="the guest's image, for its symbols")
+    parser.add_argument(
+        "--access",
+        type=access_among(_ACCESSES),
+        default=xa.Access.R,
+        metavar="ACCESS",
+        help=f"what the guest may do there unseen: {', '.join(_ACCESSES)} (default: r)",
+    )
+    parser.add_argument("--cr3", action="store_true", help="tell of new values of CR3")
+    parser.add_argument(
+        "--msr",
+        type=_msr,
+        action="append",
+        default=[],
+        dest="msrs",
+        metavar="N",
+        help="tell of new values of a model-specific register; may be given again",
+    )
+    parser.add_argument("--cpuid", action="store_true", help="tell of CPUID")
+    parser.add_argument(
+        "--breakpoints",
+        action="store_true",
+        help="tell of int3, which the guest's own handler then gets",
+    )
+    parser.add_argument(
+        "--registers", action="store_true", help="print the vCPU's registers at each hit"
+    )
+    parser.add_argument(
+        "--duration", type=seconds, metavar="SECONDS", help="end after so long (default: Ctrl-C)"
+    )
+    parser.add_argument("--count", type=_count, metavar="N", help="end after so many hits")
+
+
+def _gfns(text: str) -> range:
+    first, dash, last = text.partition("-")
+    try:
+        found = range(int(first, 0), int(last if dash else first, 0) + 1)
+    except ValueError:
+        found = range(0)
+    if not found or found.start < 0 or found.stop > GFN_LIMIT:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a gfn nor a range A-B of them, below {GFN_LIMIT:#x}"
+        )
+    if len(found) > _MOST_PAGES:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {_MOST_PAGES} pages")
+    return found
+
+
+def _msr(text: str) -> int:
+    return _number(text, range(_MSR_LIMIT), "the number of an MSR")
+
+
+def _count(text: str) -> int:
+    return _number(text, range(1, 1 << 63), "a number of hits")
+
+
+def _number(text: str, among: range, what: str) -> int:
+    try:
+        number = int(text, 0)
+    except ValueError:
+        number = -1
+    if number not in among:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    return number
+
+
+def run(options: argparse.Namespace, console: Console) -> None:
+    """Run the command."""
+    if options.symbols and options.image is None:
+        options.usage_error("--symbol needs --image")
+    kinds = _kinds(options)
+    if not (options.gfns or options.symbols or len(kinds) > 1):
+        options.usage_error(
+            "say what to watch: --gfn, --symbol, --cr3, --msr, --cpuid, --breakpoints"
+        )
+    image = None if options.image is None else Image.open(options.image)
+    gfns = _pages(options, image)
+    with ExitStack() as stack:
+        stop = stack.enter_context(Stop())
+        xen = stack.enter_context(
+            connect(options, console, image, partial(_script, gfns, options.msrs, image))
+        )
+        domain = stack.enter_context(xen.domain(options.domain))
+        was_active = is_altp2m_active(domain, console) if gfns else True
+        for name in dict.fromkeys(options.symbols):
+            assert image is not None
+            check_loaded(domain, image, image.symbol(name), console)
+        stop.hold_back()
+        altp2m = stack.enter_context(domain.altp2m()) if gfns else None
+        view = None
+        with domain.paused():  # so that nothing happens half watched
+            monitor = stack.enter_context(domain.monitor(*kinds))
+            stop.wake = monitor.stop
+            if altp2m is not None:
+                view = altp2m.create_view(label="watch")
+                view.set_access(gfns, options.access, progress=console.progress("protecting"))
+                altp2m.switch_to_view(view)
+        watch = _Watch(options, console, image, view)
+        _tell_start(domain, gfns, options, console, view)
+        watch.check_view()
+        watch.listen(monitor, stop)
+    undone = ["monitor closed"]
+    if view is not None:
+        undone += ["vCPUs moved back", f"view {view.id} destroyed"]
+    if not was_active:
+        undone.append("altp2m off")
+    console.note(f"Undone: {', '.join(undone)}.")
+    watch.sum_up()
+
+
+def _kinds(options: argparse.Namespace) -> list[xa.Subscription | type[xa.Event]]:
+    kinds: list[xa.Subscription | type[xa.Event]] = [xa.MemAccess]
+    if options.cr3:
+        kinds.append(xa.WriteCtrlreg.on(xa.ControlRegister.CR3))
+    kinds += [xa.MovToMsr.on(msr) for msr in dict.fromkeys(options.msrs)]
+    if options.cpuid:
+        kinds.append(xa.Cpuid)
+    if options.breakpoints:
+        kinds.append(xa.SoftwareBreakpoint)
+    return kinds
+
+
+def _pages(options: argparse.Namespace, image: Image | None) -> list[int]:
+    wanted = set().union(*options.gfns)
+    if image is not None:
+        symbols = [image.symbol(name) for name in dict.fromkeys(options.symbols)]
+        wanted.update(pages(image, symbols))
+    if len(wanted) > _MOST_PAGES:
+        options.usage_error(f"{len(wanted)} pages: at most {_MOST_PAGES} can be watched")
+    return sorted(wanted)
+
+
+def _script(gfns: Sequence[int], msrs: Sequence[int], image: Image | None, pages: int) -> Any:
+    from xenaltp2m.cli import script
+
+    return script.program(pages, gfns, msrs, image)
+
+
+def _tell_start(
+    domain: xa.Domain,
+    gfns: Sequence[int],
+    options: argparse.Namespace,
+    console: Console,
+    view: xa.View | None,
+) -> None:
+    until = "until Ctrl-C"
+    if options.duration is not None:
+        until = f"for {options.duration:g} s"
+    if options.count is not None:
+        until += f", or {counted(options.count, 'hit')}"
+    if view is None:
+        console.note(f"Watching domain {domain.domid} ({domain.name}) {until}.")
+        return
+    runs = [
+        [gfn for _, gfn in run]
+        for _, run in groupby(enumerate(gfns), lambda numbered: numbered[1] - numbered[0])
+    ]
+    shown = ", ".join(run_of_gfns(run[0], len(run)) for run in runs[:4])
+    if len(runs) > 4:
+        shown += ", ..."
+    console.note(
+        f"Watching gfn {shown} of domain {domain.domid} ({domain.name}) in view {view.id}, "
+        f"where it is {options.access}, {until}."
+    )
+
+
+class _Watch:
+    """Answers, tells and counts hits."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        console: Console,
+        image: Image | None,
+        view: xa.View | None,
+    ) -> None:
+        self._console = console
+        self._image = image
+        self._view = view
+        self._access = options.access
+        self._registers = options.registers
+        self._most = math.inf if options.count is None else options.count
+        self._once_in_view_0 = None
+        if view is not None:
+            self._once_in_view_0 = xa.Response.fast_singlestep(through=0, back_to=view)
+        self._start = self._end = time.monotonic()
+        self._deadline = self._start + (math.inf if options.duration is None else options.duration)
+        self._hits = 0
+        self._counted: Counter[tuple[str, int | None, str, int]] = Counter()
+        """By event, gfn, what was tried, and vCPU."""
+        self._told: set[int] = set()
+        self._next_tick = self._next_check = 0.0
+
+    # Listening.
+
+    def listen(self, monitor: xa.Monitor, stop: Stop) -> None:
+        """Answer what happens until something says that it is enough."""
+        view_id = -1 if self._view is None else self._view.id
+        going_on = True
+        while going_on and not stop.came and (left := self._left()) > 0:
+            # Closed here, for the garbage collector would swallow what ending it raises.
+            with contextlib.closing(monitor.events(min(left, _TICK_SECONDS))) as events:
+                for event in events:
+                    if type(event) is xa.MemAccess and event.paused and event.view == view_id:
+                        assert self._once_in_view_0 is not None
+                        event.reply(self._once_in_view_0)
+                    stop.printing(partial(self._take, event))
+                    going_on = not isinstance(event, xa.DomainEnded)
+                    if stop.came or not going_on or self._left() <= 0:
+                        break
+                    if time.monotonic() >= self._next_tick:
+                        self._tick(stop)
+            if going_on:
+                self._tick(stop)
+        self._end = time.monotonic()
+        self._console.status("")
+
+    def _left(self) -> float:
+        """How many seconds are left; none once there were hits enough."""
+        return 0 if self._hits >= self._most else self._deadline - time.monotonic()
+
+    def _take(self, event: xa.Event) -> None:
+        if not isinstance(event, xa.DomainEnded):
+            self._hits += 1
+            what: tuple[str, int | None, str] = (type(event).__name__, None, "")
+            if isinstance(event, xa.MemAccess):
+                what = (what[0], event.gfn, _tried(event))
+            self._counted[*what, event.vcpu] += 1
+        if self._console.as_json:
+            self._console.line(json.dumps(self._document(event)))
+        else:
+            self._console.line(self._text(event, time.monotonic() - self._start))
+
+    def _tick(self, stop: Stop) -> None:
+        now = time.monotonic()
+        self._next_tick = now + _TICK_SECONDS
+        passed = now - self._start
+        rate = self._hits / passed if passed else 0.0
+        status = f"{counted(self._hits, 'hit')}, {rate:.0f} per second, {passed:.0f} s"
+        stop.printing(partial(self._console.status, status))
+        if now >= self._next_check:
+            self.check_view()
+
+    def check_view(self) -> None:
+        """Watch anew what Xen has reset; tell of it, once for each page.
+
+        With many pages that would take too long; those stay as they were set.
+        """
+        self._next_check = time.monotonic() + _VERIFY_SECONDS
+        view = self._view
+        if view is None or self._access is xa.Access.N2RWX:
+            return
+        if sum(run.count for run in view.differences()) > _MOST_VERIFIED:
+            return
+        lost = [mismatch.gfn for mismatch in view.verify()]
+        if not lost:
+            return
+        view.set_access(lost, self._access)
+        still = {mismatch.gfn for mismatch in view.verify()}
+        for gfn in lost:
+            if gfn in self._told:
+                continue
+            self._told.add(gfn)
+            if gfn in still:
+                self._console.warn(f"gfn {gfn:#x} is not watched: it is not ordinary memory")
+            else:
+                self._console.warn(
+                    f"gfn {gfn:#x} was not watched for a while: Xen has reset it, for the host "
+                    "p2m changed; it is watched again"
+                )
+
+    # Telling.
+
+    def _document(self, event: xa.Event) -> dict[str, Any]:
+        told = {"time": round(time.time(), 6), **event.as_dict()}
+        if isinstance(event, xa.DomainEnded):
+            del told["vcpu"], told["view"]
+            return told
+        if isinstance(event, xa.MemAccess):
+            told["tried"] = _tried(event)
+        told["rip"] = event.registers.rip
+        if self._image is not None:
+            told["symbol"] = self._symbol(event.registers.rip)
+            if isinstance(event, xa.MemAccess):
+                told["target"] = self._symbol(_linear(event))
+        if self._registers:
+            told["registers"] = event.registers.as_dict()
+        return told
+
+    def _text(self, event: xa.Event, passed: float) -> str:
+        if isinstance(event, xa.DomainEnded):
+            return f"{passed:11.6f}  {event}"
+        view = "-" if event.view is None else event.view
+        parts = [f"{passed:11.6f}", f"vCPU {event.vcpu}", f"view {view}", type(event).__name__]
+        if isinstance(event, xa.MemAccess):
+            parts += [f"gfn {event.gfn:#x}", f"offset {event.offset:#05x}", _tried(event)]
+        else:
+            told = event.as_dict()
+            parts += [f"{name} {_word(told[name])}" for name in event.fields]
+        parts.append(self._place("rip", event.registers.rip))
+        if isinstance(event, xa.MemAccess) and (linear := _linear(event)) is not None:
+            parts.append(self._place("gla", linear))
+        return "\n".join(["  ".join(parts), *(self._register_rows(event))])
+
+    def _register_rows(self, event: xa.Event) -> Iterator[str]:
+        if not self._registers:
+            return
+        shown = [f"{name}={value:#x}" for name, value in event.registers.as_dict().items()]
+        for at in range(0, len(shown), _REGISTERS_IN_A_ROW):
+            yield " " * 13 + " ".join(shown[at : at + _REGISTERS_IN_A_ROW])
+
+    def _place(self, what: str, address: int) -> str:
+        symbol = self._symbol(address)
+        return f"{what} {address:#x}" + (f" ({symbol})" if symbol else "")
+
+    def _symbol(self, address: int | None) -> str | None:
+        if self._image is None or address is None:
+            return None
+        found = self._image.locate(address)
+        return None if found is None else printable(str(found))
+
+    def sum_up(self) -> None:
+        """Print how many hits there were, and of what."""
+        passed = self._end - self._start
+        rate = self._hits / passed if passed > 0 else 0.0
+        if self._console.as_json:
+            document = {
+                "hits": self._hits,
+                "seconds": round(passed, 6),
+                "rate": round(rate, 3),
+                "by_event": self._by(0),
+                "by_vcpu": self._by(3),
+                "by_gfn": self._by_gfn(),
+            }
+            self._console.line(json.dumps({"summary": document}))
+            return
+        title = f"{counted(self._hits, 'hit')} in {passed:.1f} s, {rate:.0f} per second"
+        if self._hits:
+            self._console.line("")
+            self._console.table(
+                Table(("what", "hits", "tried", "vCPUs"), self._rows(), title=title)
+            )
+        else:
+            self._console.line(title)
+
+    def _by(self, part: int) -> dict[str, int]:
+        found: Counter[Any] = Counter()
+        for key, hits in self._counted.items():
+            found[key[part]] += hits
+        return {str(name): found[name] for name in sorted(found)}
+
+    def _by_gfn(self) -> dict[str, dict[str, int]]:
+        found: dict[int, Counter[str]] = {}
+        for (_, gfn, tried, _), hits in self._counted.items():
+            if gfn is not None:
+                found.setdefault(gfn, Counter())[tried] += hits
+        return {str(gfn): dict(sorted(found[gfn].items())) for gfn in sorted(found)}
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows: dict[str, tuple[Counter[str], Counter[int]]] = {}
+        for (event, gfn, tried, vcpu), hits in self._counted.items():
+            name = event if gfn is None else f"gfn {gfn:#x}"
+            by_tried, by_vcpu = rows.setdefault(name, (Counter(), Counter()))
+            by_tried[tried] += hits
+            by_vcpu[vcpu] += hits
+        ordered = sorted(rows.items(), key=lambda row: -row[1][1].total())
+        shown: list[tuple[str, ...]] = [
+            (
+                name,
+                str(by_vcpu.total()),
+                ", ".join(f"{tried} {hits}" for tried, hits in sorted(by_tried.items()) if tried),
+                ", ".join(f"{vcpu}: {hits}" for vcpu, hits in sorted(by_vcpu.items())),
+            )
+            for name, (by_tried, by_vcpu) in ordered[:_MOST_ROWS]
+        ]
+        if more := ordered[_MOST_ROWS:]:
+            hits = sum(by_vcpu.total() for _, (_, by_vcpu) in more)
+            shown.append((f"{len(more)} more", str(hits), "", ""))
+        return shown
+
+
+def _tried(event: xa.MemAccess) -> str:
+    return _TRIED[event.access_flags & (_R | _W | _X)]
+
+
+def _linear(event: xa.MemAccess) -> int | None:
+    return event.gla if event.access_flags & xa.AccessFlag.GLA_VALID else None
+
+
+def _word(value: object) -> str:
+    return f"{value:#x}" if type(value) is int else str(value)

@@ -1,0 +1,946 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a monitor hears of, and what it answers.
+
+Events are frozen: each holds a copy of its request and decodes a field when it is asked for. They
+compare by that copy. Fields keep the names of ``public/vm_event.h``.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, overload
+
+from xenaltp2m.abi import layouts
+from xenaltp2m.abi.ring import Head, Request
+from xenaltp2m.abi.vm_event import (
+    HEAD,
+    SETTABLE_REGISTERS,
+    AccessFlag,
+    Flag,
+    Reason,
+    layout,
+    read_data_room,
+)
+from xenaltp2m.errors import InvalidArgumentError
+from xenaltp2m.types import HOST_VIEW, Gfn, VcpuId, ViewId
+
+if TYPE_CHECKING:
+    from xenaltp2m.monitor import Monitor
+    from xenaltp2m.view import View
+
+_T = TypeVar("_T")
+_CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}
+_REGISTER_PREFIX = "data.regs.x86."
+_SHUTDOWN_WORDS = {
+    0: "powered off", 1: "rebooted", 2: "suspended", 3: "crashed",
+    4: "was killed by a watchdog", 5: "was reset",
+}  # fmt: skip
+"""``SHUTDOWN_*`` (public/sched.h)."""
+
+
+_REASON = 2
+_PAUSED, _HAS_VIEW = int(Flag.VCPU_PAUSED), int(Flag.ALTERNATE_P2M)  # enums are slow
+
+
+class ControlRegister(enum.IntEnum):
+    """``VM_EVENT_X86_*``: registers whose writes a monitor can hear of."""
+
+    CR0 = 0
+    CR3 = 1
+    CR4 = 2
+    XCR0 = 3
+
+
+class Descriptor(enum.IntEnum):
+    """``VM_EVENT_DESC_*``: descriptor table registers."""
+
+    IDTR = 1
+    GDTR = 2
+    LDTR = 3
+    TR = 4
+
+
+class TrapType(enum.IntEnum):
+    """``X86_EVENTTYPE_*``: what brought an exception about (Intel SDM, VM-entry interruption)."""
+
+    EXTERNAL_INTERRUPT = 0
+    NMI = 2
+    HARDWARE_EXCEPTION = 3
+    SOFTWARE_INTERRUPT = 4
+    PRIVILEGED_SOFTWARE_EXCEPTION = 5
+    SOFTWARE_EXCEPTION = 6
+
+
+class Registers:
+    """A vCPU's registers by name, as attributes: ``registers.rip``. Read-only.
+
+    Those of an event are a copy taken when it happened; those of :meth:`Vcpu.registers` when they
+    were asked for. ``dir()`` and iteration list the names there are.
+    """
+
+    __slots__ = ("_fields", "_raw")
+
+    def __init__(self, raw: bytes, fields: Mapping[str, layouts.Field]) -> None:
+        self._raw = raw
+        self._fields = fields
+
+    def __getattr__(self, name: str) -> int:
+        found = self._fields.get(name)
+        if found is None:
+            raise AttributeError(f"there is no register {name!r} here: dir() lists those there are")
+        return int.from_bytes(self._raw[found.offset : found.offset + found.width], "little")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self._fields]
+
+    def __repr__(self) -> str:
+        return f"<Registers rip={self.rip:#x} rsp={self.rsp:#x} cr3={self.cr3:#x}>"
+
+    def as_dict(self) -> dict[str, int]:
+        """Return all of them by name."""
+        return {name: getattr(self, name) for name in self._fields}
+
+
+def _event_registers(version: int) -> Mapping[str, layouts.Field]:
+    start = len(_REGISTER_PREFIX)
+    return MappingProxyType(
+        {
+            name[start:]: place
+            for name, place in layout(version).fields.items()
+            if name.startswith(_REGISTER_PREFIX)
+        }
+    )
+
+
+_EVENT_REGISTERS = {version: _event_registers(version) for version in layouts.VM_EVENT}
+_NEWEST = layouts.VM_EVENT[max(layouts.VM_EVENT)]
+
+
+class _Field(Generic[_T]):
+    """An event's field, decoded at each access; it lies at one place in all versions."""
+
+    def __init__(self, path: str, kind: Callable[[int], _T]) -> None:
+        offset, width = _NEWEST.fields[path]
+        self._offset = offset
+        self._unpack = struct.Struct(f"<{_CODES[width]}").unpack_from
+        self._kind = kind
+
+    def __set_name__(self, owner: type[Event], name: str) -> None:
+        self._name = name
+        owner.fields = (*owner.fields, name)
+
+    @overload
+    def __get__(self, event: None, owner: type[Event]) -> Self: ...
+    @overload
+    def __get__(self, event: Event, owner: type[Event]) -> _T: ...
+    def __get__(self, event: Event | None, owner: type[Event]) -> Self | _T:
+        if event is None:
+            return self
+        return self._kind(self._unpack(event._request[1], self._offset)[0])
+
+    def __set__(self, event: Event, value: _T) -> None:
+        raise AttributeError(f"events are frozen: {self._name} cannot be set")
+
+
+_E = TypeVar("_E", bound=enum.IntEnum)
+
+
+def _known(kind: type[_E]) -> Callable[[int], _E | int]:
+    """Turn a number into its name, or leave it a number where a newer Xen has more names."""
+
+    def convert(number: int) -> _E | int:
+        try:
+            return kind(number)
+        except ValueError:
+            return number
+
+    return convert
+
+
+@dataclass(frozen=True)
+class Subscription:
+    """What a monitor should hear of, with its options; made by an event's ``on``.
+
+    ``switch`` is the backend's method that turns it on and off; ``options`` its other arguments.
+    """
+
+    event: type[Event] | None
+    switch: str | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What makes two of them one switch of Xen's."""
+        which = {name: self.options[name] for name in ("index", "msr") if name in self.options}
+        return self.switch, *which.values()
+
+
+class Event:
+    """Something a vCPU did. The subclasses say what; one without is an :class:`UnknownEvent`."""
+
+    __slots__ = ("_head", "_monitor", "_request")
+
+    reason: ClassVar[Reason | None] = None
+    """Why Xen sends it."""
+    fields: ClassVar[tuple[str, ...]] = ()
+    """The names of what it tells beside the vCPU, the view and the registers."""
+
+    _request: Request
+    _head: Head
+    _monitor: Monitor | None
+
+    # There is no __init__: one is made for every event, and its call costs as much as all else.
+
+    @classmethod
+    def of(cls, raw: bytes) -> Event:
+        """Wrap a request's bytes, recorded or written by hand, in the class of its reason.
+
+        Raises:
+            InvalidArgumentError: It is not a request of a version this package knows.
+        """
+        if len(raw) < HEAD.size or len(raw) != _size_of(raw):
+            raise InvalidArgumentError(f"{len(raw)} bytes are not a request")
+        head = HEAD.unpack_from(raw)
+        event = EVENTS.get(head[_REASON], UnknownEvent)()
+        event._request, event._head, event._monitor = (0, bytes(raw)), head, None
+        return event
+
+    @classmethod
+    def on(cls) -> Subscription:
+        """Return the subscription to events of this kind, for :meth:`Domain.monitor`."""
+        return Subscription(cls, None)
+
+    @property
+    def raw(self) -> bytes:
+        """The request as Xen wrote it (``struct vm_event_st``), copied out of the ring."""
+        return self._request[1]
+
+    @property
+    def version(self) -> int:
+        """The interface version, which says how registers are laid out."""
+        return self._head[0]
+
+    @property
+    def vcpu(self) -> VcpuId:
+        """The vCPU it happened on."""
+        return VcpuId(self._head[3])
+
+    @property
+    def flags(self) -> Flag:
+        """``VM_EVENT_FLAG_*`` of the request."""
+        return Flag(self._head[1])
+
+    @property
+    def paused(self) -> bool:
+        """Whether the vCPU waits for the answer; if not, no response can change anything."""
+        return bool(self._head[1] & _PAUSED)
+
+    @property
+    def view(self) -> ViewId | None:
+        """The view the vCPU was in, or None where altp2m is off."""
+        return ViewId(self._head[4]) if self._head[1] & _HAS_VIEW else None
+
+    @property
+    def registers(self) -> Registers:
+        """The vCPU's registers when it happened."""
+        return Registers(self._request[1], _EVENT_REGISTERS[self._head[0]])
+
+    def reply(self, response: Response) -> None:
+        """Answer, once; the vCPU goes on as the response says.
+
+        What is not answered gets :attr:`default_response` when the next event is asked for.
+
+        Raises:
+            InvalidArgumentError: The response does not fit the event; it can be answered again.
+            AlreadyError: It was answered.
+            ClosedError: The monitor is closed, and has answered.
+        """
+        if self._monitor is None:
+            raise InvalidArgumentError(f"{self!r} did not come from a monitor")
+        self._monitor.reply(self, response)
+
+    @property
+    def default_response(self) -> Response:
+        """What it is answered with if nobody does: the guest goes on as if nobody watched."""
+        return RESUME
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what it tells, by name, as plain values: what the JSON of the tools shows."""
+        found = {"event": type(self).__name__, "vcpu": self.vcpu, "view": self.view}
+        return found | {name: _plain(getattr(self, name)) for name in self.fields}
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Event):
+            return NotImplemented
+        return type(self) is type(other) and self.raw == other.raw
+
+    def __hash__(self) -> int:
+        return hash(self._request[1])
+
+    def __repr__(self) -> str:
+        told = [f"vcpu={self.vcpu}", f"view={self.view}"]
+        told += [f"{name}={_word(getattr(self, name))}" for name in self.fields]
+        return f"{type(self).__name__}({', '.join(told)})"
+
+
+def _size_of(raw: bytes) -> int | None:
+    shape = layouts.VM_EVENT.get(HEAD.unpack_from(raw)[0])
+    return None if shape is None else shape.size
+
+
+def _plain(value: Any) -> Any:
+    return value.name if isinstance(value, enum.Enum) else value
+
+
+def _word(value: Any) -> str:
+    return str(_plain(value)) if isinstance(value, enum.Enum | bool) else f"{value:#x}"
+
+
+class UnknownEvent(Event):
+    """A request with a reason this package does not know."""
+
+    __slots__ = ()
+    fields = ("number",)
+
+    @property
+    def number(self) -> int:
+        """The reason as Xen gave it."""
+        return self._head[_REASON]
+
+
+class DomainEnded(Event):
+    """The domain was destroyed or has shut down: the last event, which needs no answer."""
+
+    __slots__ = ("_shutdown",)
+    fields = ("shutdown_reason",)
+
+    def __init__(self, shutdown_reason: int | None) -> None:
+        self._request, self._head, self._monitor = (0, b""), (0, 0, 0, 0, 0), None
+        self._shutdown = shutdown_reason
+
+    @property
+    def shutdown_reason(self) -> int | None:
+        """Xen's ``SHUTDOWN_*`` number, or None where the domain was destroyed."""
+        return self._shutdown
+
+    @property
+    def paused(self) -> bool:
+        """False: there is no vCPU left."""
+        return False
+
+    def reply(self, response: Response) -> None:
+        """Do nothing: a handler may answer every event alike."""
+
+    def __str__(self) -> str:
+        if self._shutdown is None:
+            return "the domain was destroyed"
+        return f"the domain {_SHUTDOWN_WORDS.get(self._shutdown, 'has shut down')}"
+
+    def __repr__(self) -> str:
+        return f"DomainEnded(shutdown_reason={self._shutdown})"
+
+
+class MemAccess(Event):
+    """A guest's access violated the access rights of a page in the vCPU's view.
+
+    Needs no switch: what a view, or the host p2m, forbids is what is heard.
+    """
+
+    __slots__ = ()
+    reason = Reason.MEM_ACCESS
+
+    gfn = _Field("u.mem_access.gfn", Gfn)
+    """The page, as the guest numbers it."""
+    offset = _Field("u.mem_access.offset", int)
+    """The byte within the page."""
+    gla = _Field("u.mem_access.gla", int)
+    """The guest-linear address; means something with :attr:`AccessFlag.GLA_VALID`."""
+    access_flags = _Field("u.mem_access.flags", AccessFlag)
+    """What was tried (R, W, X; a write always counts as a read too) and how."""
+
+    @property
+    def default_response(self) -> Response:
+        """Let it happen once, in view 0, and go on watching; by Xen's emulator without altp2m."""
+        return _step_over(self.view) if self.view else EMULATE
+
+
+class MemSharing(Event):
+    """A shared page could not be unshared; on the ring of memory sharing, never on a monitor's."""
+
+    __slots__ = ()
+    reason = Reason.MEM_SHARING
+
+    gfn = _Field("u.mem_sharing.gfn", Gfn)
+    """The page."""
+    p2mt = _Field("u.mem_sharing.p2mt", int)
+    """Its type in the p2m."""
+
+
+class MemPaging(Event):
+    """A page is wanted or dropped; on the ring of memory paging, never on a monitor's."""
+
+    __slots__ = ()
+    reason = Reason.MEM_PAGING
+
+    gfn = _Field("u.mem_paging.gfn", Gfn)
+    """The page."""
+    p2mt = _Field("u.mem_paging.p2mt", int)
+    """Its type in the p2m."""
+    paging_flags = _Field("u.mem_paging.flags", int)
+    """``MEM_PAGING_*``."""
+
+
+class WriteCtrlreg(Event):
+    """A control register is about to be written. ``xc_monitor_write_ctrlreg``."""
+
+    __slots__ = ()
+    reason = Reason.WRITE_CTRLREG
+
+    index = _Field("u.write_ctrlreg.index", _known(ControlRegister))
+    """Which."""
+    new_value = _Field("u.write_ctrlreg.new_value", int)
+    """What the guest wants in it."""
+    old_value = _Field("u.write_ctrlreg.old_value", int)
+    """What is in it."""
+
+    @classmethod
+    def on(
+        cls,
+        register: ControlRegister | None = None,
+        *,
+        sync: bool = True,
+        ignored_bits: int = 0,
+        only_changes: bool = True,
+    ) -> Subscription:
+        """Hear of writes to one control register.
+
+        Args:
+            register: Which.
+            sync: Whether the vCPU waits for the answer.
+            ignored_bits: Writes that change nothing but these bits are not told of.
+            only_changes: Writes of the value that is there are not told of.
+        """
+        if register is None:
+            raise InvalidArgumentError(
+                "say which register: WriteCtrlreg.on(ControlRegister.CR3) instead of WriteCtrlreg"
+            )
+        options = {
+            "index": int(register),
+            "sync": sync,
+            "bitmask": ignored_bits,
+            "onchangeonly": only_changes,
+        }
+        return Subscription(cls, "monitor_write_ctrlreg", options)
+
+
+class MovToMsr(Event):
+    """A model-specific register is about to be written. ``xc_monitor_mov_to_msr``."""
+
+    __slots__ = ()
+    reason = Reason.MOV_TO_MSR
+
+    msr = _Field("u.mov_to_msr.msr", int)
+    """Its number."""
+    new_value = _Field("u.mov_to_msr.new_value", int)
+    """What the guest wants in it."""
+    old_value = _Field("u.mov_to_msr.old_value", int)
+    """What is in it."""
+
+    @classmethod
+    def on(cls, msr: int | None = None, *, only_changes: bool = True) -> Subscription:
+        """Hear of writes to one MSR.
+
+        Args:
+            msr: Its number.
+            only_changes: Writes of the value that is there are not told of.
+        """
+        if msr is None:
+            raise InvalidArgumentError("say which MSR: MovToMsr.on(0xc0000082), not MovToMsr")
+        return Subscription(cls, "monitor_mov_to_msr", {"msr": msr, "onchangeonly": only_changes})
+
+
+class SoftwareBreakpoint(Event):
+    """The guest came upon an int3. ``xc_monitor_software_breakpoint``."""
+
+    __slots__ = ()
+    reason = Reason.SOFTWARE_BREAKPOINT
+
+    gfn = _Field("u.software_breakpoint.gfn", Gfn)
+    """The page of the instruction."""
+    insn_length = _Field("u.software_breakpoint.insn_length", int)
+    """Its length."""
+    type = _Field("u.software_breakpoint.type", _known(TrapType))
+    """How it came about."""
+
+    @classmethod
+    def on(cls) -> Subscription:
+        """Hear of int3 instead of the guest's own handler."""
+        return Subscription(cls, "monitor_software_breakpoint")
+
+    @property
+    def default_response(self) -> Response:
+        """The guest's own handler gets it."""
+        return REINJECT
+
+
+class Singlestep(Event):
+    """A vCPU that steps has executed an instruction. ``xc_monitor_singlestep``."""
+
+    __slots__ = ()
+    reason = Reason.SINGLESTEP
+
+    gfn = _Field("u.singlestep.gfn", Gfn)
+    """The page of the next instruction."""
+
+    @classmethod
+    def on(cls) -> Subscription:
+        """Hear of single steps; :meth:`Response.singlestep` sees to it by itself."""
+        return SINGLESTEP_ON
+
+
+class GuestRequest(Event):
+    """The guest asked for it (``HVMOP_guest_request_vm_event``). ``xc_monitor_guest_request``."""
+
+    __slots__ = ()
+    reason = Reason.GUEST_REQUEST
+
+    @classmethod
+    def on(cls, *, sync: bool = True, allow_userspace: bool = False) -> Subscription:
+        """Hear of guests' requests.
+
+        Args:
+            sync: Whether the vCPU waits for the answer.
+            allow_userspace: Whether the guest's user mode may ask, too.
+        """
+        options = {"sync": sync, "allow_userspace": allow_userspace}
+        return Subscription(cls, "monitor_guest_request", options)
+
+
+class DebugException(Event):
+    """A debug exception (#DB) was raised. ``xc_monitor_debug_exceptions``."""
+
+    __slots__ = ()
+    reason = Reason.DEBUG_EXCEPTION
+
+    gfn = _Field("u.debug_exception.gfn", Gfn)
+    """The page of the instruction pointer."""
+    insn_length = _Field("u.debug_exception.insn_length", int)
+    """The length of the instruction behind it, where it is one."""
+    type = _Field("u.debug_exception.type", _known(TrapType))
+    """How it came about."""
+    pending_dbg = _Field("u.debug_exception.pending_dbg", int)
+    """What DR6 will show."""
+
+    @classmethod
+    def on(cls, *, sync: bool = True) -> Subscription:
+        """Hear of #DB instead of the guest's own handler.
+
+        Args:
+            sync: Whether the vCPU waits for the answer.
+        """
+        return Subscription(cls, "monitor_debug_exceptions", {"sync": sync})
+
+    @property
+    def default_response(self) -> Response:
+        """The guest's own handler gets it."""
+        return REINJECT
+
+
+class Cpuid(Event):
+    """The guest executed CPUID; the registers have its results. ``xc_monitor_cpuid``."""
+
+    __slots__ = ()
+    reason = Reason.CPUID
+
+    insn_length = _Field("u.cpuid.insn_length", int)
+    """Its length: the response must put rip behind it, or the guest executes it again."""
+    leaf = _Field("u.cpuid.leaf", int)
+    """eax before it."""
+    subleaf = _Field("u.cpuid.subleaf", int)
+    """ecx before it."""
+
+    @classmethod
+    def on(cls) -> Subscription:
+        """Hear of CPUID."""
+        return Subscription(cls, "monitor_cpuid")
+
+    @property
+    def default_response(self) -> Response:
+        """The guest gets Xen's results."""
+        return RESUME.with_registers(rip=self.registers.rip + self.insn_length)
+
+
+class PrivilegedCall(Event):
+    """A call to the secure monitor; Arm only."""
+
+    __slots__ = ()
+    reason = Reason.PRIVILEGED_CALL
+
+
+class Interrupt(Event):
+    """What is about to be delivered, after :meth:`Response.with_next_interrupt`."""
+
+    __slots__ = ()
+    reason = Reason.INTERRUPT
+
+    vector = _Field("u.interrupt.x86.vector", int)
+    """Its number."""
+    type = _Field("u.interrupt.x86.type", _known(TrapType))
+    """What it is."""
+    error_code = _Field("u.interrupt.x86.error_code", int)
+    """The exception's error code."""
+    cr2 = _Field("u.interrupt.x86.cr2", int)
+    """The address of a page fault."""
+
+
+class DescriptorAccess(Event):
+    """A descriptor table register was read or written. ``xc_monitor_descriptor_access``."""
+
+    __slots__ = ()
+    reason = Reason.DESCRIPTOR_ACCESS
+
+    descriptor = _Field("u.desc_access.descriptor", _known(Descriptor))
+    """Which."""
+    is_write = _Field("u.desc_access.is_write", bool)
+    """Whether it was loaded."""
+    instr_info = _Field("u.desc_access.arch.vmx.instr_info", int)
+    """VMX's instruction information."""
+    exit_qualification = _Field("u.desc_access.arch.vmx.exit_qualification", int)
+    """VMX's exit qualification."""
+
+    @classmethod
+    def on(cls) -> Subscription:
+        """Hear of SGDT, LGDT, SIDT, LIDT, SLDT, LLDT, STR and LTR."""
+        return Subscription(cls, "monitor_descriptor_access")
+
+    @property
+    def default_response(self) -> Response:
+        """Xen's emulator executes it: executed by the vCPU it would be told of again."""
+        return EMULATE
+
+
+class EmulUnimplemented(Event):
+    """Xen's emulator cannot execute an instruction. ``xc_monitor_emul_unimplemented``."""
+
+    __slots__ = ()
+    reason = Reason.EMUL_UNIMPLEMENTED
+
+    @classmethod
+    def on(cls) -> Subscription:
+        """Hear of it instead of a #UD in the guest."""
+        return Subscription(cls, "monitor_emul_unimplemented")
+
+    @property
+    def default_response(self) -> Response:
+        """The vCPU executes it in view 0, where altp2m is on."""
+        return _step_over(self.view) if self.view else RESUME
+
+
+class VmExit(Event):
+    """The vCPU left guest mode (4.17 and later). ``xc_monitor_vmexit``."""
+
+    __slots__ = ()
+    reason = Reason.VMEXIT
+
+    exit_reason = _Field("u.vmexit.arch.vmx.reason", int)
+    """VMX's basic exit reason."""
+    exit_qualification = _Field("u.vmexit.arch.vmx.qualification", int)
+    """VMX's exit qualification."""
+
+    @classmethod
+    def on(cls, *, sync: bool = False) -> Subscription:
+        """Hear of every exit.
+
+        Args:
+            sync: Whether the vCPU waits for the answer. Xen then leaves the exit unhandled, and
+                the vCPU exits for the same cause again.
+        """
+        return Subscription(cls, "monitor_vmexit", {"sync": sync})
+
+    @property
+    def default_response(self) -> Response:
+        """One that waits is let through with the switch off for a step."""
+        return LET_THROUGH if self.paused else RESUME
+
+
+class Io(Event):
+    """The guest executed a port I/O instruction (4.18 and later). ``xc_monitor_io``.
+
+    Xen has not executed it, and the vCPU comes upon it again unless its registers are changed.
+    """
+
+    __slots__ = ()
+    reason = Reason.IO_INSTRUCTION
+
+    port = _Field("u.io.port", int)
+    """The port."""
+    bytes = _Field("u.io.bytes", int)
+    """How many bytes it moves."""
+    is_in = _Field("u.io.in", bool)
+    """Whether it reads the port."""
+    is_string = _Field("u.io.str", bool)
+    """Whether it is INS or OUTS."""
+
+    @classmethod
+    def on(cls) -> Subscription:
+        """Hear of port I/O."""
+        return Subscription(cls, "monitor_io")
+
+    @property
+    def default_response(self) -> Response:
+        """Let it through: the switch is off while this vCPU steps over it."""
+        return LET_THROUGH
+
+
+EVENTS: Mapping[int, type[Event]] = MappingProxyType(
+    {
+        int(kind.reason): kind
+        for kind in (
+            MemAccess, MemSharing, MemPaging, WriteCtrlreg, MovToMsr, SoftwareBreakpoint,
+            Singlestep, GuestRequest, DebugException, Cpuid, PrivilegedCall, Interrupt,
+            DescriptorAccess, EmulUnimplemented, VmExit, Io,
+        )
+        if kind.reason is not None
+    }
+)  # fmt: skip
+"""The class of each reason."""
+
+SINGLESTEP_ON = Subscription(Singlestep, "monitor_singlestep")
+
+InguestPagefault = Subscription(None, "monitor_inguest_pagefault", {})
+"""No event for what the CPU's page walk does: Xen emulates the instruction instead."""
+
+EmulateEachRep = Subscription(None, "monitor_emulate_each_rep", {})
+"""Emulate each repetition of a string instruction by itself."""
+
+
+class Action(enum.Enum):
+    """What a response does; one of them."""
+
+    RESUME = "resume"
+    """The vCPU goes on: what was about to happen happens, what faulted is tried again."""
+    DENY = "deny"
+    """The register write does not happen."""
+    REINJECT = "reinject"
+    """The guest's own handler gets the exception."""
+    EMULATE = "emulate"
+    """Xen's emulator executes the instruction, against the host p2m."""
+    SINGLESTEP = "singlestep"
+    """The vCPU executes one instruction and sends a :class:`Singlestep`."""
+    FAST_SINGLESTEP = "fast singlestep"
+    """The vCPU executes one instruction; then Xen itself moves it to another view."""
+    LET_THROUGH = "let through"
+    """The vCPU executes one instruction with the event's switch off for the whole domain."""
+
+
+INSTRUCTION_BYTES = 16
+_NOP = b"\x90"
+_READ_DATA_ROOM = min(map(read_data_room, layouts.VM_EVENT))
+_REGISTER_LIMIT = 1 << 64
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """An answer: one action, and beside it a view to move to and registers to set.
+
+    Made by the class methods and the ``with_`` methods; checked when made. One response may
+    answer any number of events.
+
+    Attributes:
+        action: What to do.
+        view: The view the vCPU is moved to before it goes on; None leaves it where it is.
+        back_to: Where a fast single-step ends.
+        registers: Values to set, by name; the other registers keep the event's values.
+        write: Whether emulated writes reach memory.
+        read_data: What emulated reads get to see instead of memory.
+        instruction: What is emulated instead of the instruction in memory.
+        next_interrupt: Whether the vCPU's next interrupt is sent as an :class:`Interrupt`.
+    """
+
+    action: Action = Action.RESUME
+    view: View | ViewId | None = None
+    back_to: View | ViewId | None = None
+    registers: Mapping[str, int] = field(default_factory=dict)
+    write: bool = True
+    read_data: bytes = b""
+    instruction: bytes = b""
+    next_interrupt: bool = False
+    flags: int = field(default=0, init=False, repr=False, compare=False)
+    """``VM_EVENT_FLAG_*`` it comes to, but for those that depend on the vCPU's state."""
+    data: bytes = field(default=b"", init=False, repr=False, compare=False)
+    """What goes to the emulator."""
+
+    @classmethod
+    def resume(cls, view: View | int | None = None) -> Response:
+        """Go on, in another view if one is given."""
+        return RESUME if view is None else RESUME.in_view(view)
+
+    @classmethod
+    def deny(cls) -> Response:
+        """Keep a control register or MSR from being written."""
+        return cls(Action.DENY)
+
+    @classmethod
+    def reinject(cls) -> Response:
+        """Give a breakpoint or debug exception to the guest."""
+        return REINJECT
+
+    @classmethod
+    def emulate(
+        cls, *, write: bool = True, read_data: bytes = b"", instruction: bytes = b""
+    ) -> Response:
+        """Have Xen's emulator execute the instruction.
+
+        It reads the host p2m's pages whatever the view shows, knows few vector instructions, and
+        does nothing unless the access still violates the vCPU's view (``vm_event_emulate_check``).
+
+        Args:
+            write: False drops what it writes to memory.
+            read_data: What it reads, at most 324 bytes.
+            instruction: For a breakpoint: what stands there in truth, at most 16 bytes.
+        """
+        return cls(Action.EMULATE, write=write, read_data=read_data, instruction=instruction)
+
+    @classmethod
+    def singlestep(cls, view: View | int | None = None) -> Response:
+        """Execute one instruction, in ``view`` if one is given, then send :class:`Singlestep`.
+
+        Xen's switch is a toggle that stays; here one response is one step. The vCPU stays in
+        ``view`` afterwards: answer the :class:`Singlestep` with where it belongs.
+        """
+        return STEP if view is None else STEP.in_view(view)
+
+    @classmethod
+    def fast_singlestep(
+        cls, *, through: View | int | None = HOST_VIEW, back_to: View | int
+    ) -> Response:
+        """Execute one instruction in one view and go on in another, with no second event.
+
+        Args:
+            through: Where to execute it; None is where the vCPU is.
+            back_to: Where to go on.
+        """
+        return cls(
+            Action.FAST_SINGLESTEP,
+            view=None if through is None else _view(through),
+            back_to=_view(back_to),
+        )
+
+    def in_view(self, view: View | int) -> Response:
+        """Return the same response with the vCPU moved to a view."""
+        return replace(self, view=_view(view))
+
+    def with_registers(self, **values: int) -> Response:
+        """Return the same response with registers set: rax to r15, rflags and rip."""
+        return replace(self, registers=MappingProxyType({**self.registers, **values}))
+
+    def with_next_interrupt(self) -> Response:
+        """Return the same response, asking for an :class:`Interrupt` event, too."""
+        return replace(self, next_interrupt=True)
+
+    def __post_init__(self) -> None:
+        self._check_action()
+        for name, value in self.registers.items():
+            if name not in SETTABLE_REGISTERS:
+                raise InvalidArgumentError(
+                    f"a response cannot set {name}: it can set {', '.join(_SETTABLE_IN_ORDER)}"
+                )
+            if not isinstance(value, int) or not 0 <= value < _REGISTER_LIMIT:
+                raise InvalidArgumentError(f"{name} cannot be {value!r}: it holds 64 bits")
+        if self.registers and (self.read_data or self.instruction):
+            raise InvalidArgumentError(
+                "a response cannot set registers and give the emulator data: both have one place"
+            )
+        object.__setattr__(self, "flags", self._flags())
+        object.__setattr__(self, "data", self._data())
+
+    def _check_action(self) -> None:
+        emulates = self.action is Action.EMULATE
+        if (self.back_to is not None) != (self.action is Action.FAST_SINGLESTEP):
+            raise InvalidArgumentError("back_to belongs to a fast single-step, and it needs one")
+        if not emulates and (not self.write or self.read_data or self.instruction):
+            raise InvalidArgumentError("write, read_data and instruction belong to emulate()")
+        if self.read_data and (self.instruction or not self.write):
+            raise InvalidArgumentError(
+                "Xen takes one of read_data, write=False and instruction, in this order"
+            )
+        if self.instruction and not self.write:
+            raise InvalidArgumentError("Xen ignores the instruction where write is False")
+        if len(self.read_data) > _READ_DATA_ROOM:
+            raise InvalidArgumentError(
+                f"{len(self.read_data)} bytes of read_data: at most {_READ_DATA_ROOM} fit"
+            )
+        if len(self.instruction) > INSTRUCTION_BYTES:
+            raise InvalidArgumentError(
+                f"{len(self.instruction)} bytes of instruction: at most {INSTRUCTION_BYTES} fit"
+            )
+        if self.action is Action.FAST_SINGLESTEP:
+            _check_live(self.back_to)
+        _check_live(self.view)
+
+    def _flags(self) -> int:
+        flags = _ACTION_FLAGS.get(self.action, 0)
+        if self.view is not None:
+            flags |= Flag.ALTERNATE_P2M
+        if self.registers:
+            flags |= Flag.SET_REGISTERS
+        if not self.write:
+            flags |= Flag.EMULATE_NOWRITE
+        if self.read_data:
+            flags |= Flag.SET_EMUL_READ_DATA
+        if self.instruction:
+            flags |= Flag.SET_EMUL_INSN_DATA
+        if self.next_interrupt:
+            flags |= Flag.GET_NEXT_INTERRUPT
+        return int(flags)
+
+    def _data(self) -> bytes:
+        if self.read_data:
+            return len(self.read_data).to_bytes(4, "little") + self.read_data
+        return self.instruction and self.instruction.ljust(INSTRUCTION_BYTES, _NOP)
+
+
+_ACTION_FLAGS = {
+    Action.DENY: Flag.DENY,
+    Action.EMULATE: Flag.EMULATE,
+    Action.FAST_SINGLESTEP: Flag.FAST_SINGLESTEP,
+}
+_SETTABLE_IN_ORDER = [name for name in _EVENT_REGISTERS[7] if name in SETTABLE_REGISTERS]
+
+
+def view_number(view: View | ViewId) -> int:
+    """Return a view's number."""
+    return view if isinstance(view, int) else view.id
+
+
+def _view(view: View | int) -> View | ViewId:
+    if isinstance(view, bool) or (not isinstance(view, int) and not hasattr(view, "id")):
+        raise InvalidArgumentError(f"a view is a View or its number, not {view!r}")
+    if isinstance(view, int) and not 0 <= view <= 0xFFFF:
+        raise InvalidArgumentError(f"{view} is not a view's number")
+    return ViewId(view) if isinstance(view, int) else view
+
+
+def _check_live(view: View | ViewId | None) -> None:
+    if view is not None and not isinstance(view, int) and view.closed:
+        raise InvalidArgumentError(f"{view!r} is closed: a vCPU cannot be moved to it")
+
+
+@functools.lru_cache
+def _step_over(view: ViewId) -> Response:
+    return Response.fast_singlestep(through=HOST_VIEW, back_to=view)
+
+
+RESUME = Response()
+REINJECT = Response(Action.REINJECT)
+EMULATE = Response(Action.EMULATE)
+STEP = Response(Action.SINGLESTEP)
+LET_THROUGH = Response(Action.LET_THROUGH)

@@ -1,0 +1,896 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A monitor: hear what a guest does, and answer, so that it never waits in vain.
+
+The way of an event: the request's bytes are copied out of the ring, wrapped in an
+:class:`~xenaltp2m.events.Event`, handed to whoever iterates, and answered once by a
+:class:`~xenaltp2m.events.Response`, or by the event's default when the next one is asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import select
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from xenaltp2m.abi.ring import MASK, REQ_PROD, RSP_PROD, SLOT_MASK, SLOTS, Request, Ring
+from xenaltp2m.abi.vm_event import (
+    HEAD,
+    RESPONSE_HEAD,
+    Flag,
+    Reason,
+    layout,
+    patch_registers,
+)
+from xenaltp2m.errors import (
+    AlreadyError,
+    BusyError,
+    InvalidArgumentError,
+    RingError,
+    UnsupportedError,
+    XenError,
+)
+from xenaltp2m.events import (
+    EVENTS,
+    RESUME,
+    SINGLESTEP_ON,
+    Action,
+    ControlRegister,
+    DebugException,
+    DomainEnded,
+    Event,
+    MemAccess,
+    Response,
+    SoftwareBreakpoint,
+    Subscription,
+    UnknownEvent,
+    view_number,
+)
+from xenaltp2m.handle import Handle, UndoList
+from xenaltp2m.signals import guard
+from xenaltp2m.types import VcpuInfo
+
+if TYPE_CHECKING:
+    from xenaltp2m.altp2m import Altp2m
+    from xenaltp2m.domain import Domain
+    from xenaltp2m.types import ViewId
+    from xenaltp2m.view import View
+
+_LIVENESS_SECONDS = 0.5
+"""How long nothing may happen before the domain is looked at: nothing tells of its end."""
+_FLUSH_EACH = 3
+"""Mask of a request's index: how many responses are kept back for one notification."""
+_SETTLE_SECONDS = 0.2
+_SETTLE_STEP = 0.001
+_DISABLE_TRIES = 100
+_SINGLE_STEP_OFF = 0
+"""``XEN_DOMCTL_DEBUG_OP_SINGLE_STEP_OFF`` (public/domctl.h)."""
+_NO_ERROR_CODE = 0xFFFF_FFFF
+_BREAKPOINT_VECTOR, _DEBUG_VECTOR = 3, 1
+_U = slice(24, 56)
+# As plain numbers, for enums are slow.
+_PAUSED, _TOGGLE = int(Flag.VCPU_PAUSED), int(Flag.TOGGLE_SINGLESTEP)
+_DONE = 2
+_SINGLESTEP, _HAS_VIEW = int(Reason.SINGLESTEP), int(Flag.ALTERNATE_P2M)
+_VIEWS_BEFORE_4_21 = 10
+_DENIABLE = (0, ControlRegister.CR0, ControlRegister.CR3, ControlRegister.CR4)
+
+_MOST_PLANS = 64
+_unpack, _pack_into = HEAD.unpack_from, RESPONSE_HEAD.pack_into
+_STEPS = frozenset({Action.SINGLESTEP, Action.FAST_SINGLESTEP, Action.LET_THROUGH})
+_NOT_YET = DomainEnded(None)
+Data: TypeAlias = bytes | bytearray
+Handler: TypeAlias = "Callable[[Event], Response | None]"
+
+_FITTING: dict[Action, frozenset[int]] = {
+    Action.DENY: frozenset({Reason.WRITE_CTRLREG, Reason.MOV_TO_MSR}),
+    Action.REINJECT: frozenset({Reason.SOFTWARE_BREAKPOINT, Reason.DEBUG_EXCEPTION}),
+    Action.EMULATE: frozenset(
+        {Reason.MEM_ACCESS, Reason.SOFTWARE_BREAKPOINT, Reason.DESCRIPTOR_ACCESS}
+    ),
+    Action.LET_THROUGH: frozenset({Reason.VMEXIT, Reason.IO_INSTRUCTION}),
+}
+"""What an action can answer, where not everything (``vm_event_emulate_check``,
+``vm_event_register_write_resume``, xen/arch/x86/vm_event.c)."""
+
+
+class _AnyView:
+    """Stands for a view that was given by number, or not at all."""
+
+    _closed = False
+
+
+_ANY_VIEW = _AnyView()
+
+
+class _Plan:
+    """What a response comes to, whichever event it answers.
+
+    Xen's single-step switch is a toggle that stays (``hvm_toggle_singlestep``); here a response
+    asks for one step, and a step that was asked for and is not done yet goes on:
+
+        the vCPU              | asked for no step | asked for a step
+        does not step         | not touched       | pulled, on
+        steps, not done yet   | not touched       | not touched
+        has done its step     | pulled, off       | not touched
+
+    A fast single-step turns the switch on itself, and Xen turns it off after the step.
+    """
+
+    __slots__ = (
+        "back_to", "data", "needs", "plain", "response", "rows", "through", "union", "view",
+    )  # fmt: skip
+    through: View | _AnyView
+    back_to: View | _AnyView
+
+    def __init__(self, response: Response) -> None:
+        self.response = response  # kept, so that its id stays its own
+        views = (response.view, response.back_to)
+        moves = views != (None, None)
+        self.through, self.back_to = (
+            _ANY_VIEW if view is None or isinstance(view, int) else view for view in views
+        )
+        """Handles of views, which may have been closed since."""
+        self.needs = (0 if response == RESUME else _PAUSED) | (_HAS_VIEW if moves else 0)
+        self.view = 0 if response.view is None else view_number(response.view)
+        self.union = b""
+        if response.back_to is not None:
+            self.union = view_number(response.back_to).to_bytes(2, "little") + bytes(30)
+        self.data: Data = response.data
+        self.plain = not (response.data or response.registers)
+        """Whether nothing but flags, a view's number and ``u`` make the answer."""
+        flags, pulled = response.flags, response.flags | _TOGGLE
+        self.rows: tuple[tuple[int, bool], ...]
+        """Flags, and whether the vCPU steps then, by the row of the table."""
+        if response.back_to is not None:
+            self.rows = ((flags, False),) * 3
+        elif response.action in (Action.SINGLESTEP, Action.LET_THROUGH):
+            self.rows = (pulled, True), (flags, True), (flags, True)
+        else:
+            self.rows = (flags, False), (flags, True), (pulled, False)
+
+
+class _Classes(dict[int, type[Event]]):
+    """The class of each reason, also of those nobody knows."""
+
+    def __missing__(self, reason: int) -> type[Event]:
+        return UnknownEvent
+
+
+_CLASSES = _Classes(EVENTS)
+
+
+class Monitor(Handle):
+    """A domain's monitor. Made by :meth:`xenaltp2m.domain.Domain.monitor`.
+
+    While one is open in the main thread, SIGTERM and SIGHUP raise :class:`SystemExit` where they
+    would kill the process: a killed agent leaves its guest frozen. Handlers of one's own stay.
+
+    Closing it answers what is unanswered, waits until the vCPUs have taken their answers, ends
+    single-stepping, turns off what it turned on, and gives the ring back. If it heard of accesses
+    or breakpoints, the vCPUs leave the view they were moved to first: nobody would hear them.
+
+    Thread-safety: :meth:`stop` may be called from anywhere, all else from one thread at a time.
+
+    Attributes:
+        domain: The domain.
+        version: Xen's vm_event interface version.
+    """
+
+    def __init__(
+        self, domain: Domain, subscriptions: tuple[Subscription, ...], access_required: bool
+    ) -> None:
+        self.domain = domain
+        self._backend = domain.xen.backend
+        self._domid = int(domain.domid)
+        self._release = domain.xen.release
+        self.version = self._known_version()
+        super().__init__()
+        self._enabled: dict[tuple[object, ...], Subscription] = {}
+        self._has_stepped = False
+        self._last: dict[int, Response] = {}
+        """What each vCPU was last answered with."""
+        self._plans: dict[int, _Plan] = {}
+        self._notified = 0
+        """How many responses Xen was made to look at, modulo 2^32."""
+        self._let_through: dict[int, Subscription] = {}
+        self._iterating = False
+        self._stopped = False
+        self._switches_views = False
+        self._damaged = False
+        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._poller = select.epoll()
+        self._poll = self._poller.poll
+        self._poller.register(self._wakeup, select.EPOLLIN)
+        self._own = UndoList()
+        """What is this process's: its end of the ring and of the event channel."""
+        self._own.push("", self._close_files)
+        try:
+            self._open()
+            for wanted in subscriptions:
+                self.enable(wanted)
+            if access_required:
+                self._require_access()
+        except BaseException as error:
+            self._undo, undo = UndoList(), self._undo
+            self._own.adopt(undo)
+            self._roll_back(self._own, error, heir=domain._undo)
+            super().abandon()
+            raise
+        guard.enter()
+
+    def __repr__(self) -> str:
+        return f"<Monitor of domain {self._domid}>"
+
+    # Opening.
+
+    def _known_version(self) -> int:
+        version = self._backend.vm_event_get_version()
+        try:
+            layout(version)
+        except LookupError as error:
+            raise UnsupportedError(str(error), op="vm_event_get_version") from None
+        return version
+
+    def _open(self) -> None:
+        """Enable it and set its ring up while the domain stands still.
+
+        A guest that is restricted already may put a request at once, which setting up would lose.
+        """
+        backend, domid = self._backend, self._domid
+        with self.domain.paused():
+            try:
+                remote, page = backend.monitor_enable(domid)
+            except BusyError as error:
+                error.hint = (*_other_agents(), *error.hint)
+                raise
+            self._undo.push(f"monitor of domain {domid}", partial(backend.monitor_disable, domid))
+            self._own.push(f"ring of domain {domid}", partial(backend.monitor_unmap_ring, page))
+            self._ring = Ring(page, layout(self.version).size)
+            self._own.push("", self._ring.release)
+            self._ring.clear()
+            self._channel = backend.evtchn_open()
+            self._own.push(
+                f"event channel of domain {domid}", partial(backend.evtchn_close, self._channel)
+            )
+            self._port = backend.evtchn_bind_interdomain(self._channel, domid, remote)
+            calls = backend.evtchn_calls(self._channel, self._port)
+            self._pending, self._unmask, self._notify = calls
+            self._poller.register(backend.evtchn_fd(self._channel), select.EPOLLIN)
+            self._undo.drop()
+            self._undo.push(f"monitor of domain {domid}", self._disable)
+
+    def _close_files(self) -> None:
+        self._poller.close()
+        os.close(self._wakeup)
+
+    def _require_access(self) -> None:
+        required = partial(self._backend.domain_set_access_required, self._domid)
+        self._undo.push(f"access_required of domain {self._domid}", partial(required, False))
+        required(True)
+
+    def enable(self, which: Subscription | type[Event]) -> None:
+        """Hear of something more.
+
+        Args:
+            which: A kind of event, or what its ``on`` returned.
+
+        Raises:
+            InvalidArgumentError: It is no such thing.
+            AlreadyError: It is on already.
+            UnsupportedError: The CPU, this Xen or its library cannot tell of it.
+        """
+        self._check_open()
+        wanted = subscription(which)
+        if wanted.key in self._enabled:
+            raise AlreadyError(f"{self!r} hears of {_words(wanted)} already", domid=self._domid)
+        if wanted.switch is not None:
+            self._undo.push(
+                f"{_words(wanted)} of domain {self._domid}", partial(self._turn_off, wanted)
+            )
+            try:
+                self._turn(wanted, True)
+            except AlreadyError:
+                # Nobody else can be listening: somebody has left it on, with his own options.
+                self._turn(wanted, False)
+                self._turn(wanted, True)
+        self._enabled[wanted.key] = wanted
+
+    def disable(self, which: Subscription | type[Event]) -> None:
+        """Hear no more of something that was enabled through this handle.
+
+        Raises:
+            InvalidArgumentError: It was not.
+        """
+        self._check_open()
+        unwanted = subscription(which)
+        if unwanted.key not in self._enabled:
+            raise InvalidArgumentError(f"{self!r} does not hear of {_words(unwanted)}")
+        self._turn_off(self._enabled[unwanted.key])
+
+    def _turn(self, subscription: Subscription, on: bool) -> None:
+        assert subscription.switch is not None
+        word = "disable" if subscription.switch == "monitor_inguest_pagefault" else "enable"
+        switch = getattr(self._backend, subscription.switch)
+        switch(self._domid, **{word: on, **subscription.options})
+
+    def _turn_off(self, subscription: Subscription) -> None:
+        if self._enabled.pop(subscription.key, None) is None or subscription.switch is None:
+            return
+        with contextlib.suppress(AlreadyError):
+            self._turn(subscription, False)
+
+    # Listening.
+
+    def fileno(self) -> int:
+        """Return a file descriptor that is readable when there is something to do.
+
+        For event loops of one's own: when it is, call ``next(monitor.events(timeout=0), None)``
+        until that is None.
+        """
+        self._check_open()
+        return self._poller.fileno()
+
+    def stop(self) -> None:
+        """End the iteration that runs, or the next one; from any thread or signal handler."""
+        if not self.closed:
+            os.eventfd_write(self._wakeup, 1)
+
+    def events(self, timeout: float | None = None) -> Iterator[Event]:
+        """Yield what happens, each event after the one before it was answered.
+
+        What is not answered by :meth:`Event.reply` gets the event's default response when the next
+        event is asked for. A :class:`DomainEnded` is the last.
+
+        Args:
+            timeout: How many seconds nothing may happen before the iteration ends; None waits
+                for ever.
+
+        Raises:
+            BusyError: Somebody iterates already.
+            RingError: The ring holds something that is not an event. Its vCPU is answered.
+        """
+        self._begin()
+        try:
+            while (event := self._next(timeout)) is not None:
+                yield event
+                self._settle()
+                if type(event) is DomainEnded:
+                    return
+        finally:
+            self._end()
+
+    def run(self, handler: Handler, timeout: float | None = None) -> None:
+        """Call a handler for each event and answer with what it returns.
+
+        What it raises is raised here, after the vCPU got the event's default response.
+
+        Args:
+            handler: Gets an event, returns its response; None is the default one, unless it has
+                replied already. Responses that are made once and returned often are cheap.
+            timeout: As for :meth:`events`.
+
+        Raises:
+            InvalidArgumentError: A response does not fit its event.
+        """
+        self._begin()
+        try:
+            while (event := self._next(timeout)) is not None:
+                response = handler(event)
+                if response is not None:
+                    self._answer(event, response)
+                elif type(event) is DomainEnded:
+                    return
+                else:
+                    self._settle()
+                if not (self._let_through or self._stopped):
+                    self._serve(handler, timeout)
+        finally:
+            self._end()
+
+    def _serve(self, handler: Handler, timeout: float | None) -> None:
+        """Do what :meth:`run` does, as long as nothing is out of the ordinary.
+
+        All of it is in one function, for calls and lookups are what an event costs in Python.
+        A request counts as taken only when it is answered here: an exception leaves it unread.
+        """
+        ring, indices, slots = self._ring, self._ring.indices, self._ring.slots
+        poll, pending, unmask, notify = self._poll, self._pending, self._unmask, self._notify
+        plan_of, last, version = self._plans.get, self._last, self.version
+        wait = _LIVENESS_SECONDS if timeout is None else min(timeout, _LIVENESS_SECONDS)
+        signalled = [(self._backend.evtchn_fd(self._channel), select.EPOLLIN)]
+        taken, answered, outstanding, stepping = ring.state
+        notified = self._notified
+        while not outstanding:
+            if indices[REQ_PROD] == taken:
+                if answered != notified:
+                    indices[RSP_PROD] = answered
+                    if notify() < 0:
+                        return
+                    self._notified = notified = answered
+                ready = poll(wait)
+                if ready == signalled:
+                    pending()
+                    unmask()
+                elif not self._heed(ready) or self._stopped:
+                    return
+                if (indices[REQ_PROD] - taken) & MASK > SLOTS:
+                    return
+                continue
+            if answered != notified and not taken & _FLUSH_EACH:
+                self._flush()  # many are waiting: vCPUs may be, for room
+                notified = self._notified
+            raw = slots[taken & SLOT_MASK].tobytes()
+            head = _unpack(raw)
+            if head[0] != version:
+                return
+            _, asked, reason, vcpu, _ = head
+            event = _CLASSES[reason]()
+            event._request, event._head, event._monitor = (taken, raw), head, self
+            response = handler(event)
+            plan = plan_of(id(response))
+            if (
+                plan is None
+                or not plan.plain
+                or plan.through._closed
+                or plan.back_to._closed
+                or asked & plan.needs != plan.needs
+                or ring.state[0] != taken
+            ):
+                if response is not None:
+                    self._answer(event, response)
+                self._settle_taken(event)
+                if self._let_through:
+                    return
+                taken, answered, outstanding, stepping = ring.state
+                continue
+            flags, steps = plan.rows[_DONE if reason == _SINGLESTEP else stepping >> vcpu & 1]
+            _pack_into(
+                slots[answered & SLOT_MASK], 0,
+                version, flags | asked & _PAUSED, reason, vcpu, plan.view, plan.union or raw[_U],
+            )  # fmt: skip
+            stepping = stepping | 1 << vcpu if steps else stepping & ~(1 << vcpu)
+            taken, answered = (taken + 1) & MASK, (answered + 1) & MASK
+            ring.state = (taken, answered, (), stepping)
+            last[vcpu] = plan.response
+
+    def _settle_taken(self, event: Event) -> None:
+        """Give an event in the hand of :meth:`_serve` its default response, if it has none."""
+        if event._request[0] == self._ring.state[0]:
+            self._ring.take()
+        self._settle()
+
+    def __iter__(self) -> Iterator[Event]:
+        return self.events()
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        """As :meth:`events`, for ``async for``."""
+        loop = asyncio.get_running_loop()
+        ready = asyncio.Event()
+        self._begin()
+        loop.add_reader(self._poller.fileno(), ready.set)
+        try:
+            while True:
+                ready.clear()
+                event = self._next(0)
+                if event is None:
+                    if self._stopped:
+                        return
+                    try:
+                        await asyncio.wait_for(ready.wait(), _LIVENESS_SECONDS)
+                    except TimeoutError:
+                        event = self._ended()
+                if event is not None:
+                    yield event
+                    self._settle()
+                    if type(event) is DomainEnded:
+                        return
+        finally:
+            loop.remove_reader(self._poller.fileno())
+            self._end()
+
+    def _begin(self) -> None:
+        self._check_open()
+        if self._iterating:
+            raise BusyError(f"{self!r} is being iterated already", domid=self._domid)
+        self._iterating = True
+        self._stopped = False
+
+    def _end(self) -> None:
+        self._iterating = False
+        if not self.closed:
+            self._settle()
+            self._flush()
+
+    def _next(self, timeout: float | None) -> Event | None:
+        """Return the next event; None after a stop, or where nothing happens for long enough."""
+        while True:
+            request = self._ring.take()
+            if request is None:
+                ended = self._await_more(timeout)
+                if ended is _NOT_YET:
+                    continue
+                return ended
+            if not request[0] & _FLUSH_EACH:
+                self._flush()  # many are waiting: vCPUs may be, for room
+            head = _unpack(request[1])
+            event = _CLASSES[head[2]]()
+            event._request, event._head, event._monitor = request, head, self
+            if head[0] != self.version:
+                raise RingError(
+                    f"a request of interface version {head[0]} where Xen said {self.version}",
+                    domid=self._domid,
+                    vcpu=head[3],
+                )
+            if self._let_through and self._ends_let_through(event):
+                continue
+            return event
+
+    def _ends_let_through(self, event: Event) -> bool:
+        """Turn what was let through on again once its vCPU has stepped over it."""
+        _, _, reason, vcpu, _ = event._head
+        if reason != _SINGLESTEP or vcpu not in self._let_through:
+            return False
+        self._turn(self._let_through.pop(vcpu), True)
+        self._answer(event, RESUME)
+        return True
+
+    def _await_more(self, timeout: float | None) -> DomainEnded | None:
+        """Show Xen the responses, then wait until there may be a request.
+
+        Returns:
+            ``_NOT_YET`` where the ring should be looked at again, else what iterating ends with.
+        """
+        self._flush()
+        idle = 0.0
+        while not self._stopped:
+            wait = _LIVENESS_SECONDS if timeout is None else min(_LIVENESS_SECONDS, timeout - idle)
+            if self._heed(self._poll(wait)):
+                return _NOT_YET
+            idle += wait
+            if timeout is not None and idle >= timeout:
+                return self._ended() if timeout else None
+            if not self._stopped and (ended := self._ended()) is not None:
+                return ended
+        return None
+
+    def _heed(self, ready: list[tuple[int, int]]) -> bool:
+        """Take what the poller has found; tell whether the ring was signalled."""
+        signalled = False
+        for descriptor, _ in ready:
+            if descriptor == self._wakeup:
+                os.eventfd_read(descriptor)
+                self._stopped = True
+            else:
+                self._pending()
+                self._unmask()
+                signalled = True
+        return signalled
+
+    def _ended(self) -> DomainEnded | None:
+        """Look whether the domain is still there."""
+        info = self.domain._find()
+        if info is None or info.dying:
+            return DomainEnded(None)
+        return DomainEnded(info.shutdown_reason) if info.shutdown else None
+
+    # Answering.
+
+    def reply(self, event: Event, response: Response) -> None:
+        """Answer an event; see :meth:`Event.reply`."""
+        self._check_open()
+        self._answer(event, response)
+
+    def _settle(self) -> None:
+        """Give everything that is unanswered its default response."""
+        for request in self._ring.outstanding:
+            head = _unpack(request[1])
+            event = _CLASSES[head[2]]()
+            event._request, event._head, event._monitor = request, head, self
+            try:
+                if head[0] != self.version:
+                    self._resume(request)
+                else:
+                    self._answer(event, event.default_response)
+            except XenError:
+                self._resume(request)
+
+    def _resume(self, request: Request) -> None:
+        """Let a vCPU go on and ask for nothing else."""
+        head = _unpack(request[1])
+        self._ring.answer(request, head, head[1] & _PAUSED)
+        self._last[head[3]] = RESUME
+
+    def _flush(self) -> None:
+        """Let Xen take the responses: it has when this returns."""
+        shown = self._ring.publish()
+        if shown != self._notified:
+            if self._notify() < 0:
+                self._backend.evtchn_notify(self._channel, self._port)  # which says what is wrong
+            self._notified = shown
+
+    def _answer(self, event: Event, response: Response) -> None:
+        """Write a response into the ring."""
+        plan = self._plans.get(id(response)) or self._plan(event, response)
+        head = event._head
+        _, asked, reason, vcpu, _ = head
+        if asked & plan.needs != plan.needs or plan.through._closed or plan.back_to._closed:
+            self._check_fits(event, response)
+        request = event._request
+        if request[0] == self._ring.state[0]:  # in the hand of _serve
+            taken = self._ring.take()
+            assert taken is not None
+            event._request = request = taken
+        stepping = self._ring.state[3]
+        flags, steps = plan.rows[_DONE if reason == _SINGLESTEP else stepping >> vcpu & 1]
+        flags |= asked & _PAUSED
+        stepping = stepping | 1 << vcpu if steps else stepping & ~(1 << vcpu)
+        union = plan.union or request[1][_U]
+        data = plan.data
+        if response.registers:
+            data = patch_registers(self.version, request[1], response.registers)
+        self._ring.answer(request, head, flags, plan.view, union, data, stepping)
+        self._last[vcpu] = response
+
+    def _plan(self, event: Event, response: Response) -> _Plan:
+        """Check a response and work out what is the same whichever event it answers."""
+        self._check_open()
+        if not isinstance(response, Response):
+            raise InvalidArgumentError(f"an event is answered by a Response, not {response!r}")
+        if event._monitor is None:
+            raise InvalidArgumentError(f"{event!r} did not come from a monitor")
+        self._check_fits(event, response)
+        action = response.action
+        if action in _STEPS:
+            self._has_stepped = True
+            if action is not Action.FAST_SINGLESTEP or not self._release.fast_singlestep_alone:
+                self._hear_singlesteps()
+        if action is Action.LET_THROUGH:
+            self._lift(event)
+        elif action is Action.REINJECT:
+            self._inject(event)
+        plan = _Plan(response)
+        if action not in _FITTING:  # those must be checked, or do something, each time
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.clear()
+            self._plans[id(response)] = plan
+        return plan
+
+    def _hear_singlesteps(self) -> None:
+        """Turn single-step events on: without them a step never ends (``hvm_monitor_debug``)."""
+        if SINGLESTEP_ON.key not in self._enabled:
+            self.enable(SINGLESTEP_ON)
+
+    def _lift(self, event: Event) -> None:
+        for subscription in self._enabled.values():
+            if subscription.event is type(event):
+                with contextlib.suppress(AlreadyError):
+                    self._turn(subscription, False)
+                self._let_through[event.vcpu] = subscription
+                return
+        raise InvalidArgumentError(f"{self!r} has not turned on what sent {event!r}")
+
+    def _check_fits(self, event: Event, response: Response) -> None:
+        """Refuse a response that Xen would take for another, or for none."""
+        action = response.action
+        moves = response.view is not None or response.back_to is not None
+        problem = None
+        if not event.paused:
+            if response != RESUME:
+                problem = "the vCPU did not wait: it can only be resumed"
+        elif moves and event.view is None:
+            problem = "altp2m is off: there are no views"
+        elif action in _FITTING:
+            problem = _misfit(event, response)
+        if problem is not None:
+            raise InvalidArgumentError(
+                f"{action.value} cannot answer {event!r}: {problem}", domid=self._domid
+            )
+        for view in (response.view, response.back_to):
+            if view is not None:
+                self._check_view(view)
+
+    def _check_view(self, view: View | ViewId) -> None:
+        """Refuse a view that is gone, and tell altp2m's handle that vCPUs leave where it put them.
+
+        Xen ignores a switch to a view that does not exist, and a fast single-step back to a number
+        beyond its limit (``hvm_fast_singlestep``).
+        """
+        if isinstance(view, int):
+            if view >= _VIEWS_BEFORE_4_21 and not self._release.view_count_is_setting:
+                raise InvalidArgumentError(f"there is no view {view}", domid=self._domid)
+        elif view._closed or view._domid != self._domid:
+            raise InvalidArgumentError(
+                f"{view!r} is not an open view of domain {self._domid}", domid=self._domid
+            )
+        if not self._switches_views and (altp2m := self._altp2m) is not None:
+            altp2m._moved = True
+            self._switches_views = True
+
+    def _inject(self, event: Event) -> None:
+        assert isinstance(event, SoftwareBreakpoint | DebugException)
+        vector = _BREAKPOINT_VECTOR if isinstance(event, SoftwareBreakpoint) else _DEBUG_VECTOR
+        self._backend.hvm_inject_trap(
+            self._domid,
+            int(event.vcpu),
+            vector,
+            int(event.type),
+            _NO_ERROR_CODE,
+            event.insn_length,
+            0,
+        )
+
+    @property
+    def _altp2m(self) -> Altp2m | None:
+        return self.domain._anybody_s_altp2m()
+
+    # Closing.
+
+    def close(self) -> None:
+        """Stop listening and take back what was done; again is harmless.
+
+        Signals that would interrupt it wait until it is done.
+
+        Raises:
+            LeftoverError: Something could not be taken back; a second call tries it again.
+        """
+        with guard.holding_back():
+            super().close()
+
+    def abandon(self) -> None:
+        """Close without undoing anything but what is this process's own: the domain is gone."""
+        if self.closed:
+            return
+        with contextlib.suppress(XenError):
+            self._own.unwind(f"abandoning {self!r}")
+        guard.leave()
+        super().abandon()
+
+    def _take_back(self) -> None:
+        super()._take_back()
+        self._own.unwind(f"closing {self!r}")
+
+    def _disable(self) -> None:
+        """Answer everything, let the answers take effect, and give the ring back.
+
+        A response's effect on registers waits in memory that disabling frees
+        (``vm_event_cleanup_domain``) until its vCPU runs: so they must run in between.
+        """
+        if self._deaf_without_us() and (altp2m := self._altp2m) is not None:
+            altp2m._switch_back()
+        self._answer_all()
+        self._await_vcpus()
+        for attempt in range(_DISABLE_TRIES):
+            self._backend.domain_pause(self._domid)
+            try:
+                self._answer_all()
+                for vcpu in sorted(self._last) if self._has_stepped else ():
+                    self._backend.domain_debug_control(self._domid, _SINGLE_STEP_OFF, vcpu)
+                self._backend.monitor_disable(self._domid)
+                return
+            except BusyError:
+                if attempt == _DISABLE_TRIES - 1:
+                    raise
+            finally:
+                self._backend.domain_unpause(self._domid)
+            time.sleep(_SETTLE_STEP)  # vCPUs that wait for room must run to find some
+
+    def _deaf_without_us(self) -> bool:
+        return self._switches_views or bool(
+            {MemAccess, SoftwareBreakpoint} & {sub.event for sub in self._enabled.values()}
+        )
+
+    def _answer_all(self) -> None:
+        """Let every vCPU go on.
+
+        Where the ring does not tell who waits, each is answered for; one that does not wait
+        ignores it (``vm_event_resume``).
+        """
+        try:
+            self._flush()  # again, where a notification has failed
+            while self._ring.unread or self._ring.outstanding:
+                while self._ring.take() is not None:
+                    pass
+                for request in self._ring.outstanding:
+                    self._resume(request)
+                self._flush()
+        except RingError:
+            if not self._damaged:
+                for vcpu in range(self.domain.info().max_vcpu_id + 1):
+                    self._ring.force(self.version, vcpu, _PAUSED)
+                    self._flush()
+            self._damaged = True
+
+    def _await_vcpus(self) -> None:
+        """Wait, not for long, until the vCPUs that were answered have run."""
+        info = self.domain._find()
+        if info is None or info.paused or info.shutdown or info.dying:
+            return
+        end = time.monotonic() + _SETTLE_SECONDS
+        waiting: dict[int, VcpuInfo | None] = dict.fromkeys(self._last)
+        while waiting:
+            for vcpu, before in list(waiting.items()):
+                now = self._backend.vcpu_getinfo(self._domid, vcpu)
+                ran = before is not None and now.cpu_time > before.cpu_time
+                if now.blocked or (ran and self._returned(vcpu)):
+                    del waiting[vcpu]
+                elif before is None:
+                    waiting[vcpu] = now
+            if not waiting or time.monotonic() > end:
+                return
+            time.sleep(_SETTLE_STEP)
+
+    def _returned(self, vcpu: int) -> bool:
+        """Tell whether a vCPU's fast single-step has ended."""
+        response = self._last[vcpu]
+        if response.back_to is None:
+            return True
+        back_to = view_number(response.back_to)
+        try:
+            return self._backend.altp2m_get_vcpu_p2m_idx(self._domid, vcpu) == back_to
+        except XenError:
+            return True  # altp2m is off by now
+
+    def _orphaned(self) -> bool:
+        return self.domain._orphaned()
+
+
+def _misfit(event: Event, response: Response) -> str | None:
+    """Say why a response does not answer an event, if it does not."""
+    fitting = _FITTING[response.action]
+    if event.reason not in fitting:
+        return f"it answers {', '.join(sorted(_names(fitting)))} only"
+    if response.action is Action.DENY and getattr(event, "index", 0) not in _DENIABLE:
+        return "Xen denies writes of CR0, CR3 and CR4 only"
+    if response.action is Action.EMULATE:
+        breakpoint_ = event.reason is Reason.SOFTWARE_BREAKPOINT
+        if response.instruction and not breakpoint_:
+            return "an instruction to emulate answers a SoftwareBreakpoint only"
+        if breakpoint_ and not response.instruction:
+            return "at a breakpoint, give the instruction that stands there in truth"
+    return None
+
+
+def subscription(wanted: Subscription | type[Event]) -> Subscription:
+    """Return the subscription to a kind of event.
+
+    Raises:
+        InvalidArgumentError: It is none, or the kind wants options.
+    """
+    if isinstance(wanted, Subscription):
+        return wanted
+    if isinstance(wanted, type) and issubclass(wanted, Event):
+        return wanted.on()
+    raise InvalidArgumentError(f"{wanted!r} is neither a kind of event nor what its on() returns")
+
+
+def _words(subscription: Subscription) -> str:
+    name = subscription.switch or str(getattr(subscription.event, "__name__", ""))
+    which = [str(value) for value in subscription.key[1:]]
+    return " ".join([name.removeprefix("monitor_"), *which])
+
+
+def _names(reasons: frozenset[int]) -> list[str]:
+    return [EVENTS[reason].__name__ for reason in reasons]
+
+
+def _other_agents() -> Iterator[str]:
+    """Name the processes that may hold a monitor: those with an event channel open."""
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            files = [str(link.readlink()) for link in (directory / "fd").iterdir()]
+            name = (directory / "comm").read_text().strip()
+        except OSError:
+            continue
+        if "/dev/xen/evtchn" in files and not name.startswith(("xenstored", "xenconsoled", "qemu")):
+            who = (
+                "this process"
+                if int(directory.name) == os.getpid()
+                else f"process {directory.name}"
+            )
+            yield f"{who} ({name}) has an event channel open and may be the agent"

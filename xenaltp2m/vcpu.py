@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A virtual CPU: its registers, its view, whether it runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from xenaltp2m.abi.layouts import HVM_CPU, HVM_CPU_TYPECODE, HVM_DESCRIPTOR
+from xenaltp2m.errors import InvalidArgumentError
+from xenaltp2m.events import Registers
+from xenaltp2m.types import VcpuId, VcpuInfo, ViewId
+
+if TYPE_CHECKING:
+    from xenaltp2m.domain import Domain
+
+_END = bytes(HVM_DESCRIPTOR.size)
+_HEADER_TYPECODE = 1
+"""``HVM_SAVE_CODE(HEADER)``, which every stream begins with (``hvm_load``)."""
+
+
+class Vcpu:
+    """One of a domain's vCPUs. Made by :meth:`xenaltp2m.domain.Domain.vcpu`.
+
+    Attributes:
+        domain: Its domain.
+        number: Its number.
+    """
+
+    def __init__(self, domain: Domain, number: int) -> None:
+        self.domain = domain
+        self.number = VcpuId(number)
+        self._backend = domain.xen.backend
+
+    def __repr__(self) -> str:
+        return f"<Vcpu {self.number} of domain {self.domain.domid}>"
+
+    def info(self) -> VcpuInfo:
+        """Tell whether it runs, and how long it has. ``xc_vcpu_getinfo``."""
+        self.domain._check_open()
+        return self._backend.vcpu_getinfo(int(self.domain.domid), int(self.number))
+
+    @property
+    def view(self) -> ViewId:
+        """The number of the view it is in. ``xc_altp2m_get_vcpu_p2m_idx``."""
+        self.domain._check_open()
+        return ViewId(
+            self._backend.altp2m_get_vcpu_p2m_idx(int(self.domain.domid), int(self.number))
+        )
+
+    def registers(self) -> Registers:
+        """Read its registers (``struct hvm_hw_cpu``): of a running vCPU, those of some moment.
+
+        ``xc_domain_hvm_getcontext_partial``.
+        """
+        return Registers(self._record(), HVM_CPU.fields)
+
+    def set_registers(self, **values: int) -> None:
+        """Set registers by name, with the domain paused meanwhile.
+
+        A vCPU that waits for an answer takes its registers from the answer if that sets any: use
+        :meth:`Response.with_registers` there.
+
+        Raises:
+            InvalidArgumentError: There is no such register, or the value does not fit into it.
+
+        ``xc_domain_hvm_getcontext_partial``, ``xc_domain_hvm_setcontext``.
+        """
+        for name, value in values.items():
+            place = HVM_CPU.fields.get(name)
+            if place is None:
+                raise InvalidArgumentError(f"there is no register {name!r}")
+            if not isinstance(value, int) or not 0 <= value < 1 << 8 * place.width:
+                raise InvalidArgumentError(
+                    f"{name} cannot be {value!r}: it has {place.width} bytes"
+                )
+        domid = int(self.domain.domid)
+        with self.domain.paused():
+            record = bytearray(self._record())
+            for name, value in values.items():
+                offset, width = HVM_CPU.fields[name]
+                record[offset : offset + width] = value.to_bytes(width, "little")
+            header = self._backend.domain_hvm_getcontext_partial(domid, _HEADER_TYPECODE, 0)
+            stream = _record(_HEADER_TYPECODE, 0, header)
+            stream += _record(HVM_CPU_TYPECODE, int(self.number), record) + _END
+            self._backend.domain_hvm_setcontext(domid, stream)
+
+    def _record(self) -> bytes:
+        self.domain._check_open()
+        return self._backend.domain_hvm_getcontext_partial(
+            int(self.domain.domid), HVM_CPU_TYPECODE, int(self.number)
+        )
+
+
+def _record(typecode: int, instance: int, body: bytes | bytearray) -> bytes:
+    head = (typecode, 2), (instance, 2), (len(body), 4)
+    return b"".join(value.to_bytes(width, "little") for value, width in head) + body
