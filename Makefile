@@ -16,7 +16,7 @@ retry = for pause in 5 20 0; do $(1) && break; \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint format types ffi ffi-check abi bench guest dist clean headers \
+.PHONY: help demo test check lint format types ffi ffi-check abi bench bench-xen fuzz guest dist clean headers \
 	lab lab-shell test-xen test-xen-all support demo-xen
 
 help: ## list the targets
@@ -54,8 +54,15 @@ abi: $(READY) headers ## prove cdefs/ against Xen's headers; without them it fai
 bench: $(READY) ## measure what calls cost against C
 	$(RUN) tests/bench/bench.py
 
-guest: ## build the example guest anew (gcc -m32)
+bench-xen: $(READY) ## measure the monitor against xen-access and C on real Xen in the lab
+	$(RUN) tests/bench/bench_xen.py
+
+fuzz: $(READY) ## a million mutated requests and ring states through the monitor
+	$(RUN) tests/fuzz/events.py $(FUZZ)
+
+guest: ## build the guests anew (gcc -m32)
 	$(MAKE) -C examples/guest --always-make
+	$(MAKE) -C tests/lab/guest --always-make
 
 dist: $(READY) ## build sdist and wheel, and try the wheel in an empty environment
 	rm -rf build dist

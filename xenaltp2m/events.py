@@ -200,7 +200,7 @@ class Event:
     # There is no __init__: one is made for every event, and its call costs as much as all else.
 
     @classmethod
-    def of(cls, raw: bytes) -> Event:
+    def of(cls, raw: bytes | bytearray | memoryview) -> Event:
         """Wrap a request's bytes, recorded or written by hand, in the class of its reason.
 
         Raises:
@@ -291,7 +291,7 @@ class Event:
         return f"{type(self).__name__}({', '.join(told)})"
 
 
-def _size_of(raw: bytes) -> int | None:
+def _size_of(raw: bytes | bytearray | memoryview) -> int | None:
     shape = layouts.VM_EVENT.get(HEAD.unpack_from(raw)[0])
     return None if shape is None else shape.size
 

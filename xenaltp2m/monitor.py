@@ -13,7 +13,7 @@ import contextlib
 import os
 import select
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -85,7 +85,7 @@ _unpack, _pack_into = HEAD.unpack_from, RESPONSE_HEAD.pack_into
 _STEPS = frozenset({Action.SINGLESTEP, Action.FAST_SINGLESTEP, Action.LET_THROUGH})
 _NOT_YET = DomainEnded(None)
 Data: TypeAlias = bytes | bytearray
-Handler: TypeAlias = "Callable[[Event], Response | None]"
+Handler: TypeAlias = Callable[[Event], Response | None]
 
 _FITTING: dict[Action, frozenset[int]] = {
     Action.DENY: frozenset({Reason.WRITE_CTRLREG, Reason.MOV_TO_MSR}),
@@ -200,9 +200,9 @@ class Monitor(Handle):
         """How many responses Xen was made to look at, modulo 2^32."""
         self._let_through: dict[int, Subscription] = {}
         self._iterating = False
-        self._stopped = False
+        self._stopping = False
         self._switches_views = False
-        self._damaged = False
+        self._damaged = self._disabled = False
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poller = select.epoll()
         self._poll = self._poller.poll
@@ -339,9 +339,10 @@ class Monitor(Handle):
     def stop(self) -> None:
         """End the iteration that runs, or the next one; from any thread or signal handler."""
         if not self.closed:
+            self._stopping = True
             os.eventfd_write(self._wakeup, 1)
 
-    def events(self, timeout: float | None = None) -> Iterator[Event]:
+    def events(self, timeout: float | None = None) -> Generator[Event, None, None]:
         """Yield what happens, each event after the one before it was answered.
 
         What is not answered by :meth:`Event.reply` gets the event's default response when the next
@@ -388,7 +389,7 @@ class Monitor(Handle):
                     return
                 else:
                     self._settle()
-                if not (self._let_through or self._stopped):
+                if not (self._let_through or self._stopping):
                     self._serve(handler, timeout)
         finally:
             self._end()
@@ -417,7 +418,7 @@ class Monitor(Handle):
                 if ready == signalled:
                     pending()
                     unmask()
-                elif not self._heed(ready) or self._stopped:
+                elif not self._heed(ready) or self._stopping:
                     return
                 if (indices[REQ_PROD] - taken) & MASK > SLOTS:
                     return
@@ -425,6 +426,8 @@ class Monitor(Handle):
             if answered != notified and not taken & _FLUSH_EACH:
                 self._flush()  # many are waiting: vCPUs may be, for room
                 notified = self._notified
+                if self._stopping:
+                    return
             raw = slots[taken & SLOT_MASK].tobytes()
             head = _unpack(raw)
             if head[0] != version:
@@ -468,7 +471,7 @@ class Monitor(Handle):
     def __iter__(self) -> Iterator[Event]:
         return self.events()
 
-    async def __aiter__(self) -> AsyncIterator[Event]:
+    async def __aiter__(self) -> AsyncGenerator[Event, None]:
         """As :meth:`events`, for ``async for``."""
         loop = asyncio.get_running_loop()
         ready = asyncio.Event()
@@ -479,7 +482,7 @@ class Monitor(Handle):
                 ready.clear()
                 event = self._next(0)
                 if event is None:
-                    if self._stopped:
+                    if self._stopping:
                         return
                     try:
                         await asyncio.wait_for(ready.wait(), _LIVENESS_SECONDS)
@@ -499,18 +502,22 @@ class Monitor(Handle):
         if self._iterating:
             raise BusyError(f"{self!r} is being iterated already", domid=self._domid)
         self._iterating = True
-        self._stopped = False
 
     def _end(self) -> None:
         self._iterating = False
-        if not self.closed:
-            self._settle()
-            self._flush()
+        if self.closed:
+            return
+        if self._stopping:
+            self._stopping = False
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wakeup)
+        self._settle()
+        self._flush()
 
     def _next(self, timeout: float | None) -> Event | None:
         """Return the next event; None after a stop, or where nothing happens for long enough."""
         while True:
-            request = self._ring.take()
+            request = None if self._stopping else self._ring.take()
             if request is None:
                 ended = self._await_more(timeout)
                 if ended is _NOT_YET:
@@ -548,25 +555,22 @@ class Monitor(Handle):
         """
         self._flush()
         idle = 0.0
-        while not self._stopped:
+        while not self._stopping:
             wait = _LIVENESS_SECONDS if timeout is None else min(_LIVENESS_SECONDS, timeout - idle)
             if self._heed(self._poll(wait)):
                 return _NOT_YET
             idle += wait
             if timeout is not None and idle >= timeout:
                 return self._ended() if timeout else None
-            if not self._stopped and (ended := self._ended()) is not None:
+            if not self._stopping and (ended := self._ended()) is not None:
                 return ended
         return None
 
     def _heed(self, ready: list[tuple[int, int]]) -> bool:
-        """Take what the poller has found; tell whether the ring was signalled."""
+        """Take what the poller has found, but for a stop; tell whether the ring was signalled."""
         signalled = False
         for descriptor, _ in ready:
-            if descriptor == self._wakeup:
-                os.eventfd_read(descriptor)
-                self._stopped = True
-            else:
+            if descriptor != self._wakeup:
                 self._pending()
                 self._unmask()
                 signalled = True
@@ -761,23 +765,24 @@ class Monitor(Handle):
         A response's effect on registers waits in memory that disabling frees
         (``vm_event_cleanup_domain``) until its vCPU runs: so they must run in between.
         """
+        if self._disabled:
+            return
         if self._deaf_without_us() and (altp2m := self._altp2m) is not None:
             altp2m._switch_back()
         self._answer_all()
         self._await_vcpus()
         for attempt in range(_DISABLE_TRIES):
-            self._backend.domain_pause(self._domid)
             try:
-                self._answer_all()
-                for vcpu in sorted(self._last) if self._has_stepped else ():
-                    self._backend.domain_debug_control(self._domid, _SINGLE_STEP_OFF, vcpu)
-                self._backend.monitor_disable(self._domid)
+                with self.domain.paused():
+                    self._answer_all()
+                    for vcpu in sorted(self._last) if self._has_stepped else ():
+                        self._backend.domain_debug_control(self._domid, _SINGLE_STEP_OFF, vcpu)
+                    self._backend.monitor_disable(self._domid)
+                    self._disabled = True
                 return
             except BusyError:
                 if attempt == _DISABLE_TRIES - 1:
                     raise
-            finally:
-                self._backend.domain_unpause(self._domid)
             time.sleep(_SETTLE_STEP)  # vCPUs that wait for room must run to find some
 
     def _deaf_without_us(self) -> bool:
@@ -793,7 +798,9 @@ class Monitor(Handle):
         """
         try:
             self._flush()  # again, where a notification has failed
-            while self._ring.unread or self._ring.outstanding:
+            for _ in range(_DISABLE_TRIES):  # a switch that stays on must not keep it for ever
+                if not (self._ring.unread or self._ring.outstanding):
+                    break
                 while self._ring.take() is not None:
                     pass
                 for request in self._ring.outstanding:

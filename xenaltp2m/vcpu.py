@@ -13,10 +13,6 @@ from xenaltp2m.types import VcpuId, VcpuInfo, ViewId
 if TYPE_CHECKING:
     from xenaltp2m.domain import Domain
 
-_END = bytes(HVM_DESCRIPTOR.size)
-_HEADER_TYPECODE = 1
-"""``HVM_SAVE_CODE(HEADER)``, which every stream begins with (``hvm_load``)."""
-
 
 class Vcpu:
     """One of a domain's vCPUs. Made by :meth:`xenaltp2m.domain.Domain.vcpu`.
@@ -63,7 +59,7 @@ class Vcpu:
         Raises:
             InvalidArgumentError: There is no such register, or the value does not fit into it.
 
-        ``xc_domain_hvm_getcontext_partial``, ``xc_domain_hvm_setcontext``.
+        ``xc_domain_hvm_getcontext``, ``xc_domain_hvm_setcontext``.
         """
         for name, value in values.items():
             place = HVM_CPU.fields.get(name)
@@ -75,22 +71,33 @@ class Vcpu:
                 )
         domid = int(self.domain.domid)
         with self.domain.paused():
-            record = bytearray(self._record())
+            # The whole stream: Xen takes down every vCPU that is not in it (hvm_load).
+            stream = bytearray(self._backend.domain_hvm_getcontext(domid))
+            start = self._record_in(stream)
             for name, value in values.items():
                 offset, width = HVM_CPU.fields[name]
-                record[offset : offset + width] = value.to_bytes(width, "little")
-            header = self._backend.domain_hvm_getcontext_partial(domid, _HEADER_TYPECODE, 0)
-            stream = _record(_HEADER_TYPECODE, 0, header)
-            stream += _record(HVM_CPU_TYPECODE, int(self.number), record) + _END
+                stream[start + offset : start + offset + width] = value.to_bytes(width, "little")
             self._backend.domain_hvm_setcontext(domid, stream)
+
+    def _record_in(self, stream: bytearray) -> int:
+        """Find this vCPU's record in a save stream; return where its body starts."""
+        head, start = HVM_DESCRIPTOR, 0
+        while start + head.size <= len(stream):
+            kind, number, length = (
+                head.number(stream, name, start) for name in ("typecode", "instance", "length")
+            )
+            start += head.size
+            if (kind, number) == (HVM_CPU_TYPECODE, int(self.number)):
+                if start + HVM_CPU.size <= len(stream):
+                    return start
+                break
+            start += length
+        raise InvalidArgumentError(
+            f"{self!r} has no registers: it has not been started", domid=int(self.domain.domid)
+        )
 
     def _record(self) -> bytes:
         self.domain._check_open()
         return self._backend.domain_hvm_getcontext_partial(
             int(self.domain.domid), HVM_CPU_TYPECODE, int(self.number)
         )
-
-
-def _record(typecode: int, instance: int, body: bytes | bytearray) -> bytes:
-    head = (typecode, 2), (instance, 2), (len(body), 4)
-    return b"".join(value.to_bytes(width, "little") for value, width in head) + body

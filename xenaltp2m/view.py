@@ -40,9 +40,10 @@ if TYPE_CHECKING:
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with (gfns done, gfns in all) as a long operation goes on."""
 
-BATCH = 16384
+BATCH = 1 << 18
 """Gfns in one bulk call: Xen preempts itself within it, and progress is shown between."""
 
+_BLOCK = 1 << 16
 _DEADLY = (Access.W, Access.WX)
 _SUPERPAGE_ORDER = 9
 
@@ -155,14 +156,15 @@ class View(Handle):
             self._backend.altp2m_set_mem_access(self._domid, self.id, gfns, number)
             self._access.set(gfns, access)
             return
-        wanted = gfn_array(gfns)
-        total = len(wanted)
+        if isinstance(gfns, range):
+            check_gfns(gfns)
+        else:
+            gfns = gfn_array(gfns)
+        total = len(gfns)
         numbers = bytes([number]) * min(total, BATCH)
-        view = memoryview(wanted)
         reached = 0
         try:
-            while reached < total:
-                batch = view[reached : reached + BATCH]
+            for batch in batches(gfns):
                 reached += len(batch)
                 self._backend.altp2m_set_mem_access_multi(
                     self._domid, self.id, numbers[: len(batch)], batch
@@ -170,9 +172,9 @@ class View(Handle):
                 if progress is not None:
                     progress(reached, total)
         except BaseException as error:
-            self._set_back(view[:reached], error)
+            self._set_back(memoryview(gfn_array(gfns[:reached])), error)
             raise
-        self._access.set_many(gfns if isinstance(gfns, range) else wanted, access)
+        self._access.set_many(gfns, access)
 
     def access(self, gfn: int) -> Access | None:
         """Return the access of the view's own entry, or None if it has none yet.
@@ -601,8 +603,7 @@ def gfn_array(gfns: Iterable[int]) -> array[int]:
     if not isinstance(gfns, Iterable):
         raise InvalidArgumentError(f"gfns must be an integer or an iterable of them, not {gfns!r}")
     if isinstance(gfns, range):
-        for gfn in (*gfns[:1], *gfns[-1:]):  # before memory is taken for all between
-            check_gfn(gfn)
+        check_gfns(gfns)
     else:
         gfns = list(gfns)
         if bool in set(map(type, gfns)):
@@ -611,9 +612,51 @@ def gfn_array(gfns: Iterable[int]) -> array[int]:
         found = array("Q", gfns)
     except (TypeError, OverflowError) as error:
         raise InvalidArgumentError(f"gfns must be integers in 0..2^36-1: {error}") from None
-    if found:
+    if found and not isinstance(gfns, range):
         check_gfn(max(found))
     return found
+
+
+def check_gfns(gfns: range) -> None:
+    """Check that all of a range can be gfns, before memory is taken for them.
+
+    Raises:
+        InvalidArgumentError: One is not.
+    """
+    for gfn in (*gfns[:1], *gfns[-1:]):
+        check_gfn(gfn)
+
+
+def batches(gfns: range | array[int]) -> Iterator[memoryview]:
+    """Yield gfns as bulk calls take them, :data:`BATCH` at a time.
+
+    Each is good until the next. Of a long range all share one buffer, in which only what changes
+    is written: to make a million integers takes Python half as long as it takes Xen to use them.
+    """
+    if not isinstance(gfns, range) or gfns.step != 1 or len(gfns) < _BLOCK:
+        for first in range(0, len(gfns), BATCH):
+            yield memoryview(gfn_array(gfns[first : first + BATCH]))
+        return
+    first = gfns.start & -_BLOCK
+    size = min(BATCH, -(-(gfns.stop - first) // _BLOCK) * _BLOCK)
+    buffer = bytearray(8 * size)
+    octets = memoryview(buffer)
+    numbers = octets.cast("Q")
+    octets[:2048] = array("Q", range(256)).tobytes()
+    for filled in (2048 << doubling for doubling in range(8)):
+        octets[filled : 2 * filled] = octets[:filled]
+    buffer[1 : 8 * _BLOCK : 8] = b"".join(bytes([value]) * 256 for value in range(256))
+    for start in range(8 * _BLOCK, 8 * size, 8 * _BLOCK):
+        octets[start : start + 8 * _BLOCK] = octets[: 8 * _BLOCK]
+    upper = [bytes(3)] * (size // _BLOCK)
+    for base in range(first, gfns.stop, size):
+        for block, before in enumerate(upper):
+            upper[block] = ((base >> 16) + block & 0xFFFFFF).to_bytes(3, "little")
+            for at, value in enumerate(upper[block]):
+                if value != before[at]:
+                    start = 8 * _BLOCK * block + 2 + at
+                    buffer[start : start + 8 * _BLOCK - 7 : 8] = bytes([value]) * _BLOCK
+        yield numbers[max(gfns.start - base, 0) : min(gfns.stop - base, size)]
 
 
 def neighbours(gfns: array[int]) -> Iterator[tuple[int, int]]:

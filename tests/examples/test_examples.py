@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from xenaltp2m.view import BATCH
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 LONGEST = 60
@@ -85,5 +87,5 @@ def test_example_is_short_and_tells_what_it_does(name: str) -> None:
 
 def test_bulk_access_shows_how_far_it_is() -> None:
     shown = run("bulk_access.py").stderr.split("\n")  # text mode: what was \r
-    assert shown[:3] == ["", "16384 of 1044480 gfns", "32768 of 1044480 gfns"]
+    assert shown[:3] == ["", f"{BATCH} of 1044480 gfns", f"{2 * BATCH} of 1044480 gfns"]
     assert shown[-2:] == ["1044480 of 1044480 gfns", ""]

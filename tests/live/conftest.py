@@ -15,6 +15,8 @@ import xenaltp2m as xa
 from xenaltp2m.backend import Backend, open_backend
 from xenaltp2m.symbols import Image
 
+from .machine import EventsGuest
+
 if os.environ.get("XENALTP2M_LIVE") != "1":
     collect_ignore_glob = ["*.py"]
 
@@ -74,3 +76,66 @@ def guest(backend: Backend) -> Iterator[Guest]:
     subprocess.run(["xl", "destroy", str(guest.domid)], check=True)
     dom.abandon()
     xen.abandon()
+
+
+class Shelf:
+    """Guests that tests share, by how many vCPUs they have, each as good as new for each test."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._guests: dict[int, EventsGuest] = {}
+
+    def take(self, vcpus: int) -> EventsGuest:
+        """Return the guest with so many vCPUs."""
+        if vcpus not in self._guests:
+            self._guests[vcpus] = EventsGuest(self._backend, vcpus)
+        return self._guests[vcpus]
+
+    def give_back(self, guest: EventsGuest) -> str | None:
+        """Look at what a test has left; a guest that is not as it was is none for the next."""
+        damage = guest.damage()
+        if damage is not None:
+            self._guests.pop(guest.vcpus).destroy()
+        return damage
+
+    def close(self) -> None:
+        """Destroy them."""
+        for guest in self._guests.values():
+            guest.destroy()
+
+
+@pytest.fixture(scope="session")
+def shelf(backend: Backend) -> Iterator[Shelf]:
+    """The guests that tests of events share."""
+    shelf = Shelf(backend)
+    yield shelf
+    shelf.close()
+
+
+@pytest.fixture
+def events(shelf: Shelf, request: pytest.FixtureRequest) -> Iterator[EventsGuest]:
+    """A guest that does what it is told, with one vCPU or the parameter's number; it must be
+    left running, unwatched, with altp2m off."""
+    guest = shelf.take(getattr(request, "param", 1))
+    yield guest
+    damage = shelf.give_back(guest)
+    if damage is not None:
+        pytest.fail(f"the test left {damage}")
+
+
+@pytest.fixture
+def another(shelf: Shelf) -> Iterator[EventsGuest]:
+    """A second guest, of 4 vCPUs."""
+    guest = shelf.take(4)
+    yield guest
+    damage = shelf.give_back(guest)
+    if damage is not None:
+        pytest.fail(f"the test left {damage}")
+
+
+@pytest.fixture
+def mortal(backend: Backend) -> Iterator[EventsGuest]:
+    """A guest of its own, which may end."""
+    guest = EventsGuest(backend, 1, "mortal")
+    yield guest
+    guest.destroy()

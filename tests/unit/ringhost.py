@@ -132,7 +132,7 @@ class RingHost:
 
 def domain(host: RingHost) -> xa.Domain:
     """Return a handle of the host's domain."""
-    xen = xa.Xen(host)  # type: ignore[arg-type]
+    xen = xa.Xen(host)
     return xen.domain(DOMID)
 
 

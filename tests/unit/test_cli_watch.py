@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from errno import EINVAL
 from pathlib import Path
@@ -40,8 +41,9 @@ class WatchedMock(MockBackend):
 
     made: list[WatchedMock]
     options: dict[str, Any]
-    fault: int | None
-    """Which call from the start fails."""
+    ring_of_another: memoryview
+    fault: tuple[str, int] | None
+    """Which call of an operation fails, from the start."""
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **(keywords | {"memory_pages": 1 << 14}))
@@ -49,7 +51,7 @@ class WatchedMock(MockBackend):
         self.ran_on: int | None = None
         self.left: list[str] = []
         if self.fault is not None:
-            self.fail(None, self.fault, EINVAL)
+            self.fail(*self.fault, EINVAL)
 
     def add_domain(self, name: str = "guest", **options: Any) -> int:
         return super().add_domain(name, **(options | self.options))
@@ -457,10 +459,16 @@ def test_somebody_else_has_the_monitor(
 ) -> None:
     def add(self: WatchedMock, name: str, **options: Any) -> int:
         domid = MockBackend.add_domain(self, name, **options)
-        self.monitor_enable(domid)
+        _, self.ring_of_another = self.monitor_enable(domid)
         return domid
 
+    def close(self: WatchedMock) -> None:
+        self.monitor_unmap_ring(self.ring_of_another)
+        self.monitor_disable(1)
+        MockBackend.close(self)
+
     monkeypatch.setattr(WatchedMock, "add_domain", add)
+    monkeypatch.setattr(WatchedMock, "close", close)
     assert cli.main(PAGE) == cli.REFUSED
     out, err = capsys.readouterr()
     assert out == ""
@@ -468,17 +476,33 @@ def test_somebody_else_has_the_monitor(
     assert not mocks[0].domain(1).active
 
 
-def test_each_call_may_fail(monkeypatch: pytest.MonkeyPatch, mocks: list[WatchedMock]) -> None:
+def failing(
+    operation: str | None, monkeypatch: pytest.MonkeyPatch, mocks: list[WatchedMock]
+) -> set[int]:
+    """Let calls fail once each: those of `domain_unpause`, or all others."""
     arguments = [*PAGE, "--cr3", "--count", "2", "--quiet"]
     assert cli.main(arguments) == cli.DONE
-    calls = [call.op for call in mocks[0].calls]
-    first = calls.index("altp2m_set_domain_state")
+    made = [call.op for call in mocks[0].calls]
+    first = made.index("altp2m_set_domain_state")
+    before = Counter(made[:first])
     codes = set()
-    for nth in range(first + 1, len(calls) + 1):
-        monkeypatch.setattr(WatchedMock, "fault", nth)
-        codes.add(cli.main(arguments))
-        mocks[-1].assert_as_before()
+    for op, times in Counter(made[first:]).items():
+        if (op == "domain_unpause") != (operation == "domain_unpause"):
+            continue
+        for nth in range(1, min(times, 4) + 1):
+            monkeypatch.setattr(WatchedMock, "fault", (op, before[op] + nth))
+            codes.add(cli.main(arguments))
+            mocks[-1].assert_as_before()
+    return codes
+
+
+def test_each_call_may_fail(monkeypatch: pytest.MonkeyPatch, mocks: list[WatchedMock]) -> None:
+    codes = failing(None, monkeypatch, mocks)
     assert {cli.REFUSED, cli.LEFTOVER} <= codes <= {cli.DONE, cli.REFUSED, cli.LEFTOVER}
+
+
+def test_each_unpause_may_fail(monkeypatch: pytest.MonkeyPatch, mocks: list[WatchedMock]) -> None:
+    assert failing("domain_unpause", monkeypatch, mocks) <= {cli.DONE, cli.LEFTOVER}
 
 
 # On a terminal.

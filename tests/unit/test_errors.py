@@ -26,6 +26,7 @@ from xenaltp2m.errors import (
     LibraryError,
     NotMappedError,
     OutOfMemoryError,
+    RingError,
     SymbolError,
     UnsupportedError,
     XenError,
@@ -46,6 +47,7 @@ PYTHONS: dict[type[XenError], type[Exception]] = {
     OutOfMemoryError: OSError,
     LibraryError: OSError,
     LeftoverError: OSError,
+    RingError: OSError,
 }
 """Each error and the built-in one that code knowing nothing of this package would catch."""
 

@@ -265,14 +265,14 @@ def test_what_cannot_be_resumed_is_let_through_by_a_step_with_its_switch_off(
     host: RingHost,
 ) -> None:
     dom, monitor = started(host, xa.Io)
-    heard = []
+    heard: list[xa.Event] = []
     host.put(happened(xa.Reason.IO_INSTRUCTION))
     host.calls.clear()
-    monitor.run(heard.append, timeout=0)  # type: ignore[arg-type]
+    monitor.run(heard.append, timeout=0)
     assert host.calls == ["monitor_singlestep", "monitor_io"]
     assert answers(host) == [(0, PAUSED | TOGGLE, 0)]
     host.put(happened(xa.Reason.SINGLESTEP))
-    monitor.run(heard.append, timeout=0)  # type: ignore[arg-type]
+    monitor.run(heard.append, timeout=0)
     assert host.calls == ["monitor_singlestep", "monitor_io", "monitor_io"]
     assert answers(host)[1:] == [(0, PAUSED | TOGGLE, 0)]
     assert [type(event) for event in heard] == [xa.Io]  # the step is the library's own business

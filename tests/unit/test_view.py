@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable
 from errno import EINVAL, ENOMEM, EPERM
 from typing import Any
@@ -857,3 +858,26 @@ def test_a_page_dropped_outside_the_targets_leaves_the_rest(view: View, guest: M
     view.remap(7, 700, access=Access.X)
     guest.host_write(6, INVALID_MFN, 0, PageType.INVALID, 7)
     assert view.verify() == [Mismatch(Gfn(6), Access.N, None)]
+
+
+@pytest.mark.parametrize(
+    "gfns",
+    [
+        range(10),
+        range(view_module.BATCH),
+        range(1, view_module.BATCH + 1),
+        range(0xFFFF, 0x100001),
+        range(0x12345, 0x12345 + 600_000),
+        range((1 << 36) - 300_000, 1 << 36),
+        range(0xFFFFFF - 265_536, 0x1010101),
+        range(0, 1_000_000, 3),
+        range(300_000, 0, -1),
+        array("Q", range(0, 3_000_000, 7)),
+    ],
+)
+def test_batches_are_what_python_counts(gfns: range | array[int]) -> None:
+    found = array("Q")
+    for batch in view_module.batches(gfns):
+        assert 0 < len(batch) <= view_module.BATCH
+        found.frombytes(batch.tobytes())
+    assert found == array("Q", gfns)
