@@ -42,6 +42,7 @@ FILES: Final[dict[str, str]] = {
     "vm_event.h": "",
     "evtchn.h": "libxenevtchn",
     "foreignmemory.h": "libxenforeignmemory",
+    "xencall.h": "libxencall",
     "xenstore.h": "libxenstore",
     "libxl.h": "libxenlight",
 }

@@ -2,7 +2,7 @@
  *
  * libxenctrl.so.4.N: memory access on the host p2m, and the monitor's switches.
  * Origin: tools/include/xenctrl.h (tools/libxc/include/xenctrl.h in 4.14), RELEASE-4.14.0 ..
- * RELEASE-4.22.0 (LGPL-2.1-only); XEN_DOMCTL_MONITOR_* from xen/include/public/domctl.h (MIT).
+ * RELEASE-4.22.0 (LGPL-2.1-only); XEN_DOMCTL_* from xen/include/public/domctl.h (MIT).
  */
 
 int xc_set_mem_access(
@@ -13,6 +13,11 @@ int xc_set_mem_access_multi(
 int xc_get_mem_access(
     xc_interface *xch, uint32_t domain_id, uint64_t pfn, xenmem_access_t *access);
 int xc_domain_set_access_required(xc_interface *xch, uint32_t domid, unsigned int required);
+
+enum {
+    XEN_DOMCTL_monitor_op                        = 77,
+    XEN_DOMCTL_MONITOR_OP_CONTROL_REGISTERS      = 4
+};
 
 /* Bit numbers in the word xc_monitor_get_capabilities fills. */
 enum {

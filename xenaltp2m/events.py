@@ -170,11 +170,13 @@ class Subscription:
     """What a monitor should hear of, with its options; made by an event's ``on``.
 
     ``switch`` is the backend's method that turns it on and off; ``options`` its other arguments.
+    ``deniable`` has register writes wait for their answers, of every subscription of the monitor.
     """
 
     event: type[Event] | None
     switch: str | None
     options: Mapping[str, Any] = field(default_factory=dict)
+    deniable: bool = False
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -399,7 +401,12 @@ class MemPaging(Event):
 
 
 class WriteCtrlreg(Event):
-    """A control register is about to be written. ``xc_monitor_write_ctrlreg``."""
+    """A control register is written. ``xc_monitor_write_ctrlreg``.
+
+    It has been written when this is heard, though :attr:`registers` are from just before; subscribed
+    to as ``deniable``, it is written once the answer allows it. CLTS comes as a write of CR0 and is
+    never put off (``vmx_cr_access``); nor is a write that Xen's emulator does for a response.
+    """
 
     __slots__ = ()
     reason = Reason.WRITE_CTRLREG
@@ -409,7 +416,7 @@ class WriteCtrlreg(Event):
     new_value = _Field("u.write_ctrlreg.new_value", int)
     """What the guest wants in it."""
     old_value = _Field("u.write_ctrlreg.old_value", int)
-    """What is in it."""
+    """What was in it."""
 
     @classmethod
     def on(
@@ -419,6 +426,7 @@ class WriteCtrlreg(Event):
         sync: bool = True,
         ignored_bits: int = 0,
         only_changes: bool = True,
+        deniable: bool = False,
     ) -> Subscription:
         """Hear of writes to one control register.
 
@@ -426,7 +434,13 @@ class WriteCtrlreg(Event):
             register: Which.
             sync: Whether the vCPU waits for the answer.
             ignored_bits: Writes that change nothing but these bits are not told of.
-            only_changes: Writes of the value that is there are not told of.
+            only_changes: Makes no difference: Xen never tells of a write of the value that is
+                there (``hvm_monitor_cr``).
+            deniable: Whether the write waits for the answer, and :meth:`Response.deny` can keep
+                it from happening. Goes for all register writes that the monitor hears of.
+
+        Raises:
+            InvalidArgumentError: No register was given, or one whose writes cannot be denied.
         """
         if register is None:
             raise InvalidArgumentError(
@@ -438,11 +452,21 @@ class WriteCtrlreg(Event):
             "bitmask": ignored_bits,
             "onchangeonly": only_changes,
         }
-        return Subscription(cls, "monitor_write_ctrlreg", options)
+        if deniable and not sync:
+            raise InvalidArgumentError(
+                "deniable needs sync: there is nothing to deny where the vCPU does not wait"
+            )
+        if deniable and register == ControlRegister.XCR0:
+            raise InvalidArgumentError("Xen writes XCR0 whatever the answer: it is not deniable")
+        return Subscription(cls, "monitor_write_ctrlreg", options, deniable)
 
 
 class MovToMsr(Event):
-    """A model-specific register is about to be written. ``xc_monitor_mov_to_msr``."""
+    """A model-specific register is written. ``xc_monitor_mov_to_msr``.
+
+    It has been written when this is heard, though :attr:`registers` are from just before; subscribed
+    to as ``deniable``, it is written once the answer allows it.
+    """
 
     __slots__ = ()
     reason = Reason.MOV_TO_MSR
@@ -452,19 +476,24 @@ class MovToMsr(Event):
     new_value = _Field("u.mov_to_msr.new_value", int)
     """What the guest wants in it."""
     old_value = _Field("u.mov_to_msr.old_value", int)
-    """What is in it."""
+    """What was in it."""
 
     @classmethod
-    def on(cls, msr: int | None = None, *, only_changes: bool = True) -> Subscription:
+    def on(
+        cls, msr: int | None = None, *, only_changes: bool = True, deniable: bool = False
+    ) -> Subscription:
         """Hear of writes to one MSR.
 
         Args:
             msr: Its number.
             only_changes: Writes of the value that is there are not told of.
+            deniable: Whether the write waits for the answer, and :meth:`Response.deny` can keep
+                it from happening. Goes for all register writes that the monitor hears of.
         """
         if msr is None:
             raise InvalidArgumentError("say which MSR: MovToMsr.on(0xc0000082), not MovToMsr")
-        return Subscription(cls, "monitor_mov_to_msr", {"msr": msr, "onchangeonly": only_changes})
+        options = {"msr": msr, "onchangeonly": only_changes}
+        return Subscription(cls, "monitor_mov_to_msr", options, deniable)
 
 
 class SoftwareBreakpoint(Event):
@@ -785,7 +814,7 @@ class Response:
 
     @classmethod
     def deny(cls) -> Response:
-        """Keep a control register or MSR from being written."""
+        """Keep a control register or MSR from being written: its subscription was ``deniable``."""
         return cls(Action.DENY)
 
     @classmethod

@@ -49,6 +49,7 @@ from xenaltp2m.events import (
     SoftwareBreakpoint,
     Subscription,
     UnknownEvent,
+    WriteCtrlreg,
     view_number,
 )
 from xenaltp2m.handle import Handle, UndoList
@@ -66,6 +67,8 @@ _LIVENESS_SECONDS = 0.5
 _FLUSH_EACH = 3
 """Mask of a request's index: how many responses are kept back for one notification."""
 _SETTLE_SECONDS = 0.2
+_SETTLE_SECONDS_OF_WRITES = 2.0
+"""The same, where a register would not be written that the guest has been told is."""
 _SETTLE_STEP = 0.001
 _DISABLE_TRIES = 100
 _SINGLE_STEP_OFF = 0
@@ -76,8 +79,11 @@ _U = slice(24, 56)
 # As plain numbers, for enums are slow.
 _PAUSED, _TOGGLE = int(Flag.VCPU_PAUSED), int(Flag.TOGGLE_SINGLESTEP)
 _DONE = 2
+_VCPU_MASK = 0x1FFF
+"""Xen has no more vCPUs than this in any domain; a damaged request may say anything."""
 _SINGLESTEP, _HAS_VIEW = int(Reason.SINGLESTEP), int(Flag.ALTERNATE_P2M)
 _VIEWS_BEFORE_4_21 = 10
+_WRITE = Reason.WRITE_CTRLREG
 _DENIABLE = (0, ControlRegister.CR0, ControlRegister.CR3, ControlRegister.CR4)
 
 _MOST_PLANS = 64
@@ -202,7 +208,9 @@ class Monitor(Handle):
         self._iterating = False
         self._stopping = False
         self._switches_views = False
-        self._damaged = self._disabled = False
+        self._gates_writes = False
+        """Whether register writes wait for the answer, until the ring is given back."""
+        self._damaged = self._enabled_in_xen = False
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poller = select.epoll()
         self._poll = self._poller.poll
@@ -210,6 +218,7 @@ class Monitor(Handle):
         self._own = UndoList()
         """What is this process's: its end of the ring and of the event channel."""
         self._own.push("", self._close_files)
+        self._undo.push("", self._let_go)
         try:
             self._open()
             for wanted in subscriptions:
@@ -217,10 +226,10 @@ class Monitor(Handle):
             if access_required:
                 self._require_access()
         except BaseException as error:
-            self._undo, undo = UndoList(), self._undo
-            self._own.adopt(undo)
-            self._roll_back(self._own, error, heir=domain._undo)
-            super().abandon()
+            try:
+                self._roll_back(self._undo, error, heir=domain._undo)
+            finally:
+                super().abandon()
             raise
         guard.enter()
 
@@ -249,7 +258,8 @@ class Monitor(Handle):
             except BusyError as error:
                 error.hint = (*_other_agents(), *error.hint)
                 raise
-            self._undo.push(f"monitor of domain {domid}", partial(backend.monitor_disable, domid))
+            self._enabled_in_xen = True
+            self._undo.push(f"monitor of domain {domid}", self._give_back)
             self._own.push(f"ring of domain {domid}", partial(backend.monitor_unmap_ring, page))
             self._ring = Ring(page, layout(self.version).size)
             self._own.push("", self._ring.release)
@@ -281,7 +291,7 @@ class Monitor(Handle):
             which: A kind of event, or what its ``on`` returned.
 
         Raises:
-            InvalidArgumentError: It is no such thing.
+            InvalidArgumentError: It is no such thing, or does not go with what is heard already.
             AlreadyError: It is on already.
             UnsupportedError: The CPU, this Xen or its library cannot tell of it.
         """
@@ -289,6 +299,10 @@ class Monitor(Handle):
         wanted = subscription(which)
         if wanted.key in self._enabled:
             raise AlreadyError(f"{self!r} hears of {_words(wanted)} already", domid=self._domid)
+        self._check_gate(wanted)
+        if wanted.deniable:
+            self._backend.monitor_control_registers(self._domid)
+            self._gates_writes = True
         if wanted.switch is not None:
             self._undo.push(
                 f"{_words(wanted)} of domain {self._domid}", partial(self._turn_off, wanted)
@@ -312,6 +326,22 @@ class Monitor(Handle):
         if unwanted.key not in self._enabled:
             raise InvalidArgumentError(f"{self!r} does not hear of {_words(unwanted)}")
         self._turn_off(self._enabled[unwanted.key])
+
+    def _check_gate(self, wanted: Subscription) -> None:
+        """Refuse deniable writes beside some whose vCPU does not wait.
+
+        Xen puts those off, too, but until it happens to schedule the vCPU anew: meanwhile the
+        guest goes on without them (``hvm_set_cr3``, ``hvm_do_resume``).
+        """
+        if wanted.deniable or self._gates_writes:
+            for each in (wanted, *self._enabled.values()):
+                index, sync = (each.options.get(name) for name in ("index", "sync"))
+                if each.event is WriteCtrlreg and index in _DENIABLE and not sync:
+                    raise InvalidArgumentError(
+                        f"a monitor with deniable register writes cannot hear of {_words(each)} "
+                        "with sync=False: the guest would go on before the register is written",
+                        domid=self._domid,
+                    )
 
     def _turn(self, subscription: Subscription, on: bool) -> None:
         assert subscription.switch is not None
@@ -452,12 +482,15 @@ class Monitor(Handle):
                     return
                 taken, answered, outstanding, stepping = ring.state
                 continue
-            flags, steps = plan.rows[_DONE if reason == _SINGLESTEP else stepping >> vcpu & 1]
+            flags, steps = plan.rows[
+                _DONE if reason == _SINGLESTEP else stepping >> (vcpu & _VCPU_MASK) & 1
+            ]
             _pack_into(
                 slots[answered & SLOT_MASK], 0,
                 version, flags | asked & _PAUSED, reason, vcpu, plan.view, plan.union or raw[_U],
             )  # fmt: skip
-            stepping = stepping | 1 << vcpu if steps else stepping & ~(1 << vcpu)
+            bit = 1 << (vcpu & _VCPU_MASK)
+            stepping = stepping | bit if steps else stepping & ~bit
             taken, answered = (taken + 1) & MASK, (answered + 1) & MASK
             ring.state = (taken, answered, (), stepping)
             last[vcpu] = plan.response
@@ -631,9 +664,12 @@ class Monitor(Handle):
             assert taken is not None
             event._request = request = taken
         stepping = self._ring.state[3]
-        flags, steps = plan.rows[_DONE if reason == _SINGLESTEP else stepping >> vcpu & 1]
+        flags, steps = plan.rows[
+            _DONE if reason == _SINGLESTEP else stepping >> (vcpu & _VCPU_MASK) & 1
+        ]
         flags |= asked & _PAUSED
-        stepping = stepping | 1 << vcpu if steps else stepping & ~(1 << vcpu)
+        bit = 1 << (vcpu & _VCPU_MASK)
+        stepping = stepping | bit if steps else stepping & ~bit
         union = plan.union or request[1][_U]
         data = plan.data
         if response.registers:
@@ -690,7 +726,7 @@ class Monitor(Handle):
         elif moves and event.view is None:
             problem = "altp2m is off: there are no views"
         elif action in _FITTING:
-            problem = _misfit(event, response)
+            problem = _misfit(event, response, self._gates_writes)
         if problem is not None:
             raise InvalidArgumentError(
                 f"{action.value} cannot answer {event!r}: {problem}", domid=self._domid
@@ -755,17 +791,13 @@ class Monitor(Handle):
         guard.leave()
         super().abandon()
 
-    def _take_back(self) -> None:
-        super()._take_back()
-        self._own.unwind(f"closing {self!r}")
-
     def _disable(self) -> None:
         """Answer everything, let the answers take effect, and give the ring back.
 
         A response's effect on registers waits in memory that disabling frees
         (``vm_event_cleanup_domain``) until its vCPU runs: so they must run in between.
         """
-        if self._disabled:
+        if not self._enabled_in_xen:
             return
         if self._deaf_without_us() and (altp2m := self._altp2m) is not None:
             altp2m._switch_back()
@@ -774,16 +806,26 @@ class Monitor(Handle):
         for attempt in range(_DISABLE_TRIES):
             try:
                 with self.domain.paused():
-                    self._answer_all()
+                    if self._answer_all() and self._gates_writes and attempt < _DISABLE_TRIES - 1:
+                        raise _NotYet  # these vCPUs must run first, too
                     for vcpu in sorted(self._last) if self._has_stepped else ():
                         self._backend.domain_debug_control(self._domid, _SINGLE_STEP_OFF, vcpu)
-                    self._backend.monitor_disable(self._domid)
-                    self._disabled = True
+                    self._give_back()
                 return
             except BusyError:
                 if attempt == _DISABLE_TRIES - 1:
                     raise
             time.sleep(_SETTLE_STEP)  # vCPUs that wait for room must run to find some
+
+    def _give_back(self) -> None:
+        self._backend.monitor_disable(self._domid)
+        self._enabled_in_xen = False
+
+    def _let_go(self) -> None:
+        """Let go of the ring and the event channel, unless they are needed to try again."""
+        if self._enabled_in_xen:
+            raise BusyError(f"{self!r} is still enabled", domid=self._domid)
+        self._own.unwind(f"closing {self!r}")
 
     def _deaf_without_us(self) -> bool:
         return self._switches_views or bool(
@@ -847,13 +889,17 @@ class Monitor(Handle):
         return self.domain._orphaned()
 
 
-def _misfit(event: Event, response: Response) -> str | None:
+def _misfit(event: Event, response: Response, gates_writes: bool) -> str | None:
     """Say why a response does not answer an event, if it does not."""
     fitting = _FITTING[response.action]
     if event.reason not in fitting:
         return f"it answers {', '.join(sorted(_names(fitting)))} only"
-    if response.action is Action.DENY and getattr(event, "index", 0) not in _DENIABLE:
-        return "Xen denies writes of CR0, CR3 and CR4 only"
+    if response.action is Action.DENY:
+        if getattr(event, "index", 0) not in _DENIABLE:
+            return "Xen denies writes of CR0, CR3 and CR4 only"
+        if not gates_writes:
+            wanted = "WriteCtrlreg.on(register" if event.reason == _WRITE else "MovToMsr.on(msr"
+            return f"it has happened: open the monitor with {wanted}, deniable=True)"
     if response.action is Action.EMULATE:
         breakpoint_ = event.reason is Reason.SOFTWARE_BREAKPOINT
         if response.instruction and not breakpoint_:

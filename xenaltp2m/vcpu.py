@@ -13,6 +13,8 @@ from xenaltp2m.types import VcpuId, VcpuInfo, ViewId
 if TYPE_CHECKING:
     from xenaltp2m.domain import Domain
 
+_CR0_ET = 1 << 4
+
 
 class Vcpu:
     """One of a domain's vCPUs. Made by :meth:`xenaltp2m.domain.Domain.vcpu`.
@@ -57,7 +59,8 @@ class Vcpu:
         :meth:`Response.with_registers` there.
 
         Raises:
-            InvalidArgumentError: There is no such register, or the value does not fit into it.
+            InvalidArgumentError: There is no such register, or the value does not fit into it, or
+                Xen refuses it, such as a reserved bit of a control register; nothing is changed.
 
         ``xc_domain_hvm_getcontext``, ``xc_domain_hvm_setcontext``.
         """
@@ -73,31 +76,44 @@ class Vcpu:
         with self.domain.paused():
             # The whole stream: Xen takes down every vCPU that is not in it (hvm_load).
             stream = bytearray(self._backend.domain_hvm_getcontext(domid))
-            start = self._record_in(stream)
+            starts = _vcpus_in(stream)
+            for start in starts.values():
+                # A vCPU that its guest started without it has run without it (VCPUOP_initialise),
+                # yet is refused; the CPU has it always.
+                stream[start + HVM_CPU.fields["cr0"].offset] |= _CR0_ET
+            before = bytes(stream)
+            if int(self.number) not in starts:
+                raise InvalidArgumentError(
+                    f"{self!r} has no registers: it has not been started", domid=domid
+                )
+            start = starts[int(self.number)]
             for name, value in values.items():
                 offset, width = HVM_CPU.fields[name]
                 stream[start + offset : start + offset + width] = value.to_bytes(width, "little")
-            self._backend.domain_hvm_setcontext(domid, stream)
-
-    def _record_in(self, stream: bytearray) -> int:
-        """Find this vCPU's record in a save stream; return where its body starts."""
-        head, start = HVM_DESCRIPTOR, 0
-        while start + head.size <= len(stream):
-            kind, number, length = (
-                head.number(stream, name, start) for name in ("typecode", "instance", "length")
-            )
-            start += head.size
-            if (kind, number) == (HVM_CPU_TYPECODE, int(self.number)):
-                if start + HVM_CPU.size <= len(stream):
-                    return start
-                break
-            start += length
-        raise InvalidArgumentError(
-            f"{self!r} has no registers: it has not been started", domid=int(self.domain.domid)
-        )
+            try:
+                self._backend.domain_hvm_setcontext(domid, stream)
+            except InvalidArgumentError:
+                # Every vCPU is down by now (hvm_load).
+                self._backend.domain_hvm_setcontext(domid, before)
+                raise
 
     def _record(self) -> bytes:
         self.domain._check_open()
         return self._backend.domain_hvm_getcontext_partial(
             int(self.domain.domid), HVM_CPU_TYPECODE, int(self.number)
         )
+
+
+def _vcpus_in(stream: bytearray) -> dict[int, int]:
+    """Find where in a save stream each vCPU's registers start."""
+    head, start = HVM_DESCRIPTOR, 0
+    found = {}
+    while start + head.size <= len(stream):
+        kind, number, length = (
+            head.number(stream, name, start) for name in ("typecode", "instance", "length")
+        )
+        start += head.size
+        if kind == HVM_CPU_TYPECODE and start + HVM_CPU.size <= len(stream):
+            found[number] = start
+        start += length
+    return found

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with (gfns done, gfns in all) as a long operation goes on."""
 
-BATCH = 1 << 18
+BATCH = 1 << 16
 """Gfns in one bulk call: Xen preempts itself within it, and progress is shown between."""
 
 _BLOCK = 1 << 16
@@ -633,30 +633,24 @@ def batches(gfns: range | array[int]) -> Iterator[memoryview]:
     Each is good until the next. Of a long range all share one buffer, in which only what changes
     is written: to make a million integers takes Python half as long as it takes Xen to use them.
     """
-    if not isinstance(gfns, range) or gfns.step != 1 or len(gfns) < _BLOCK:
+    if not isinstance(gfns, range) or gfns.step != 1 or len(gfns) < _BLOCK or BATCH != _BLOCK:
         for first in range(0, len(gfns), BATCH):
             yield memoryview(gfn_array(gfns[first : first + BATCH]))
         return
-    first = gfns.start & -_BLOCK
-    size = min(BATCH, -(-(gfns.stop - first) // _BLOCK) * _BLOCK)
-    buffer = bytearray(8 * size)
+    buffer = bytearray(8 * _BLOCK)
     octets = memoryview(buffer)
-    numbers = octets.cast("Q")
     octets[:2048] = array("Q", range(256)).tobytes()
     for filled in (2048 << doubling for doubling in range(8)):
         octets[filled : 2 * filled] = octets[:filled]
-    buffer[1 : 8 * _BLOCK : 8] = b"".join(bytes([value]) * 256 for value in range(256))
-    for start in range(8 * _BLOCK, 8 * size, 8 * _BLOCK):
-        octets[start : start + 8 * _BLOCK] = octets[: 8 * _BLOCK]
-    upper = [bytes(3)] * (size // _BLOCK)
-    for base in range(first, gfns.stop, size):
-        for block, before in enumerate(upper):
-            upper[block] = ((base >> 16) + block & 0xFFFFFF).to_bytes(3, "little")
-            for at, value in enumerate(upper[block]):
-                if value != before[at]:
-                    start = 8 * _BLOCK * block + 2 + at
-                    buffer[start : start + 8 * _BLOCK - 7 : 8] = bytes([value]) * _BLOCK
-        yield numbers[max(gfns.start - base, 0) : min(gfns.stop - base, size)]
+    buffer[1::8] = b"".join(bytes([value]) * 256 for value in range(256))
+    before = bytes(3)
+    for base in range(gfns.start & -_BLOCK, gfns.stop, _BLOCK):
+        upper = (base >> 16).to_bytes(3, "little")
+        for at, value in enumerate(upper):
+            if value != before[at]:
+                buffer[2 + at :: 8] = bytes([value]) * _BLOCK
+        before = upper
+        yield octets.cast("Q")[max(gfns.start - base, 0) : min(gfns.stop - base, _BLOCK)]
 
 
 def neighbours(gfns: array[int]) -> Iterator[tuple[int, int]]:

@@ -69,7 +69,8 @@ def test_tables_and_releases_agree(version: tuple[int, int]) -> None:
 TABLES = [
     *(layout for _, layout in layouts.DOMAIN_INFO),
     *layouts.VM_EVENT.values(),
-    *(layouts.HVM_CPU, layouts.HVM_DESCRIPTOR, layouts.VCPU_INFO, layouts.VM_EVENT_RING),
+    *(layouts.DOMCTL, layouts.HVM_CPU, layouts.HVM_DESCRIPTOR),
+    *(layouts.VCPU_INFO, layouts.VM_EVENT_RING),
 ]
 
 

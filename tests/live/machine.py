@@ -141,9 +141,7 @@ def watch(
         if time.monotonic() > end:
             raise TimeoutError(f"{name} is not done; so far {seen[:20]}")
         monitor.run(handler, timeout=_IDLE)
-    for event in islice(monitor.events(timeout=0), SLOTS):  # of vCPUs that did not wait
-        seen.append(event)
-    return seen
+    return [*seen, *islice(monitor.events(timeout=0), SLOTS)]  # of vCPUs that did not wait
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

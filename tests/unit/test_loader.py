@@ -249,6 +249,7 @@ def companions(linker: Linker, which: str, xenctrl: Library, root: Path) -> Libr
     ("which", "soname"),
     [
         ("libxentoollog", "libxentoollog.so.1"),
+        ("libxencall", "libxencall.so.1"),
         ("libxenevtchn", "libxenevtchn.so.1"),
         ("libxenforeignmemory", "libxenforeignmemory.so.1"),
         ("libxenlight", "libxenlight.so.4.19"),

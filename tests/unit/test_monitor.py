@@ -549,3 +549,11 @@ def test_an_interface_version_nobody_knows_is_refused() -> None:
     assert "monitor_enable" not in host.calls
     finish(dom)
     host.close()
+
+
+def test_a_vcpu_no_domain_has_costs_nothing(host: RingHost, monitor: xa.Monitor) -> None:
+    host.put(access(vcpu=0xFFFFFFFF))
+    host.put(access(vcpu=0xFFFFFFFE))
+    monitor.run(lambda _: xa.Response.singlestep(), timeout=0)
+    assert len(host.responses) == 2
+    assert monitor._ring.state[3].bit_length() <= 8192  # not a bit for each vCPU below it

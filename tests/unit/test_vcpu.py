@@ -82,3 +82,21 @@ def test_whether_it_runs(dom: xa.Domain) -> None:
     info = dom.vcpu(0).info()
     assert info.online
     assert info.cpu_time == 0
+
+
+def test_a_vcpu_that_runs_without_cr0_s_fixed_bit_can_be_set(
+    mock: MockBackend, dom: xa.Domain
+) -> None:
+    """A guest can start one so; Xen then refuses to load what it has saved."""
+    mock.domain(int(dom.domid)).vcpus[1].set_register("cr0", 1)
+    dom.vcpu(0).set_registers(rax=7)
+    assert [vcpu.info().online for vcpu in dom.vcpus()] == [True, True]
+    assert dom.vcpu(1).registers().cr0 == 0x11
+
+
+def test_what_xen_refuses_leaves_every_vcpu_up(dom: xa.Domain) -> None:
+    before = [vcpu.registers().as_dict() for vcpu in dom.vcpus()]
+    with pytest.raises(xa.InvalidArgumentError):
+        dom.vcpu(1).set_registers(cr0=1 << 40, rax=7)
+    assert [vcpu.registers().as_dict() for vcpu in dom.vcpus()] == before
+    assert all(vcpu.info().online for vcpu in dom.vcpus())

@@ -15,6 +15,7 @@ from typing import Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 __all__ = [
     "DOMAIN_INFO",
+    "DOMCTL",
     "HVM_CPU",
     "HVM_CPU_TYPECODE",
     "HVM_DESCRIPTOR",
@@ -124,6 +125,18 @@ VCPU_INFO: Final = Layout(
             **_run(4, 1, "online blocked running"),
             "cpu_time": Field(8, 8),
             "cpu": Field(16, 4),
+        }
+    ),
+)
+
+#: ``struct xen_domctl`` (public/domctl.h) with a monitor's op in it, unchanged 4.14 .. 4.22.
+DOMCTL: Final = Layout(
+    144,
+    MappingProxyType(
+        {
+            **_run(0, 4, "cmd interface_version"),
+            "domain": Field(8, 2),
+            **_run(16, 4, "op event", "u.monitor_op."),
         }
     ),
 )

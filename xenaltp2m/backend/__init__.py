@@ -269,6 +269,13 @@ class Backend(Protocol):
     def monitor_emulate_each_rep(self, domid: int, enable: bool) -> None:
         """``xc_monitor_emulate_each_rep``."""
 
+    def monitor_control_registers(self, domid: int) -> None:
+        """``XEN_DOMCTL_MONITOR_OP_CONTROL_REGISTERS``, for which libxenctrl has no function.
+
+        Has Xen wait with register writes until the agent has answered; until
+        :meth:`monitor_disable`.
+        """
+
     # Event channels: a channel handle is an opaque int of this backend.
 
     def evtchn_open(self) -> int:

@@ -25,6 +25,7 @@ _XENCTRL_NAME = re.compile(r"libxenctrl(?:\.so\.|-)(\d+)\.(\d+)")
 
 COMPANIONS: Mapping[str, tuple[str, ...]] = {
     "libxentoollog": ("libxentoollog.so.1",),
+    "libxencall": ("libxencall.so.1",),
     "libxenevtchn": ("libxenevtchn.so.1",),
     "libxenforeignmemory": ("libxenforeignmemory.so.1",),
     "libxenlight": ("libxenlight.so.{0}.{1}",),

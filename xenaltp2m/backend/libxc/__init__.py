@@ -151,12 +151,14 @@ class LibxcBackend:
         self._channel_numbers = itertools.count(1)
         self._mappings: dict[int, Mapping] = {}
         self._fmem: Any = None
+        self._xcall: Any = None
         self._store: Any = None
         self._libxl: Any = None
         self._closed: str | None = None
 
         self._c: Any = clib.Functions("xc_", lambda: self._library)
         self._toollog: Any = self._companion("xtl_", "libxentoollog")
+        self._xencall: Any = self._companion("xencall", "libxencall")
         self._evtchn: Any = self._companion("xenevtchn_", "libxenevtchn")
         self._foreignmemory: Any = self._companion("xenforeignmemory_", "libxenforeignmemory")
         self._xenstore: Any = self._companion("xs_", "libxenstore")
@@ -200,8 +202,8 @@ class LibxcBackend:
 
     def supports(self, function: str) -> bool:
         """Tell whether C's ``function`` can be called: the library that has it decides."""
-        tables = self._c, self._evtchn, self._foreignmemory, self._xenstore, self._light
-        for functions in tables:
+        others = self._evtchn, self._foreignmemory, self._xencall, self._xenstore, self._light
+        for functions in (self._c, *others):
             if function.startswith(functions.prefix):
                 try:
                     return not isinstance(getattr(functions, function), clib.Absent)
@@ -248,7 +250,7 @@ class LibxcBackend:
     def _shut(self, why: str) -> None:
         self._closed = why
         self._c = self._evtchn = self._foreignmemory = self._xenstore = clib.Closed(why)
-        self._light = self._toollog = self._libc = self._c
+        self._light = self._toollog = self._libc = self._xencall = self._c
         self._undo.clear()
         self._channels.clear()
         self._mappings.clear()
@@ -735,6 +737,40 @@ class LibxcBackend:
 
     def monitor_emulate_each_rep(self, domid: int, enable: bool) -> None:
         self._call("xc_monitor_emulate_each_rep", _domid(domid), _flag("enable", enable))
+
+    def monitor_control_registers(self, domid: int) -> None:
+        """``XEN_DOMCTL_MONITOR_OP_CONTROL_REGISTERS``; whatever the library's release."""
+        values = {
+            "cmd": constant("XEN_DOMCTL_monitor_op"),
+            "interface_version": self._release.domctl_version,
+            "domain": _domid(domid),
+            "u.monitor_op.op": constant("XEN_DOMCTL_MONITOR_OP_CONTROL_REGISTERS"),
+        }
+        domctl = bytearray(layouts.DOMCTL.size)
+        for name, value in values.items():
+            offset, width = layouts.DOMCTL.fields[name]
+            domctl[offset : offset + width] = value.to_bytes(width, "little")
+        handle, calls = self._xencall_handle(), self._xencall
+        room = calls.xencall_alloc_buffer(handle, len(domctl))
+        if room == NULL:
+            raise refusal("xencall_alloc_buffer", domid=domid)
+        try:
+            ffi.buffer(room, len(domctl))[:] = domctl
+            address = int(ffi.cast("uintptr_t", room))
+            if calls.xencall1(handle, constant("__HYPERVISOR_domctl"), address) < 0:
+                raise refusal("monitor_control_registers", domid=domid)
+        finally:
+            calls.xencall_free_buffer(handle, room)
+
+    def _xencall_handle(self) -> Any:
+        with self._lock:
+            if self._xcall is None or self._closed:
+                handle = self._xencall.xencall_open(self._log.logger, 0)
+                if handle == NULL:
+                    raise self._log.annotate(refusal("xencall_open"))
+                self._close_at_end("xencall_close", self._xencall.xencall_close, handle)
+                self._xcall = handle
+        return self._xcall
 
     # Event channels.
 

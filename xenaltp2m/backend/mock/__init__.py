@@ -83,6 +83,7 @@ _LOG_LENGTH = 100_000
 _LOGGED_ITEMS = 64
 _MAX_PAGES = (1 << 32) - 1
 _STEPS_AT_ONCE = 256
+_CR0_ET, _CR0_PG, _CR0_PG_PE = 1 << 4, 1 << 31, 1 << 31 | 1
 _HEADER_TYPECODE = 1
 _SAVE_HEADER = struct.pack("<IIQII", 0x54381286, 1, 0, 0x306C3, 2_000_000)
 """``struct hvm_save_header``: magic, version, changeset, cpuid, TSC's kHz."""
@@ -391,7 +392,11 @@ class MockBackend:
         return self.machine.controlled(domid)
 
     def _monitor(self, domid: int) -> Monitor:
-        self._domctl(domid)
+        self._check_skew()
+        return self._monitor_through_any_library(domid)
+
+    def _monitor_through_any_library(self, domid: int) -> Monitor:
+        self.machine.controlled(domid)
         if not self.machine.vm_event:
             raise Refused(EOPNOTSUPP)
         return self._monitor_of(domid)
@@ -552,9 +557,13 @@ class MockBackend:
                     raise Refused(EINVAL)
                 contexts[number] = body
         for vcpu in domain.vcpus:
-            vcpu.online = vcpu.number in contexts  # hvm_load downs the others
+            vcpu.online = False  # hvm_load: until its record is loaded
         for number, body in contexts.items():
+            cr0 = layouts.HVM_CPU.number(body, "cr0")
+            if cr0 >> 32 or not cr0 & _CR0_ET or cr0 & _CR0_PG_PE == _CR0_PG:
+                raise Refused(EINVAL)  # hvm_load_cpu_ctxt
             domain.vcpus[number].context[:] = body
+            domain.vcpus[number].online = True
 
     @_operation
     def domain_debug_control(self, domid: int, op: int, vcpu: int) -> None:
@@ -827,6 +836,10 @@ class MockBackend:
     @_operation
     def monitor_emulate_each_rep(self, domid: int, enable: bool) -> None:
         self._monitor(domid).emulate_each_rep(enable)
+
+    @_operation
+    def monitor_control_registers(self, domid: int) -> None:
+        self._monitor_through_any_library(domid).gates_writes = True
 
     @_operation
     def evtchn_open(self) -> int:

@@ -79,8 +79,8 @@ class Monitor:
         self.gates_writes = False
         """Whether writes of registers wait for the answer (``control_register_values``).
 
-        ``XEN_DOMCTL_MONITOR_OP_CONTROL_REGISTERS`` turns it on, which no libxenctrl up to 4.22 has
-        a function for: without it the write is done when the agent hears of it.
+        ``XEN_DOMCTL_MONITOR_OP_CONTROL_REGISTERS`` turns it on, of a PV domain and without a ring
+        as well (``arch_monitor_domctl_op``); without it the write is done when the agent hears.
         """
         self.intercepted_msrs: set[int] = set()
         """Those whose writes exit for having once been monitored (``vmx_set_msr_intercept``)."""

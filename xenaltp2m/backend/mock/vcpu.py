@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 from xenaltp2m.abi.layouts import HVM_CPU
 
 INVALID_VIEW = 0xFFFF
+_CR0_ET = 1 << 4
 _T = TypeVar("_T")
 
 Waits: TypeAlias = Generator[None, None, _T]
@@ -89,6 +90,9 @@ class Vcpu:
     """In nanoseconds."""
     context: bytearray = field(default_factory=lambda: bytearray(HVM_CPU.size))
     """Its ``hvm_hw_cpu`` record."""
+
+    def __post_init__(self) -> None:
+        self.set_register("cr0", _CR0_ET)  # hvm_vcpu_reset_state
 
     @property
     def stopped(self) -> bool:

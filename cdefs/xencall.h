@@ -1,0 +1,17 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later
+ *
+ * libxencall.so.1: hypercalls that libxenctrl has no function for.
+ * Origin: tools/include/xencall.h (tools/libs/call/include/xencall.h in 4.14), RELEASE-4.14.0 ..
+ * RELEASE-4.22.0 (LGPL-2.1-only); __HYPERVISOR_domctl from xen/include/public/xen.h (MIT).
+ */
+
+enum { __HYPERVISOR_domctl = 36 };
+
+typedef struct xencall_handle xencall_handle;
+
+xencall_handle *xencall_open(struct xentoollog_logger *logger, unsigned open_flags);
+int xencall_close(xencall_handle *xcall);
+/* Memory that the hypervisor can reach, and the only one a hypercall may be given. */
+void *xencall_alloc_buffer(xencall_handle *xcall, size_t size);
+void xencall_free_buffer(xencall_handle *xcall, void *p);
+int xencall1(xencall_handle *xcall, unsigned int op, uint64_t arg1);
