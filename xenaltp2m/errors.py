@@ -322,6 +322,11 @@ HINTS: dict[tuple[str, int], tuple[str, ...]] = {
     ),
     ("monitor_write_ctrlreg", _errno.EINVAL): ("the index is not 0 (CR0), 1 (CR3), 2 or 3",),
     ("monitor_emulate_each_rep", _errno.EINVAL): (_NO_RING,),
+    ("monitor_control_registers", _errno.EACCES): (
+        "this Xen is newer than this package knows: domctls have another version",
+        _PRIVILEGE,
+    ),
+    ("monitor_control_registers", _errno.EOPNOTSUPP): (_NO_VM_EVENT,),
     ("set_mem_access", _errno.ENODEV): (_NO_RING,),
     ("set_mem_access", _errno.EINVAL): (
         "no gfns, gfns beyond the domain's maximum gfn, or an access this release does not know",

@@ -219,8 +219,10 @@ class Monitor(Handle):
         """What is this process's: its end of the ring and of the event channel."""
         self._own.push("", self._close_files)
         self._undo.push("", self._let_go)
+        guard.enter()  # first: a process killed from here on would leave a ring behind
         try:
-            self._open()
+            with guard.holding_back():  # between a call and its undoing being noted
+                self._open()
             for wanted in subscriptions:
                 self.enable(wanted)
             if access_required:
@@ -230,8 +232,8 @@ class Monitor(Handle):
                 self._roll_back(self._undo, error, heir=domain._undo)
             finally:
                 super().abandon()
+                guard.leave()
             raise
-        guard.enter()
 
     def __repr__(self) -> str:
         return f"<Monitor of domain {self._domid}>"
@@ -804,21 +806,24 @@ class Monitor(Handle):
         self._answer_all()
         self._await_vcpus()
         for attempt in range(_DISABLE_TRIES):
+            last = attempt == _DISABLE_TRIES - 1
             try:
                 with self.domain.paused():
-                    if self._answer_all() and self._gates_writes and attempt < _DISABLE_TRIES - 1:
-                        raise _NotYet  # these vCPUs must run first, too
-                    for vcpu in sorted(self._last) if self._has_stepped else ():
-                        self._backend.domain_debug_control(self._domid, _SINGLE_STEP_OFF, vcpu)
-                    self._give_back()
-                return
+                    late = self._answer_all()  # vCPUs that had waited for room
+                    if last or not (late and self._gates_writes):
+                        for vcpu in sorted(self._last) if self._has_stepped else ():
+                            self._backend.domain_debug_control(self._domid, _SINGLE_STEP_OFF, vcpu)
+                        self._give_back()
+                        return
+                self._await_vcpus()
             except BusyError:
-                if attempt == _DISABLE_TRIES - 1:
+                if last:
                     raise
             time.sleep(_SETTLE_STEP)  # vCPUs that wait for room must run to find some
 
     def _give_back(self) -> None:
-        self._backend.monitor_disable(self._domid)
+        with contextlib.suppress(InvalidArgumentError):  # somebody else has disabled it
+            self._backend.monitor_disable(self._domid)
         self._enabled_in_xen = False
 
     def _let_go(self) -> None:
@@ -832,17 +837,19 @@ class Monitor(Handle):
             {MemAccess, SoftwareBreakpoint} & {sub.event for sub in self._enabled.values()}
         )
 
-    def _answer_all(self) -> None:
-        """Let every vCPU go on.
+    def _answer_all(self) -> bool:
+        """Let every vCPU go on; tell whether one has waited for an answer.
 
         Where the ring does not tell who waits, each is answered for; one that does not wait
         ignores it (``vm_event_resume``).
         """
+        waited = False
         try:
             self._flush()  # again, where a notification has failed
             for _ in range(_DISABLE_TRIES):  # a switch that stays on must not keep it for ever
                 if not (self._ring.unread or self._ring.outstanding):
                     break
+                waited = True
                 while self._ring.take() is not None:
                     pass
                 for request in self._ring.outstanding:
@@ -854,13 +861,15 @@ class Monitor(Handle):
                     self._ring.force(self.version, vcpu, _PAUSED)
                     self._flush()
             self._damaged = True
+        return waited
 
     def _await_vcpus(self) -> None:
         """Wait, not for long, until the vCPUs that were answered have run."""
         info = self.domain._find()
         if info is None or info.paused or info.shutdown or info.dying:
             return
-        end = time.monotonic() + _SETTLE_SECONDS
+        seconds = _SETTLE_SECONDS_OF_WRITES if self._gates_writes else _SETTLE_SECONDS
+        end = time.monotonic() + seconds
         waiting: dict[int, VcpuInfo | None] = dict.fromkeys(self._last)
         while waiting:
             for vcpu, before in list(waiting.items()):

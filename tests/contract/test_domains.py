@@ -178,6 +178,7 @@ def test_an_absent_domain(host: Host, answer: Answer) -> None:
         (xen.domain_set_access_required, (False,)),
         (xen.monitor_get_capabilities, ()),
         (xen.monitor_disable, ()),
+        (xen.monitor_control_registers, ()),
         (xen.domain_debug_control, (0, 0)),
         (xen.vcpu_getinfo, (0,)),
         (xen.hvm_inject_trap, (0, 3, 6, NO_ERROR_CODE, 1, 0)),
@@ -261,6 +262,18 @@ def test_event_switches(host: Host, own_domain: int, answer: Answer) -> None:
         xen.monitor_unmap_ring(ring)
         xen.monitor_disable(domid)
     assert answer(xen.monitor_singlestep, domid, False) == "EEXIST"  # disabling took it along
+
+
+def test_register_writes_can_be_gated_with_and_without_a_ring(
+    host: Host, own_domain: int, answer: Answer
+) -> None:
+    xen, domid = host.backend, own_domain
+    assert answer(xen.monitor_control_registers, domid) is None
+    _, ring = xen.monitor_enable(domid)
+    for _ in range(2):
+        assert answer(xen.monitor_control_registers, domid) is None
+    xen.monitor_unmap_ring(ring)
+    xen.monitor_disable(domid)
 
 
 def test_capabilities(host: Host, own_domain: int) -> None:

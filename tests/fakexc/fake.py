@@ -19,6 +19,7 @@ SOURCE: Final = Path(__file__).with_name("fakexc.c")
 COMPILE: Final = ("gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC")
 SONAMES: Final = (
     "libxentoollog.so.1",
+    "libxencall.so.1",
     "libxenevtchn.so.1",
     "libxenforeignmemory.so.1",
     "libxenstore.so.4",

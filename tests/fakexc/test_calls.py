@@ -19,7 +19,7 @@ from .cases import CASES, ELSEWHERE, EVTCHN, NOT_CALLED, Case
 from .fake import Fake
 
 ERRNOS = range(1, 134)
-NAME = re.compile(r"\b(?:xc|xenevtchn|xenforeignmemory|xs|xtl|libxl)_\w+")
+NAME = re.compile(r"\b(?:xc|xencall|xenevtchn|xenforeignmemory|xs|xtl|libxl)_\w+|\bxencall1\b")
 
 
 @pytest.fixture

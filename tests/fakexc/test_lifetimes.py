@@ -130,6 +130,7 @@ def open_everything(backend: LibxcBackend, fake: Fake) -> None:
     backend.foreignmemory_map(1, True, [1, 2])
     backend.foreignmemory_map(1, False, [3])
     backend.monitor_enable(1)
+    backend.monitor_control_registers(1)
     backend.domid_to_name(1)
     info = bytearray(112)
     info[:2] = b"\1\0"
@@ -158,6 +159,7 @@ def test_close_gives_everything_back(library: Path, fake: Fake) -> None:
             "libxl_ctx_free",
             "xs_close",
             "xenforeignmemory_close",
+            "xencall_close",
             "xc_interface_close",
             "xtl_logger_destroy",
         ]
@@ -186,6 +188,7 @@ CLOSERS = [
     "xenevtchn_close",
     "xenforeignmemory_unmap",
     "xenforeignmemory_close",
+    "xencall_close",
     "xc_interface_close",
 ]
 
@@ -200,7 +203,7 @@ def test_close_goes_on_past_a_failure(failing: str, library: Path, fake: Fake) -
         backend.close()
     assert caught.value.errno == errno.EIO
     assert caught.value.op == failing.removeprefix("xc_").removeprefix("xen")
-    assert len(fake.names()) == 9
+    assert len(fake.names()) == 10
     backend.close()
 
 
@@ -215,7 +218,7 @@ def test_close_tells_of_every_failure(library: Path, fake: Fake) -> None:
     text = "".join(traceback.format_exception(caught.value))
     for failing in CLOSERS:
         assert f"{failing.removeprefix('xc_').removeprefix('xen')}: EIO" in text
-    assert len(fake.names()) == 9
+    assert len(fake.names()) == 10
 
 
 def every_call() -> list[tuple[str, Callable[[LibxcBackend], object]]]:
@@ -227,6 +230,7 @@ def every_call() -> list[tuple[str, Callable[[LibxcBackend], object]]]:
         ("domain_hvm_getcontext_partial", lambda b: b.domain_hvm_getcontext_partial(1, 2, 0)),
         ("monitor_enable", lambda b: b.monitor_enable(1)),
         ("monitor_unmap_ring", lambda b: b.monitor_unmap_ring(memoryview(b""))),
+        ("monitor_control_registers", lambda b: b.monitor_control_registers(1)),
         ("evtchn_open", lambda b: b.evtchn_open()),
         ("evtchn_close", lambda b: b.evtchn_close(1)),
         ("evtchn_fd", lambda b: b.evtchn_fd(1)),

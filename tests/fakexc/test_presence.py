@@ -45,6 +45,7 @@ OTHERS: list[tuple[str, Callable[[LibxcBackend], object]]] = [
     ("xc_domain_hvm_getcontext_partial", lambda b: b.domain_hvm_getcontext_partial(DOMID, 2, 0)),
     ("xc_vcpu_getinfo", lambda b: b.vcpu_getinfo(DOMID, 0)),
     ("xc_monitor_enable", lambda b: b.monitor_enable(DOMID)),
+    ("xencall_open", lambda b: b.monitor_control_registers(DOMID)),
     ("xenevtchn_open", lambda b: b.evtchn_open()),
     ("xenforeignmemory_open", lambda b: b.foreignmemory_map(DOMID, True, [1])),
     ("xs_open", lambda b: b.domid_to_name(DOMID)),

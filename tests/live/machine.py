@@ -186,11 +186,15 @@ class Process:
         return self.status
 
 
+def _say(pipe: int) -> None:
+    os.write(pipe, b"!")
+
+
 def _agent(name: str, agent: Callable[[xa.Domain, Callable[[], None]], object], say: int) -> int:
     """Be the process; return its exit status."""
     try:
         with xa.connect() as xen, xen.domain(name) as dom:
-            agent(dom, lambda: os.write(say, b"!") and None)
+            agent(dom, lambda: _say(say))
     except KeyboardInterrupt:
         return 128 + 2
     except SystemExit as over:

@@ -209,7 +209,7 @@ def test_asyncio_agents_go_side_by_side(events: EventsGuest, another: EventsGues
                     break
         return seen
 
-    async def agents() -> list[set[int]]:
+    async def agents() -> tuple[set[int], set[int]]:
         ticks = 0
 
         async def tick() -> None:
@@ -225,7 +225,7 @@ def test_asyncio_agents_go_side_by_side(events: EventsGuest, another: EventsGues
         return found
 
     with storm(events), storm(another):
-        assert asyncio.run(agents()) == [{0}, {0, 1, 2, 3}]
+        assert asyncio.run(agents()) == ({0}, {0, 1, 2, 3})
         as_it_was(events)
         as_it_was(another)
 
@@ -237,9 +237,10 @@ def test_registers_given_right_before_the_end_are_not_lost(events: EventsGuest) 
         box = events.boxes[number % events.vcpus]
         with events.dom.monitor(xa.GuestRequest) as monitor:
             box.command("guest_request", wait=False)
-            event = next(monitor.events(PATIENCE))
-            after = event.registers.rip + 3
-            event.reply(xa.Response.resume().with_registers(rip=after, rax=0x100 + number))
+            for event in monitor.events(PATIENCE):
+                after = event.registers.rip + 3
+                event.reply(xa.Response.resume().with_registers(rip=after, rax=0x100 + number))
+                break
         assert box.answer() == 0x100 + number
 
 
@@ -250,13 +251,12 @@ def test_an_event_held_is_answered_by_the_close(events: EventsGuest) -> None:
     assert events.box.answer() == 0
 
 
-def test_what_an_agent_has_not_turned_on_stays_on(events: EventsGuest) -> None:
-    """Xen turns all of a monitor's switches off with its ring; access_required is our own."""
+def test_access_is_not_required_after_the_monitor_that_required_it(events: EventsGuest) -> None:
     with events.dom.altp2m() as altp2m:
         with events.dom.monitor(xa.MemAccess, access_required=True):
             view = watched(altp2m, events)
         altp2m.switch_to_view(view)
-        assert events.box.command("call", "target") is not None  # unheard, it lifts the restriction
+        events.box.command("call", "target")  # unheard, it lifts the restriction
         assert view.access(events.gfn("target")) == xa.Access.RWX
 
 
@@ -327,11 +327,7 @@ def test_required_access_that_nobody_hears_of_kills_the_guest(mortal: EventsGues
         assert isinstance(event, xa.DomainEnded)
         assert event.shutdown_reason == CRASH
         assert view.access(mortal.gfn("target")) == xa.Access.RW
-        try:
-            monitor.close()
-        except xa.LeftoverError as error:
-            print("LEFT", error)
-            monitor.abandon()
+        monitor.close()
 
 
 # Agents as processes.
@@ -354,6 +350,26 @@ def test_a_second_agent_is_told_who_the_first_is(events: EventsGuest) -> None:
     finally:
         assert process.wait(signal.SIGTERM) == 128 + signal.SIGTERM
     events.dom.monitor(xa.MemAccess).close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_monitor_is_opened_leaves_no_ring(
+    events: EventsGuest, number: signal.Signals
+) -> None:
+    def agent(dom: xa.Domain, say: Callable[[], None]) -> None:
+        enable = dom.xen.backend.monitor_enable
+
+        def signalled(domid: int) -> tuple[int, memoryview]:
+            found = enable(domid)
+            os.kill(os.getpid(), number)
+            return found
+
+        dom.xen.backend.monitor_enable = signalled  # type: ignore[method-assign]
+        agent_until_told(dom, say)
+
+    process = Process(events.name, agent)
+    assert process.wait() == 128 + number
+    events.dom.monitor().close()
 
 
 class Cycle:
@@ -405,10 +421,10 @@ class Cycle:
 
 @both
 def test_agents_stopped_at_any_moment_leave_the_guest_running(events: EventsGuest) -> None:
-    """Attach, storm, abrupt stop, detach, over and over; XENALTP2M_CYCLES says how often."""
+    """Attach, storm, abrupt stop, detach, XENALTP2M_CYCLES times; one in four with 4 vCPUs."""
     randomly = random.Random(SEED + events.vcpus)
     with storm(events):
-        for number in range(CYCLES // 2):
+        for number in range(CYCLES // 4 * (3 if events.vcpus == 1 else 1)):
             cycle = Cycle(events, randomly)
             if number % 3 == 0:
                 cycle.raises()

@@ -15,7 +15,7 @@ import pytest
 import xenaltp2m as xa
 from xenaltp2m.abi.ring import Ring
 from xenaltp2m.abi.vm_event import HEAD, Flag, layout
-from xenaltp2m.events import REINJECT
+from xenaltp2m.events import REINJECT, EmulateEachRep, InguestPagefault
 
 from .machine import EventsGuest, storm, wait_until, watch
 from .mailbox import BP, DB, UD, GuestFault
@@ -409,6 +409,11 @@ def since(guest: EventsGuest, minor: int) -> bool:
     return guest.backend.release.minor >= minor
 
 
+def skip_before(guest: EventsGuest, minor: int) -> None:
+    if not since(guest, minor):
+        pytest.skip(f"came with Xen 4.{minor}")
+
+
 def test_exits_are_heard_from_4_17(events: EventsGuest) -> None:
     if not since(events, 17):
         with pytest.raises(xa.UnsupportedError):
@@ -424,8 +429,7 @@ def test_exits_are_heard_from_4_17(events: EventsGuest) -> None:
 
 
 def test_exits_that_wait_are_let_through(events: EventsGuest) -> None:
-    if not since(events, 17):
-        return
+    skip_before(events, 17)
     events.box.command("cpuid", 0x40000000)
     truth = events.box.results()
     with events.dom.monitor(xa.VmExit.on(sync=True)) as monitor:
@@ -458,8 +462,7 @@ def test_port_io_is_heard_from_4_18_and_happens(events: EventsGuest) -> None:
 
 
 def test_port_io_can_be_answered_in_xen_s_place(events: EventsGuest) -> None:
-    if not since(events, 18):
-        return
+    skip_before(events, 18)
 
     def answer(event: xa.Event) -> xa.Response:
         return xa.Response.resume().with_registers(rax=0x5A, rip=event.registers.rip + 1)
@@ -467,6 +470,14 @@ def test_port_io_can_be_answered_in_xen_s_place(events: EventsGuest) -> None:
     with events.dom.monitor(xa.Io) as monitor:
         assert len(watch(events, monitor, "in", 0x70, answer=answer)) == 1
     assert events.box.answer() == 0x5A
+
+
+def test_switches_that_send_nothing_are_on_as_long_as_the_monitor(events: EventsGuest) -> None:
+    for wanted in (InguestPagefault, EmulateEachRep):
+        with events.dom.monitor(wanted) as monitor:
+            assert watch(events, monitor, "read", "scratch") == []
+            with pytest.raises(xa.AlreadyError):
+                monitor.enable(wanted)
 
 
 # Responses.
@@ -732,6 +743,54 @@ def test_xen_ignores_a_denial(
     assert counts == [1, 1]
     assert values[0] != values[1]
     assert (values[0] ^ values[1]) == (value or argument)
+
+
+@both
+@pytest.mark.parametrize(
+    ("command", "wanted", "argument", "value"),
+    [
+        ("cr0", xa.WriteCtrlreg.on(CR0, deniable=True), AM, 0),
+        ("cr3", xa.WriteCtrlreg.on(CR3, deniable=True), 0x5000, 0),
+        ("cr4", xa.WriteCtrlreg.on(CR4, deniable=True), DE, 0),
+        ("wrmsr", xa.MovToMsr.on(SYSENTER_CS, deniable=True), SYSENTER_CS, 0x1234),
+        ("wrmsr", xa.MovToMsr.on(LSTAR, deniable=True), LSTAR, 0x1_2345_6789),
+    ],
+)
+def test_a_denied_write_does_not_happen(
+    events: EventsGuest, command: str, wanted: xa.Subscription, argument: int, value: int
+) -> None:
+    last = events.vcpus - 1
+    box = events.boxes[last]
+    if command == "wrmsr":
+        was = box.command("rdmsr", argument)
+    else:
+        was = box.command(command, argument) ^ argument
+        box.command(command, argument)
+    deny = xa.Response.deny()
+    with events.dom.monitor(wanted) as monitor:
+        for _ in range(2):
+            seen = watch(
+                events, monitor, command, argument, value, vcpu=last, answer=lambda _: deny
+            )
+            assert len(seen) == 1
+            assert box.answer() == was
+        assert len(watch(events, monitor, command, argument, value, vcpu=last)) == 1
+        assert box.answer() != was  # what is not denied happens
+    box.command(command, argument)
+    assert box.answer() == was
+
+
+def test_a_write_that_waits_for_its_answer_at_the_end_happens(events: EventsGuest) -> None:
+    """Closing the monitor must not lose it."""
+    deny = xa.Response.deny()
+    was = events.box.command("rdmsr", LSTAR)
+    with events.dom.monitor(xa.MovToMsr.on(LSTAR, deniable=True)) as monitor:
+        watch(events, monitor, "wrmsr", LSTAR, 0x77, answer=lambda _: deny)
+        assert events.box.answer() == was
+        events.box.command("wrmsr", LSTAR, 0x88, wait=False)
+        wait_until(lambda: monitor._ring.unread == 1)
+    assert events.box.answer() == 0x88
+    assert events.box.command("wrmsr", LSTAR, 0) == 0
 
 
 # vCPUs.

@@ -195,6 +195,7 @@ FIRST_CAUSES: dict[str, dict[int, str]] = {
     "monitor_resume": {errno.ENODEV: "no monitor is enabled"},
     "monitor_write_ctrlreg": {errno.EINVAL: "index"},
     "monitor_mov_to_msr": {errno.ENXIO: "no monitor is enabled", errno.EINVAL: "MSR is outside"},
+    "monitor_control_registers": {errno.EOPNOTSUPP: "CONFIG_VM_EVENT"},
     "monitor_emulate_each_rep": {errno.EINVAL: "no monitor is enabled"},
     "set_mem_access": {
         errno.ENODEV: "no monitor is enabled",

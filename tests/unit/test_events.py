@@ -259,3 +259,17 @@ def test_subscriptions_say_what_they_need() -> None:
     assert xa.WriteCtrlreg.on(xa.ControlRegister.CR3).key == (
         xa.WriteCtrlreg.on(xa.ControlRegister.CR3, sync=False).key
     )
+
+
+def test_what_can_be_denied() -> None:
+    cr3 = xa.ControlRegister.CR3
+    assert not xa.WriteCtrlreg.on(cr3).deniable
+    assert xa.WriteCtrlreg.on(cr3, deniable=True).deniable
+    assert xa.WriteCtrlreg.on(cr3, deniable=True).options == xa.WriteCtrlreg.on(cr3).options
+    assert xa.WriteCtrlreg.on(cr3, deniable=True).key == xa.WriteCtrlreg.on(cr3).key
+    assert xa.MovToMsr.on(0x174, deniable=True).deniable
+    assert not xa.MovToMsr.on(0x174).deniable
+    with pytest.raises(xa.InvalidArgumentError, match="nothing to deny"):
+        xa.WriteCtrlreg.on(cr3, sync=False, deniable=True)
+    with pytest.raises(xa.InvalidArgumentError, match="whatever the answer"):
+        xa.WriteCtrlreg.on(xa.ControlRegister.XCR0, deniable=True)

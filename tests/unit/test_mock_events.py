@@ -723,7 +723,7 @@ def test_what_the_emulator_does(
 def test_an_emulated_write_of_a_control_register_is_heard(new: Callable[..., Guest]) -> None:
     """hvmemul_write_cr; and hvm_vm_event_do_resume does it next, before anybody can deny it."""
     guest = new()
-    guest.monitor.gates_writes = True
+    guest.switch("control_registers")
     guest.ctrlreg(CR3)
     view = guest.view((CODE, RW))
     guest.load(*one(WriteControlRegister(CR3, 0x5000)))
@@ -842,10 +842,11 @@ def test_an_access_that_faults_is_no_step(new: Callable[..., Guest]) -> None:
 def test_a_write_that_is_heard(
     new: Callable[..., Guest], gated: bool, index: int, value: int, register: str
 ) -> None:
-    """hvm_monitor_cr: done at once unless control_register_values is set, which no libxc does."""
+    """hvm_monitor_cr: done at once unless control_register_values is set."""
     for flags in (Flag(0), DENY):
         guest = new()
-        guest.monitor.gates_writes = gated
+        if gated:
+            guest.switch("control_registers")
         guest.ctrlreg(index)
         guest.load(*one(WriteControlRegister(index, value)))
         old = guest.register(register)
@@ -865,7 +866,7 @@ def test_a_write_that_is_heard(
 def test_xcr0_is_written_whatever_the_answer(new: Callable[..., Guest]) -> None:
     """hvm_handle_xsetbv."""
     guest = new()
-    guest.monitor.gates_writes = True
+    guest.switch("control_registers")
     guest.ctrlreg(XCR0)
     guest.load(*one(WriteControlRegister(XCR0, 7)))
     guest.run()
@@ -896,7 +897,7 @@ def test_which_writes_are_told(new: Callable[..., Guest]) -> None:
 def test_a_deferred_write_is_lost_with_the_monitor(new: Callable[..., Guest]) -> None:
     """vm_event_cleanup_domain frees write_data: the guest has gone on without its write."""
     guest = new()
-    guest.monitor.gates_writes = True
+    guest.switch("control_registers")
     guest.ctrlreg(CR3)
     guest.load(*one(WriteControlRegister(CR3, 0x5000)))
     guest.run()
@@ -941,7 +942,8 @@ def test_a_write_nobody_listens_to(new: Callable[..., Guest]) -> None:
 def test_an_msr(new: Callable[..., Guest], gated: bool, msr: int) -> None:
     """hvm_monitor_msr."""
     guest = new()
-    guest.monitor.gates_writes = gated
+    if gated:
+        guest.switch("control_registers")
     guest.switch("mov_to_msr", msr, True, True)
     guest.load(*one(WriteMsr(msr, 5)), Instruction(at(2), 4, (), WriteMsr(msr, 5)))
     guest.run()
@@ -958,7 +960,7 @@ def test_an_msr(new: Callable[..., Guest], gated: bool, msr: int) -> None:
 
 def test_an_msr_that_is_not_denied(new: Callable[..., Guest]) -> None:
     guest = new()
-    guest.monitor.gates_writes = True
+    guest.switch("control_registers")
     guest.switch("mov_to_msr", LSTAR, True, True)
     guest.load(*one(WriteMsr(LSTAR, 5)))
     guest.run()

@@ -1120,6 +1120,7 @@ def _(new: New) -> list[Call]:
         partial(guest.altp2m_get_mem_access, 1, A),
         guest.monitor_enable,
         partial(guest.monitor_singlestep, True),
+        guest.monitor_control_registers,
         guest.backend.vm_event_get_version,
     ]
 
@@ -1970,6 +1971,7 @@ def _(new: New) -> list[Call]:
         nobody.monitor_resume,
         nobody.monitor_get_capabilities,
         partial(nobody.monitor_singlestep, True),
+        nobody.monitor_control_registers,
     ]
 
 
@@ -2122,6 +2124,21 @@ def _(new: New) -> None:
     guest.monitor()
     for state in (True, True, False, False):
         guest.monitor_emulate_each_rep(state)
+
+
+@holds("XEN_DOMCTL_MONITOR_OP_CONTROL_REGISTERS: PV, no ring, another libxc -> 0")
+def _(new: New) -> None:
+    pv = new(on=False, kind="pv", mode=Altp2mMode.DISABLED)
+    pv.monitor_control_registers()
+    guest = new(host={"library": (4, 22) if new.xen < (4, 18) else (4, 17)})
+    guest.monitor_control_registers()
+    guest = new()
+    guest.monitor()
+    for _ in range(2):
+        guest.monitor_control_registers()
+        assert guest.backend._monitors[guest.domid].gates_writes
+    guest.monitor_disable()
+    assert not guest.backend._monitors[guest.domid].gates_writes
 
 
 # Host memory access.
