@@ -14,6 +14,7 @@ import os
 import select
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from errno import ENODEV
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -822,9 +823,20 @@ class Monitor(Handle):
             time.sleep(_SETTLE_STEP)  # vCPUs that wait for room must run to find some
 
     def _give_back(self) -> None:
-        with contextlib.suppress(InvalidArgumentError):  # somebody else has disabled it
+        try:
             self._backend.monitor_disable(self._domid)
+        except InvalidArgumentError:
+            if self._is_enabled():
+                raise
         self._enabled_in_xen = False
+
+    def _is_enabled(self) -> bool:
+        """Tell whether Xen has the ring: somebody else may have disabled it."""
+        try:
+            self._backend.monitor_resume(self._domid)
+        except XenError as error:
+            return error.errno != ENODEV
+        return True
 
     def _let_go(self) -> None:
         """Let go of the ring and the event channel, unless they are needed to try again."""
