@@ -208,7 +208,7 @@ class Monitor(Handle):
         self._let_through: dict[int, Subscription] = {}
         self._iterating = False
         self._stopping = False
-        self._switches_views = False
+        self._switches_views = self._keeps_views_going = False
         self._gates_writes = False
         """Whether register writes wait for the answer, until the ring is given back."""
         self._damaged = self._enabled_in_xen = False
@@ -216,6 +216,7 @@ class Monitor(Handle):
         self._poller = select.epoll()
         self._poll = self._poller.poll
         self._poller.register(self._wakeup, select.EPOLLIN)
+        self._leave_loop: Callable[[], object] | None = None
         self._own = UndoList()
         """What is this process's: its end of the ring and of the event channel."""
         self._own.push("", self._close_files)
@@ -279,6 +280,7 @@ class Monitor(Handle):
             self._undo.push(f"monitor of domain {domid}", self._disable)
 
     def _close_files(self) -> None:
+        self._end_loop()
         self._poller.close()
         os.close(self._wakeup)
 
@@ -307,9 +309,10 @@ class Monitor(Handle):
             self._backend.monitor_control_registers(self._domid)
             self._gates_writes = True
         if wanted.switch is not None:
-            self._undo.push(
-                f"{_words(wanted)} of domain {self._domid}", partial(self._turn_off, wanted)
-            )
+            if wanted.key != SINGLESTEP_ON.key:  # which goes with the ring, when steps are over
+                self._undo.push(
+                    f"{_words(wanted)} of domain {self._domid}", partial(self._turn_off, wanted)
+                )
             try:
                 self._turn(wanted, True)
             except AlreadyError:
@@ -317,6 +320,7 @@ class Monitor(Handle):
                 self._turn(wanted, False)
                 self._turn(wanted, True)
         self._enabled[wanted.key] = wanted
+        self._keeps_views_going |= wanted.event in (MemAccess, SoftwareBreakpoint)
 
     def disable(self, which: Subscription | type[Event]) -> None:
         """Hear no more of something that was enabled through this handle.
@@ -512,7 +516,9 @@ class Monitor(Handle):
         loop = asyncio.get_running_loop()
         ready = asyncio.Event()
         self._begin()
-        loop.add_reader(self._poller.fileno(), ready.set)
+        descriptor = self._poller.fileno()
+        loop.add_reader(descriptor, ready.set)
+        self._leave_loop = partial(loop.remove_reader, descriptor)
         try:
             while True:
                 ready.clear()
@@ -530,8 +536,18 @@ class Monitor(Handle):
                     if type(event) is DomainEnded:
                         return
         finally:
-            loop.remove_reader(self._poller.fileno())
+            self._end_loop()
             self._end()
+
+    def _end_loop(self) -> None:
+        """Take the poller out of the event loop, before its number becomes another file's.
+
+        A generator that was left by ``break`` ends only after its monitor was closed.
+        """
+        leave, self._leave_loop = self._leave_loop, None
+        if leave is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                leave()
 
     def _begin(self) -> None:
         self._check_open()
@@ -845,9 +861,7 @@ class Monitor(Handle):
         self._own.unwind(f"closing {self!r}")
 
     def _deaf_without_us(self) -> bool:
-        return self._switches_views or bool(
-            {MemAccess, SoftwareBreakpoint} & {sub.event for sub in self._enabled.values()}
-        )
+        return self._switches_views or self._keeps_views_going
 
     def _answer_all(self) -> bool:
         """Let every vCPU go on; tell whether one has waited for an answer.

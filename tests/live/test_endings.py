@@ -17,6 +17,7 @@ import pytest
 import xenaltp2m as xa
 
 from .machine import PATIENCE, EventsGuest, Process, storm, wait_until, watch
+from .mailbox import BP
 
 both = pytest.mark.parametrize("events", [1, 4], indirect=True)
 
@@ -115,6 +116,48 @@ def test_a_handler_that_raises_amid_a_storm(events: EventsGuest, altp2m_first: b
         with pytest.raises(Enough):
             attached(events.dom, events, altp2m_first, handler)
         as_it_was(events)
+
+
+@both
+@pytest.mark.parametrize("first", ["default", "fast", "steps for ever"])
+def test_no_step_is_left_for_the_next_agent(events: EventsGuest, first: str) -> None:
+    """A fast single-step that is not over would be taken for its own by the next."""
+    with storm(events):
+        for answer in (ANSWERS[first], ANSWERS["toggle"]):
+            counts = dict.fromkeys(range(events.vcpus), 0)
+            with events.dom.altp2m() as altp2m, events.dom.monitor(xa.MemAccess) as monitor:
+                view = watched(altp2m, events)
+                for event in monitor.events(PATIENCE):
+                    counts[int(event.vcpu)] += 1
+                    response = answer(event, view)
+                    if response is not None:
+                        event.reply(response)
+                    if min(counts.values()) >= 5:
+                        break
+                else:
+                    pytest.fail(f"no more events after {counts}")
+        as_it_was(events)
+
+
+def test_vcpus_leave_a_view_with_breakpoints_that_nobody_hears(events: EventsGuest) -> None:
+    before = events.box.exceptions(BP)
+    with events.dom.altp2m() as altp2m:
+        with events.dom.monitor(xa.SoftwareBreakpoint) as monitor:
+            [shadow] = events.dom.add_pages()
+            gfn = events.gfn("constant")
+            code = bytearray(events.dom.memory.read_page(gfn))
+            first, code[0] = code[:5], 0xCC
+            events.dom.memory.write_page(shadow, code)
+            view = altp2m.create_view()
+            view.remap(gfn, shadow, access=xa.Access.X)
+            altp2m.switch_to_view(view)
+            truth = xa.Response.emulate(instruction=bytes(first))
+            seen = watch(events, monitor, "call", "constant", answer=lambda _: truth)
+            assert [type(event) for event in seen] == [xa.SoftwareBreakpoint]
+            assert events.box.answer() == 1
+        assert events.dom.vcpu(0).view == 0
+        assert events.box.command("call", "constant") == 1
+    assert events.box.exceptions(BP) == before
 
 
 @both
