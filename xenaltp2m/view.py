@@ -637,18 +637,16 @@ def batches(gfns: range | array[int]) -> Iterator[memoryview]:
         for first in range(0, len(gfns), BATCH):
             yield memoryview(gfn_array(gfns[first : first + BATCH]))
         return
-    buffer = bytearray(8 * _BLOCK)
+    buffer = bytearray(array("Q", range(256)).tobytes()) * 256
     octets = memoryview(buffer)
-    octets[:2048] = array("Q", range(256)).tobytes()
-    for filled in (2048 << doubling for doubling in range(8)):
-        octets[filled : 2 * filled] = octets[:filled]
-    buffer[1::8] = b"".join(bytes([value]) * 256 for value in range(256))
+    low = bytes(range(256))
+    buffer[1::8] = bytearray().join([low[value : value + 1] * 256 for value in low])
     before = bytes(3)
     for base in range(gfns.start & -_BLOCK, gfns.stop, _BLOCK):
         upper = (base >> 16).to_bytes(3, "little")
         for at, value in enumerate(upper):
             if value != before[at]:
-                buffer[2 + at :: 8] = bytes([value]) * _BLOCK
+                buffer[2 + at :: 8] = bytearray([value]) * _BLOCK
         before = upper
         yield octets.cast("Q")[max(gfns.start - base, 0) : min(gfns.stop - base, _BLOCK)]
 
