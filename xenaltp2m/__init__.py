@@ -25,7 +25,6 @@ from xenaltp2m.errors import (
     XenError,
 )
 from xenaltp2m.events import (
-    Action,
     ControlRegister,
     Cpuid,
     DebugException,
@@ -45,7 +44,6 @@ from xenaltp2m.events import (
     MovToMsr,
     PrivilegedCall,
     Registers,
-    Response,
     Singlestep,
     SoftwareBreakpoint,
     Subscription,
@@ -55,6 +53,7 @@ from xenaltp2m.events import (
     WriteCtrlreg,
 )
 from xenaltp2m.monitor import Monitor
+from xenaltp2m.responses import Action, Response
 from xenaltp2m.types import (
     PAGE_SHIFT,
     PAGE_SIZE,

@@ -38,22 +38,19 @@ from xenaltp2m.errors import (
 )
 from xenaltp2m.events import (
     EVENTS,
-    RESUME,
     SINGLESTEP_ON,
-    Action,
     ControlRegister,
     DebugException,
     DomainEnded,
     Event,
     MemAccess,
-    Response,
     SoftwareBreakpoint,
     Subscription,
     UnknownEvent,
     WriteCtrlreg,
-    view_number,
 )
 from xenaltp2m.handle import Handle, UndoList
+from xenaltp2m.responses import RESUME, Action, Response, view_number
 from xenaltp2m.signals import guard
 from xenaltp2m.types import VcpuInfo
 

@@ -15,7 +15,8 @@ import pytest
 import xenaltp2m as xa
 from xenaltp2m.abi.ring import Ring
 from xenaltp2m.abi.vm_event import HEAD, Flag, layout
-from xenaltp2m.events import REINJECT, EmulateEachRep, InguestPagefault
+from xenaltp2m.events import EmulateEachRep, InguestPagefault
+from xenaltp2m.responses import REINJECT
 
 from .machine import EventsGuest, storm, wait_until, watch
 from .mailbox import BP, DB, UD, GuestFault

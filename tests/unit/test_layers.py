@@ -24,8 +24,8 @@ LAYERS: list[set[str]] = [
     {"backend", "backend.arguments", "backend.loader", "backend.mapping"},
     {"backend.libxc", "backend.mock"},
     {
-        "handle", "signals", "runs", "view", "altp2m", "events", "monitor", "vcpu", "domain",
-        "memory", "xen",
+        "handle", "signals", "runs", "view", "altp2m", "responses", "events", "monitor", "vcpu",
+        "domain", "memory", "xen",
     },
     {
         "breakpoints", "tracing", "viewstate", "journal", "rescue", "hazards", "doctor",

@@ -138,7 +138,7 @@ class Guest:
         self.host.load(self.domid, program, vcpu, loop=loop)
 
     def program(self) -> Instruction:
-        return self.host._processors[self.domid][0].program[0]
+        return self.host._script(self.domid, 0).program[0]
 
     def run(self, steps: int = 100) -> int:
         return self.host.run(self.domid, steps)

@@ -17,6 +17,7 @@ from xenaltp2m.abi.layouts import VM_EVENT, Layout
 
 __all__ = [
     "HEAD",
+    "REGISTER_PREFIX",
     "RESPONSE_HEAD",
     "SETTABLE_REGISTERS",
     "AccessFlag",
@@ -95,7 +96,8 @@ SETTABLE_REGISTERS: Final = frozenset(
 )
 """What ``VM_EVENT_FLAG_SET_REGISTERS`` sets (``hvm_vm_event_do_resume``, all releases)."""
 
-_REGISTERS = "data.regs.x86."
+REGISTER_PREFIX = "data.regs.x86."
+"""Before a register's name in a layout's field."""
 
 
 def layout(version: int) -> Layout:
@@ -145,7 +147,7 @@ def encode_request(
     for name, value in (fields or {}).items():
         _put(shape, request, f"u.{name}", value)
     for name, value in (registers or {}).items():
-        _put(shape, request, _REGISTERS + name, value)
+        _put(shape, request, REGISTER_PREFIX + name, value)
     return request
 
 
@@ -155,8 +157,8 @@ def patch_registers(version: int, raw: bytes, values: Mapping[str, int]) -> byte
     start = shape.fields["data"].offset
     patched = bytearray(raw)
     for name, value in values.items():
-        _put(shape, patched, _REGISTERS + name, value)
-    return patched[start : shape.fields[f"{_REGISTERS}rip"].offset + 8]
+        _put(shape, patched, REGISTER_PREFIX + name, value)
+    return patched[start : shape.fields[f"{REGISTER_PREFIX}rip"].offset + 8]
 
 
 def _put(shape: Layout, buffer: bytearray, name: str, value: int) -> None:

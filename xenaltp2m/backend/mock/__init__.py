@@ -35,14 +35,17 @@ from xenaltp2m import errors
 from xenaltp2m.abi import layouts, releases
 from xenaltp2m.abi.releases import Release, release
 from xenaltp2m.backend import Bytes, Gfns, PortCalls, arguments
-from xenaltp2m.backend.mock.cpu import (
-    Access,
+from xenaltp2m.backend.mock.evtchn import Channel, Port
+from xenaltp2m.backend.mock.guest import Outcome, touch
+from xenaltp2m.backend.mock.machine import Domain, Livelock, Machine, Refused
+from xenaltp2m.backend.mock.monitor import Monitor
+from xenaltp2m.backend.mock.p2m import ANY_RAM_TYPES, Entry
+from xenaltp2m.backend.mock.processor import (
     Cpuid,
     DebugException,
     DescriptorAccess,
     GuestRequest,
     Halt,
-    Instruction,
     PortIo,
     Processor,
     SetRegisters,
@@ -50,11 +53,7 @@ from xenaltp2m.backend.mock.cpu import (
     WriteMsr,
     run,
 )
-from xenaltp2m.backend.mock.evtchn import Channel, Port
-from xenaltp2m.backend.mock.guest import Outcome, touch
-from xenaltp2m.backend.mock.machine import Domain, Livelock, Machine, Refused
-from xenaltp2m.backend.mock.monitor import Monitor
-from xenaltp2m.backend.mock.p2m import ANY_RAM_TYPES, Entry
+from xenaltp2m.backend.mock.script import Access, Instruction, Script
 from xenaltp2m.backend.mock.vcpu import Trap
 from xenaltp2m.types import ALL_GFNS, PAGE_SIZE, Altp2mMode, DomainInfo, DomId, VcpuInfo
 
@@ -269,7 +268,7 @@ class MockBackend:
             loop: Whether it begins again after the last; if not it then waits, as after HLT.
         """
         domain = self.domain(domid)
-        self._processors_of(domid)[vcpu].load(program, loop=loop)
+        self._script(domid, vcpu).load(program, loop=loop)
         domain.vcpus[vcpu].online = True
 
     def run(self, domid: int, steps: int) -> int:
@@ -308,8 +307,15 @@ class MockBackend:
     def _processors_of(self, domid: int) -> list[Processor]:
         if domid not in self._processors:
             monitor = self._monitor_of(domid)
-            self._processors[domid] = [Processor(monitor, vcpu) for vcpu in monitor.domain.vcpus]
+            self._processors[domid] = [Script(monitor, vcpu) for vcpu in monitor.domain.vcpus]
         return self._processors[domid]
+
+    def _script(self, domid: int, vcpu: int) -> Script:
+        processors = self._processors_of(domid)
+        script = processors[vcpu]
+        if not isinstance(script, Script):
+            script = processors[vcpu] = Script(self._monitor_of(domid), script.vcpu)
+        return script
 
     def _go_on(self, domid: int) -> None:
         """Let the vCPUs run for a while, now that something let them."""

@@ -10,7 +10,15 @@ from typing import NamedTuple, TypeAlias, TypeVar
 from xenaltp2m.abi.layouts import HVM_CPU
 
 INVALID_VIEW = 0xFFFF
-_CR0_ET = 1 << 4
+
+DB, BP, UD, DF, GP, PF, VE = 1, 3, 6, 8, 13, 14, 20
+"""Exception vectors."""
+HARDWARE_EXCEPTION, SOFTWARE_INTERRUPT, SOFTWARE_EXCEPTION = 3, 4, 6
+"""``X86_ET_*``."""
+NO_ERROR_CODE = 0xFFFF_FFFF
+
+CR0_PE, CR0_ET, CR0_WP, CR0_PG = 1 << 0, 1 << 4, 1 << 16, 1 << 31
+DR6_DEFAULT = 0xFFFF0FF0
 _T = TypeVar("_T")
 
 Waits: TypeAlias = Generator[None, None, _T]
@@ -92,7 +100,7 @@ class Vcpu:
     """Its ``hvm_hw_cpu`` record."""
 
     def __post_init__(self) -> None:
-        self.set_register("cr0", _CR0_ET)  # hvm_vcpu_reset_state
+        self.set_register("cr0", CR0_ET)  # hvm_vcpu_reset_state
 
     @property
     def stopped(self) -> bool:

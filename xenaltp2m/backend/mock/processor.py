@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""vCPUs that execute: scripted instructions, and what Xen makes of each.
+"""A vCPU that executes, and what Xen makes of it when it leaves guest mode.
 
-A program stands for machine code with paging off. Each instruction is fetched, may access memory
-and may have one effect; where the CPU would leave guest mode, Xen's part is restated: the exit
-handlers of ``vmx.c``, ``hvm/monitor.c``, ``hvm_do_resume`` and ``hvm_emulate_one_vm_event``.
+What executes, a script or machine code, is a subclass's. Xen's part is restated here: the exit
+handlers of ``vmx.c``, ``hvm/monitor.c``, ``hvm_do_resume``.
 
 What decides between a step and none: an instruction that leaves guest mode and is completed by
 Xen causes no monitor trap, its successor does; so it is on the CPU, too.
@@ -11,39 +10,49 @@ Xen causes no monitor trap, its successor does; so it is on the CPU, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum, auto
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
-from xenaltp2m.abi.vm_event import Flag, Reason
-from xenaltp2m.backend.mock.guest import Outcome, access, drive, vm_exit
+from xenaltp2m.abi.vm_event import Reason
+from xenaltp2m.backend.mock.guest import Outcome, drive, vm_exit
 from xenaltp2m.backend.mock.machine import Livelock
 from xenaltp2m.backend.mock.monitor import CR0, CR3, CR4, XCR0, Monitor
 from xenaltp2m.backend.mock.p2m import Lookup, PageType
-from xenaltp2m.backend.mock.vcpu import Trap, Vcpu, Waits
+from xenaltp2m.backend.mock.vcpu import (
+    BP,
+    CR0_ET,
+    CR0_PE,
+    CR0_PG,
+    DB,
+    DR6_DEFAULT,
+    GP,
+    HARDWARE_EXCEPTION,
+    NO_ERROR_CODE,
+    SOFTWARE_EXCEPTION,
+    VE,
+    Trap,
+    Vcpu,
+    Waits,
+)
 from xenaltp2m.types import PAGE_SIZE
 
 # EXIT_REASON_* (asm/hvm/vmx/vmx.h).
 _EXCEPTION, _CPUID, _HLT, _VMCALL, _CR_ACCESS, _IO, _MSR_WRITE = 0, 10, 12, 18, 28, 30, 32
 _MONITOR_TRAP, _GDTR_OR_IDTR, _LDTR_OR_TR, _XSETBV = 37, 46, 47, 55
 
-_DB, _BP, _UD, _GP, _VE = 1, 3, 6, 13, 20
-_HARDWARE_EXCEPTION, _SOFTWARE_INTERRUPT, _SOFTWARE_EXCEPTION = 3, 4, 6
-"""``X86_ET_*``."""
-_NO_ERROR_CODE = 0xFFFF_FFFF
-_INT3 = 0xCC
 _NANOSECONDS = 1000
 """What an attempt to execute an instruction takes."""
 
-_PE, _ET, _PG = 1 << 0, 1 << 4, 1 << 31
 _CR0_BITS = 0xE005003F
 """All but ``HVM_CR0_GUEST_RESERVED_BITS``."""
 _CR4_BITS = 0x770FFF & ~(1 << 12)
 _CR4_HOST_MASK = ~_CR4_BITS | 1 << 5 | 1 << 6 | 1 << 13 | 1 << 4 | 1 << 20 | 1 << 21 | 1 << 22
 """Which bits exit (``vmx_update_guest_cr``): PAE, MCE, VMXE, PKE, and while paging is off PSE,
 SMEP and SMAP; and all that the guest may not set."""
-_DR6_DEFAULT, _DR6_STEP = 0xFFFF0FF0, 1 << 14
+_DR6_STEP = 1 << 14
 
 _MSR_REGISTERS = {
     0x10: "tsc", 0x174: "sysenter_cs", 0x175: "sysenter_esp", 0x176: "sysenter_eip",
@@ -53,24 +62,6 @@ _MSR_REGISTERS = {
 }  # fmt: skip
 _DIRECT_MSRS = {0x174, 0x175, 0x176, 0x277, 0xC0000100, 0xC0000101, 0xC0000102}
 """Written without an exit until they are monitored (``construct_vmcs``)."""
-
-_FLAT_CODE, _FLAT_DATA = 0xC9B, 0xC93
-
-
-class Access(NamedTuple):
-    """A data access of an instruction.
-
-    Attributes:
-        kind: "r" or "w".
-        address: Where.
-        data: What is written; of a read its length counts.
-        register: Where a read's value goes; nowhere if empty.
-    """
-
-    kind: str
-    address: int
-    data: bytes = b"\0"
-    register: str = ""
 
 
 @dataclass(frozen=True)
@@ -133,7 +124,7 @@ class GuestRequest:
 class DebugException:
     """A #DB: of kind 3 after the instruction, as of the trap flag; of kind 5 INT1 itself."""
 
-    kind: int = _HARDWARE_EXCEPTION
+    kind: int = HARDWARE_EXCEPTION
 
 
 @dataclass(frozen=True)
@@ -154,26 +145,7 @@ Effect: TypeAlias = (
 )
 
 
-@dataclass(frozen=True)
-class Instruction:
-    """One instruction.
-
-    Attributes:
-        address: Where it is. A 0xCC there in memory, as the vCPU's view shows it, is an int3.
-        length: Its length; the next instruction of the program need not follow it in memory.
-        accesses: Its data accesses: :class:`Access` or tuples of its fields.
-        effect: What else it does.
-        emulated: Whether Xen's emulator can execute it.
-    """
-
-    address: int
-    length: int = 1
-    accesses: Sequence[Access | tuple[str, int] | tuple[str, int, bytes]] = ()
-    effect: Effect | None = None
-    emulated: bool = True
-
-
-class _Done(Enum):
+class Done(Enum):
     """How far an instruction came."""
 
     NATIVE = auto()
@@ -185,41 +157,32 @@ class _Done(Enum):
 
 
 @dataclass
-class Processor:
-    """A vCPU with its program."""
+class Processor(ABC):
+    """A vCPU and what it executes."""
 
     monitor: Monitor
     vcpu: Vcpu
-    program: Sequence[Instruction] = ()
-    loop: bool = False
-    _at: int = field(default=0, init=False)
-    """Where in the program the last instruction was begun."""
-
-    def load(self, program: Iterable[Instruction], *, loop: bool) -> None:
-        """Give the vCPU a program, and registers as they are at its start, paging off."""
-        self.program, self.loop, self._at = tuple(program), loop, 0
-        vcpu = self.vcpu
-        for segment in ("cs", "ds", "es", "ss", "fs", "gs"):
-            code = segment == "cs"
-            vcpu.set_register(f"{segment}_sel", 8 if code else 16)
-            vcpu.set_register(f"{segment}_limit", 0xFFFF_FFFF)
-            vcpu.set_register(f"{segment}_arbytes", _FLAT_CODE if code else _FLAT_DATA)
-        start = self.program[0].address if self.program else 0
-        for name, value in {
-            "rip": start, "rflags": 2, "cr0": _PE | _ET, "dr6": _DR6_DEFAULT, "dr7": 0x400,
-        }.items():  # fmt: skip
-            vcpu.set_register(name, value)
-        vcpu.halted = False
 
     @property
-    def finished(self) -> bool:
-        """Whether the program has come to its end; the vCPU then waits as after HLT."""
-        if self.loop or not self.program:
-            return False
-        end = self.program[-1].address + self.program[-1].length
-        return self.vcpu.register("rip") == end and not any(
-            instruction.address == end for instruction in self.program
-        )
+    @abstractmethod
+    def _has_work(self) -> bool:
+        """Whether there is an instruction to execute."""
+
+    @abstractmethod
+    def _execute(self, limit: int) -> Waits[tuple[Done, int]]:
+        """Execute up to ``limit`` instructions; tell how far the last came, and how many."""
+
+    @abstractmethod
+    def _advance(self, length: int) -> None:
+        """``update_guest_eip``: the instruction at rip is done."""
+
+    @abstractmethod
+    def _deliver(self, trap: Trap) -> Waits[bool]:
+        """Have the guest's handler get an exception; False where memory keeps it from that."""
+
+    @abstractmethod
+    def _emulate(self, flags: int, data: bytes) -> Waits[None]:
+        """``hvm_emulate_one_vm_event``: the instruction at rip, in the host p2m."""
 
     @property
     def idle(self) -> bool:
@@ -238,97 +201,42 @@ class Processor:
             or vcpu.injected
             or vcpu.pending
             or (deferred is not None and deferred.waits)
-            or (self.program and not self.finished)
+            or self._has_work
         )
 
-    def step(self) -> bool:
-        """Let the vCPU run until it has executed an instruction, or something keeps it from it.
+    def step(self, limit: int = 1) -> int:
+        """Let the vCPU run until it has executed ``limit`` instructions, or is kept from it.
 
         Returns:
-            Whether it has executed one.
+            How many it has executed.
         """
         vcpu = self.vcpu
         vcpu.cpu_time += _NANOSECONDS
         code, vcpu.waiting = vcpu.waiting, None
         try:
-            return bool(drive(vcpu, self._step() if code is None else code))
+            executed = drive(vcpu, self._step(limit) if code is None else code)
         except Livelock:
-            return False  # it faults for ever, and burns its time
+            return 0  # it faults for ever, and burns its time
+        return executed if isinstance(executed, int) else 0
 
-    # The program.
-
-    def _current(self) -> Instruction | None:
-        """The instruction at rip."""
-        rip, program = self.vcpu.register("rip"), self.program
-        if not program:
-            return None
-        last = program[self._at]
-        if last.address == rip:
-            return last
-        following = self._following
-        if following is not None and rip in (
-            last.address + last.length,
-            program[following].address,
-        ):
-            self._at = following
-            self.vcpu.set_register("rip", program[following].address)
-            return program[following]
-        for index, instruction in enumerate(program):
-            if instruction.address == rip:
-                self._at = index
-                return instruction
-        return None
-
-    @property
-    def _following(self) -> int | None:
-        if self._at + 1 < len(self.program):
-            return self._at + 1
-        return 0 if self.loop else None
-
-    def _advance(self, instruction: Instruction) -> None:
-        """``update_guest_eip``, and a jump where the program goes on elsewhere."""
-        following = self._following
-        address = instruction.address + instruction.length
-        if following is not None:
-            address = self.program[following].address
-            self._at = following
-        self.vcpu.set_register("rip", address)
-
-    # Running.
-
-    def _runs(self) -> bool:
-        return self.monitor.domain.runs(self.vcpu)
-
-    def _step(self) -> Waits[bool]:
+    def _step(self, limit: int) -> Waits[int]:
         vcpu = self.vcpu
         yield from self._do_resume()
         if not self._runs():
-            return False
+            return 0
         if vcpu.single_step:  # vmx_intr_assist
             vcpu.monitor_trap_flag = True
         if vcpu.pending is not None:
-            self._deliver(vcpu.pending)
-            if vcpu.monitor_trap_flag:
+            if (yield from self._deliver(vcpu.pending)) and vcpu.monitor_trap_flag:
                 yield from self._monitor_trap()
-            return False
-        instruction = self._current()
-        if instruction is None:
-            if self.program and not self.finished:  # it has gone astray
-                vcpu.delivered.append((_UD, _HARDWARE_EXCEPTION))
-                vcpu.halted = True
-            return False
-        done = yield from self._execute(instruction)
-        if done is _Done.NATIVE and vcpu.monitor_trap_flag:
+            return 0
+        done, executed = yield from self._execute(1 if vcpu.monitor_trap_flag else limit)
+        if done is Done.NATIVE and vcpu.monitor_trap_flag:
             yield from self._monitor_trap()
-        return done is not _Done.HELD
+        return executed
 
-    def _deliver(self, trap: Trap) -> None:
-        """The guest's handler gets it, and returns to where the CPU says."""
-        vcpu = self.vcpu
-        vcpu.pending = None
-        vcpu.delivered.append((trap.vector, trap.kind))
-        if trap.kind >= _SOFTWARE_INTERRUPT:
-            vcpu.set_register("rip", vcpu.register("rip") + trap.length)
+    def _runs(self) -> bool:
+        return self.monitor.domain.runs(self.vcpu)
 
     def _do_resume(self) -> Waits[None]:
         """``hvm_do_resume`` and ``hvm_vm_event_do_resume``."""
@@ -363,8 +271,8 @@ class Processor:
 
     def _fault(self, vector: int) -> None:
         """``hvm_inject_hw_exception``."""
-        error_code = 0 if vector == _GP else _NO_ERROR_CODE
-        self.vcpu.raise_trap(Trap(vector, _HARDWARE_EXCEPTION, error_code, 0, 0))
+        error_code = 0 if vector == GP else NO_ERROR_CODE
+        self.vcpu.raise_trap(Trap(vector, HARDWARE_EXCEPTION, error_code, 0, 0))
 
     def _monitor_trap(self) -> Waits[None]:
         """``EXIT_REASON_MONITOR_TRAP_FLAG`` and ``hvm_monitor_debug``."""
@@ -390,83 +298,53 @@ class Processor:
 
     # Execution by the CPU, in the vCPU's view.
 
-    def _execute(self, instruction: Instruction) -> Waits[_Done]:
-        for part in _pages(instruction.address, instruction.length):
-            outcome = yield from access(self.monitor, self.vcpu, part, "x")
-            if outcome is Outcome.EMULATED:
-                self._fault(_GP)  # hvm_hap_nested_page_fault: nothing to fetch
-            if outcome is not Outcome.DONE:
-                return self._held(outcome)
-        if self._bytes_in_view(instruction.address, 1)[0] == _INT3:
-            return (yield from self._breakpoint())
-        accesses = [Access(*one) for one in instruction.accesses]
-        for one in accesses:
-            for part in _pages(one.address, len(one.data)):
-                outcome = yield from access(self.monitor, self.vcpu, part, one.kind)
-                if outcome is Outcome.EMULATED:  # handle_mmio
-                    completed = yield from self._emulate_instruction(
-                        instruction, Flag(0), b"", answered=False
-                    )
-                    return _Done.EXITED if completed else _Done.HELD
-                if outcome is not Outcome.DONE:
-                    return self._held(outcome)
-        for one in accesses:
-            if one.kind == "w":
-                self._store_in_view(one.address, one.data)
-            else:
-                self._load(one, self._bytes_in_view(one.address, len(one.data)))
-        done = yield from self._apply(instruction)
-        if done is not _Done.HELD and not _moves_itself(instruction):
-            self._advance(instruction)
-        return done
-
-    def _held(self, outcome: Outcome) -> _Done:
+    def _held(self, outcome: Outcome) -> Done:
         if outcome is Outcome.VIRTUALISATION_EXCEPTION:
-            self._fault(_VE)
-        return _Done.HELD
+            self._fault(VE)
+        return Done.HELD
 
-    def _breakpoint(self) -> Waits[_Done]:
+    def _breakpoint(self) -> Waits[Done]:
         """``X86_EXC_BP`` in ``vmx_vmexit_handler``."""
         vcpu, monitor = self.vcpu, self.monitor
         if (yield from vm_exit(monitor, vcpu, _EXCEPTION)):
-            return _Done.HELD
+            return Done.HELD
         sent = False
         if "software_breakpoint" in monitor.switches:
             fields = {
                 "software_breakpoint.gfn": self._gfn(),
                 "software_breakpoint.insn_length": 1,
-                "software_breakpoint.type": _SOFTWARE_EXCEPTION,
+                "software_breakpoint.type": SOFTWARE_EXCEPTION,
             }
             sent = yield from monitor.traps(vcpu, Reason.SOFTWARE_BREAKPOINT, fields)
         if not sent:
-            vcpu.raise_trap(Trap(_BP, _SOFTWARE_EXCEPTION, _NO_ERROR_CODE, 1, 0))
-        return _Done.HELD
+            vcpu.raise_trap(Trap(BP, SOFTWARE_EXCEPTION, NO_ERROR_CODE, 1, 0))
+        return Done.HELD
 
-    def _apply(self, instruction: Instruction) -> Waits[_Done]:
-        """The effect of an instruction, and Xen's part in it."""
-        vcpu, monitor, effect = self.vcpu, self.monitor, instruction.effect
-        done = _Done.EXITED
+    def _apply(self, effect: Effect | None, length: int) -> Waits[Done]:
+        """The effect of the instruction at rip, and Xen's part in it."""
+        vcpu, monitor = self.vcpu, self.monitor
+        done = Done.EXITED
         match effect:
             case None:
-                done = _Done.NATIVE
+                done = Done.NATIVE
             case SetRegisters(values):
                 self._set_registers(values)
-                done = _Done.NATIVE
+                done = Done.NATIVE
             case WriteControlRegister(index, value):
                 done = yield from self._move_to_control_register(index, value)
             case WriteMsr(msr, value):
                 if msr in _DIRECT_MSRS - monitor.intercepted_msrs:
                     self._write_msr(msr, value)
-                    done = _Done.NATIVE
+                    done = Done.NATIVE
                 elif (yield from vm_exit(monitor, vcpu, _MSR_WRITE)):
-                    done = _Done.HELD
+                    done = Done.HELD
                 else:
                     yield from self._intercept_msr(msr, value)
             case Cpuid(results):
                 if (yield from vm_exit(monitor, vcpu, _CPUID)):
-                    return _Done.HELD
+                    return Done.HELD
                 fields = {
-                    "cpuid.insn_length": instruction.length,
+                    "cpuid.insn_length": length,
                     "cpuid.leaf": vcpu.register("rax") & 0xFFFF_FFFF,
                     "cpuid.subleaf": vcpu.register("rcx") & 0xFFFF_FFFF,
                 }
@@ -474,24 +352,24 @@ class Processor:
                 if "cpuid" in monitor.switches and (
                     yield from monitor.traps(vcpu, Reason.CPUID, fields)
                 ):
-                    done = _Done.HELD
+                    done = Done.HELD
             case DescriptorAccess():
                 done = yield from self._access_descriptor(effect)
             case PortIo():
                 done = yield from self._port_io(effect)
             case GuestRequest():
                 if (yield from vm_exit(monitor, vcpu, _VMCALL)):
-                    return _Done.HELD
+                    return Done.HELD
                 options = monitor.switches.get("guest_request")
                 if options is not None:
                     sync = bool(options["sync"])
                     yield from monitor.traps(vcpu, Reason.GUEST_REQUEST, {}, sync=sync)
                 vcpu.set_register("rax", 0)
             case DebugException(kind):
-                done = yield from self._debug_exception(instruction, kind)
+                done = yield from self._debug_exception(kind, length)
             case Halt():
                 if (yield from vm_exit(monitor, vcpu, _HLT)):
-                    return _Done.HELD
+                    return Done.HELD
                 vcpu.halted = True
         return done
 
@@ -499,24 +377,24 @@ class Processor:
         for name, value in values.items():
             self.vcpu.set_register(name, value)
 
-    def _move_to_control_register(self, index: int, value: int) -> Waits[_Done]:
+    def _move_to_control_register(self, index: int, value: int) -> Waits[Done]:
         """``vmx_cr_access`` and ``EXIT_REASON_XSETBV``, where the CPU exits for the write."""
         if not self._exits(index, value):
             self._set_control_register(index, value)
-            return _Done.NATIVE
+            return Done.NATIVE
         vcpu, monitor = self.vcpu, self.monitor
         reason = _XSETBV if index == XCR0 else _CR_ACCESS
         number = {CR0: 0, CR3: 3, CR4: 4, XCR0: 0}[index]
         if (yield from vm_exit(monitor, vcpu, reason, number)):
-            return _Done.HELD
+            return Done.HELD
         if index == XCR0:  # hvm_handle_xsetbv tells of it and writes it, whatever the answer
             yield from self._monitor_control_register(index, value)
             written = self._write_control_register(index, value)
         else:
             written = yield from self._try_control_register(index, value)
         if not written:
-            self._fault(_GP)
-        return _Done.EXITED if written else _Done.HELD
+            self._fault(GP)
+        return Done.EXITED if written else Done.HELD
 
     def _exits(self, index: int, value: int) -> bool:
         """Whether a write leaves guest mode (``vmx_update_guest_cr``)."""
@@ -548,8 +426,8 @@ class Processor:
         if index == CR0:
             if value >> 32:
                 return None
-            value = (value & _CR0_BITS) | _ET
-            return None if value & (_PE | _PG) == _PG else value
+            value = (value & _CR0_BITS) | CR0_ET
+            return None if value & (CR0_PE | CR0_PG) == CR0_PG else value
         if index == CR3:
             bits = self.monitor.domain.machine.physical_address_bits
             return None if value >> bits else value
@@ -624,11 +502,11 @@ class Processor:
                 return
         self._write_msr(msr, value)
 
-    def _access_descriptor(self, effect: DescriptorAccess) -> Waits[_Done]:
+    def _access_descriptor(self, effect: DescriptorAccess) -> Waits[Done]:
         """``hvm_descriptor_access_intercept``: left to the response, which can have it emulated."""
         monitor, vcpu = self.monitor, self.vcpu
         if "descriptor_access" not in monitor.switches:
-            return _Done.NATIVE
+            return Done.NATIVE
         reason = _GDTR_OR_IDTR if effect.descriptor in (1, 2) else _LDTR_OR_TR
         if not (yield from vm_exit(monitor, vcpu, reason, effect.exit_qualification)):
             fields = {
@@ -638,16 +516,16 @@ class Processor:
                 "desc_access.is_write": effect.is_write,
             }
             yield from monitor.traps(vcpu, Reason.DESCRIPTOR_ACCESS, fields)
-        return _Done.HELD
+        return Done.HELD
 
-    def _port_io(self, effect: PortIo) -> Waits[_Done]:
+    def _port_io(self, effect: PortIo) -> Waits[Done]:
         """``EXIT_REASON_IO_INSTRUCTION``."""
         monitor, vcpu = self.monitor, self.vcpu
         qualification = (
             (effect.size - 1) | effect.is_in << 3 | effect.is_string << 4 | effect.port << 16
         )
         if (yield from vm_exit(monitor, vcpu, _IO, qualification)):
-            return _Done.HELD
+            return Done.HELD
         fields = {
             "io.bytes": effect.size,
             "io.port": effect.port,
@@ -657,25 +535,25 @@ class Processor:
         if "io" in monitor.switches and (
             yield from monitor.traps(vcpu, Reason.IO_INSTRUCTION, fields)
         ):
-            return _Done.HELD
+            return Done.HELD
         self._complete_io(effect)
-        return _Done.EXITED
+        return Done.EXITED
 
     def _complete_io(self, effect: PortIo) -> None:
         if effect.is_in:
             self.vcpu.set_register("rax", effect.value)
 
-    def _debug_exception(self, instruction: Instruction, kind: int) -> Waits[_Done]:
+    def _debug_exception(self, kind: int, length: int) -> Waits[Done]:
         """``X86_EXC_DB`` in ``vmx_vmexit_handler``."""
         vcpu, monitor = self.vcpu, self.monitor
-        traps = kind == _HARDWARE_EXCEPTION
+        traps = kind == HARDWARE_EXCEPTION
         if traps:
-            self._advance(instruction)
-        done = _Done.EXITED if traps else _Done.HELD  # INT1 comes again, a trap does not
+            self._advance(length)
+            length = 0
+        done = Done.EXITED if traps else Done.HELD  # INT1 comes again, a trap does not
         if (yield from vm_exit(monitor, vcpu, _EXCEPTION, _DR6_STEP if traps else 0)):
             return done
-        vcpu.set_register("dr6", _DR6_DEFAULT | (_DR6_STEP if traps else 0))
-        length = 0 if traps else instruction.length
+        vcpu.set_register("dr6", DR6_DEFAULT | (_DR6_STEP if traps else 0))
         options = monitor.switches.get("debug_exceptions")
         sent = False
         if options is not None:
@@ -688,63 +566,15 @@ class Processor:
                 vcpu, Reason.DEBUG_EXCEPTION, fields, sync=bool(options["sync"])
             )
         if not sent:
-            vcpu.raise_trap(Trap(_DB, kind, _NO_ERROR_CODE, length, 0))
+            vcpu.raise_trap(Trap(DB, kind, NO_ERROR_CODE, length, 0))
         return done
 
     # Execution by Xen's emulator, in the host p2m.
 
-    def _emulate(self, flags: int, data: bytes) -> Waits[None]:
-        """``hvm_emulate_one_vm_event``; the first kind that is asked for counts."""
-        if not self.program:
-            return
-        kinds = Flag.SET_EMUL_READ_DATA, Flag.EMULATE_NOWRITE, Flag.SET_EMUL_INSN_DATA
-        kind = next((kind for kind in kinds if flags & kind), Flag(0))
-        instruction = self._current()
-        if instruction is None:
-            self._fault(_UD)
-        else:
-            yield from self._emulate_instruction(instruction, kind, data, answered=True)
-
-    def _emulate_instruction(
-        self, instruction: Instruction, kind: Flag, data: bytes, *, answered: bool
-    ) -> Waits[bool]:
-        """Emulate one, because a response says so or for MMIO; True if it is completed."""
-        vcpu, monitor, effect = self.vcpu, self.monitor, instruction.effect
-        first = self._bytes_in_host(instruction.address, 1)
-        if kind is Flag.SET_EMUL_INSN_DATA:
-            first = data[:1]
-        if first[0] == _INT3:
-            vcpu.raise_trap(Trap(_BP, _SOFTWARE_EXCEPTION, _NO_ERROR_CODE, 1, 0))
-            return False
-        if not instruction.emulated or isinstance(effect, GuestRequest):
-            if not answered:  # hvm_emulate_one_insn: it comes again, and nobody is told
-                return False
-            if "emul_unimplemented" in monitor.switches and (
-                yield from monitor.traps(vcpu, Reason.EMUL_UNIMPLEMENTED, {})
-            ):
-                return False
-            self._fault(_UD)
-            return False
-        for one in instruction.accesses:
-            wanted = Access(*one)
-            if wanted.kind != "w":
-                found = self._bytes_in_host(wanted.address, len(wanted.data))
-                if kind is Flag.SET_EMUL_READ_DATA:  # set_context_data
-                    size = int.from_bytes(data[:4], "little")
-                    found = data[4 : 4 + min(size, len(found))].ljust(len(found), b"\0")
-                self._load(wanted, found)
-            elif kind is not Flag.EMULATE_NOWRITE:
-                self._store_in_host(wanted.address, wanted.data)
-        if not (yield from self._emulate_effect(instruction)):
-            return False
-        if not _moves_itself(instruction):
-            self._advance(instruction)
-        return True
-
-    def _emulate_effect(self, instruction: Instruction) -> Waits[bool]:
+    def _emulate_effect(self, effect: Effect | None, length: int) -> Waits[bool]:
         """False where an exception takes its place; few effects are heard of here."""
         vcpu = self.vcpu
-        match instruction.effect:
+        match effect:
             case SetRegisters(values):
                 self._set_registers(values)
             case WriteControlRegister(index, value):
@@ -753,19 +583,19 @@ class Processor:
                 else:
                     written = yield from self._try_control_register(index, value)
                 if not written:
-                    self._fault(_GP)
+                    self._fault(GP)
                 return written
             case WriteMsr(msr, value):
                 yield from self._intercept_msr(msr, value)
             case Cpuid(results):
                 self._set_registers(dict(zip(("rax", "rbx", "rcx", "rdx"), results, strict=True)))
-            case PortIo() as effect:
+            case PortIo():
                 self._complete_io(effect)
-            case DebugException(kind) if kind == _HARDWARE_EXCEPTION:
-                self._advance(instruction)
-                self._fault(_DB)
+            case DebugException(kind) if kind == HARDWARE_EXCEPTION:
+                self._advance(length)
+                self._fault(DB)
             case DebugException(kind):
-                vcpu.raise_trap(Trap(_DB, kind, _NO_ERROR_CODE, instruction.length, 0))
+                vcpu.raise_trap(Trap(DB, kind, NO_ERROR_CODE, length, 0))
                 return False
             case Halt():
                 vcpu.halted = True
@@ -774,10 +604,6 @@ class Processor:
         return True
 
     # Memory.
-
-    def _load(self, wanted: Access, found: bytes) -> None:
-        if wanted.register:
-            self.vcpu.set_register(wanted.register, int.from_bytes(found, "little"))
 
     def _find_in_view(self, gfn: int) -> Lookup:
         domain = self.monitor.domain
@@ -838,15 +664,15 @@ def run(processors: Sequence[Processor], attempts: int) -> int:
     return executed
 
 
-def _moves_itself(instruction: Instruction) -> bool:
-    effect = instruction.effect
+def moves_itself(effect: Effect | None) -> bool:
+    """Whether an effect has set rip, or left it to Xen."""
     if isinstance(effect, SetRegisters):
         return "rip" in effect.values
-    return isinstance(effect, DebugException) and effect.kind == _HARDWARE_EXCEPTION
+    return isinstance(effect, DebugException) and effect.kind == HARDWARE_EXCEPTION
 
 
-def _pages(address: int, size: int) -> Iterator[int]:
-    """The first address in each page of a range."""
+def pages(address: int, size: int) -> Iterator[int]:
+    """Yield the first address in each page of a range."""
     yield address
     end = address + size
     yield from range((address // PAGE_SIZE + 1) * PAGE_SIZE, end, PAGE_SIZE)

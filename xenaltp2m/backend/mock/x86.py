@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the CPU does by its manual: page walks, segments, gates, and which instructions exit.
+
+Names and numbers are those of the Intel SDM, volume 3. Nothing here knows of Xen: memory is
+reached through functions that the caller gives.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from xenaltp2m.backend.mock.vcpu import CR0_PG, CR0_WP, DF, GP, NO_ERROR_CODE, PF
+from xenaltp2m.types import PAGE_SIZE
+
+CR4_PSE, CR4_PAE, CR4_LA57, CR4_SMEP, CR4_SMAP = 1 << 4, 1 << 5, 1 << 12, 1 << 20, 1 << 21
+EFER_SCE, EFER_LME, EFER_LMA, EFER_NXE = 1 << 0, 1 << 8, 1 << 10, 1 << 11
+FLAG_TF, FLAG_IF, FLAG_NT, FLAG_RF, FLAG_VM, FLAG_AC = 1 << 8, 1 << 9, 1 << 14, 1 << 16, 1 << 17, 1 << 18
+
+_PRESENT, _WRITABLE, _USER, _ACCESSED, _DIRTY, _LARGE = 1, 2, 4, 1 << 5, 1 << 6, 1 << 7
+_NO_EXECUTE = 1 << 63
+_FRAME = 0x000F_FFFF_FFFF_F000
+_U32, _U64 = (1 << 32) - 1, (1 << 64) - 1
+_PDPTE_RESERVED = 0x1E6
+_READ, _WRITE, _FETCH = "r", "w", "x"
+_ERROR_PRESENT, _ERROR_WRITE, _ERROR_USER, _ERROR_RESERVED, _ERROR_FETCH = 1, 2, 4, 8, 16
+
+
+class Fault(Exception):  # noqa: N818 - the CPU's word
+    """An exception that the CPU raises."""
+
+    def __init__(self, vector: int, error_code: int = NO_ERROR_CODE, address: int = 0) -> None:
+        super().__init__(vector)
+        self.vector = vector
+        self.error_code = error_code
+        self.address = address
+        """For cr2."""
+
+
+class Translation(NamedTuple):
+    """Where a linear page lies, and what the guest's own tables allow."""
+
+    physical: int
+    rights: str
+    """Some of "rwx"; no "w" while the page is not marked dirty."""
+
+
+@dataclass(frozen=True)
+class Paging:
+    """The registers that a page walk depends on."""
+
+    cr0: int
+    cr3: int
+    cr4: int
+    efer: int
+    user: bool
+    alignment_check: bool = False
+    """EFLAGS.AC, with which supervisors may use users' pages despite SMAP."""
+
+    @property
+    def levels(self) -> list[tuple[int, int, int]]:
+        """Of each level from the top: the lowest bit it translates, its index's bits, its entry's
+        size."""
+        if not self.cr4 & CR4_PAE:
+            return [(22, 10, 4), (12, 10, 4)]
+        if not self.efer & EFER_LMA:
+            return [(30, 2, 8), (21, 9, 8), (12, 9, 8)]
+        top = [(48, 9, 8)] if self.cr4 & CR4_LA57 else []
+        return [*top, (39, 9, 8), (30, 9, 8), (21, 9, 8), (12, 9, 8)]
+
+    def translate(
+        self,
+        address: int,
+        kind: str,
+        load: Callable[[int, int], int],
+        store: Callable[[int, int, int], None],
+    ) -> Translation:
+        """Walk the tables for an access, as the CPU does.
+
+        Args:
+            address: Linear.
+            kind: "r", "w" or "x".
+            load: Reads an entry: physical address, size.
+            store: Sets an entry's accessed and dirty bits: physical address, size, value.
+
+        Raises:
+            Fault: The page fault.
+        """
+        page = address & ~(PAGE_SIZE - 1)
+        if not self.cr0 & CR0_PG:
+            return Translation(page & _U32, "rwx")
+        levels = self.levels
+        long = bool(self.efer & EFER_LMA)
+        if long and not canonical(address, 57 if len(levels) == 5 else 48):
+            raise Fault(GP, 0)
+        base = self.cr3 & (_FRAME if long else 0xFFFF_FFE0 if self.cr4 & CR4_PAE else 0xFFFF_F000)
+        writable = user = True
+        no_execute = False
+        path: list[tuple[int, int, int]] = []
+        for shift, bits, size in levels:
+            where = base + (address >> shift & ((1 << bits) - 1)) * size
+            entry = load(where, size)
+            if not entry & _PRESENT:
+                raise self._fault(address, kind, 0)
+            if shift == 30 and not long:  # its rights are those of the tables below
+                if entry & _PDPTE_RESERVED:
+                    raise self._fault(address, kind, _ERROR_PRESENT | _ERROR_RESERVED)
+                base = entry & _FRAME
+                continue
+            if size == 8 and entry & _NO_EXECUTE:
+                if not self.efer & EFER_NXE:
+                    raise self._fault(address, kind, _ERROR_PRESENT | _ERROR_RESERVED)
+                no_execute = True
+            writable = writable and bool(entry & _WRITABLE)
+            user = user and bool(entry & _USER)
+            path.append((where, size, entry))
+            large = shift in (21, 30) or (shift == 22 and self.cr4 & CR4_PSE)
+            if shift == 12 or (large and entry & _LARGE):
+                frame = entry & _FRAME
+                if shift == 22:
+                    frame = entry & 0xFFC0_0000 | (entry & 0x1F_E000) << 19
+                physical = frame & ~((1 << shift) - 1) | page & ((1 << shift) - 1)
+                break
+            base = entry & _FRAME
+        rights = self._rights(writable, user, no_execute)
+        if kind not in rights:
+            raise self._fault(address, kind, _ERROR_PRESENT)
+        dirty = path[-1][2] & _DIRTY
+        for at, (where, size, entry) in enumerate(path):
+            marks = _ACCESSED | (_DIRTY if kind == _WRITE and at == len(path) - 1 else 0)
+            if marks & ~entry:
+                store(where, size, entry | marks)
+                dirty |= marks & _DIRTY
+        return Translation(physical, rights if dirty else rights.replace(_WRITE, ""))
+
+    def _rights(self, writable: bool, user: bool, no_execute: bool) -> str:
+        if self.user:
+            rights = "" if not user else "rwx" if writable else "rx"
+        else:
+            rights = "rwx" if writable or not self.cr0 & CR0_WP else "rx"
+            if user and self.cr4 & CR4_SMAP and not self.alignment_check:
+                rights = rights.replace(_READ, "").replace(_WRITE, "")
+            if user and self.cr4 & CR4_SMEP:
+                no_execute = True
+        return rights.replace(_FETCH, "") if no_execute else rights
+
+    def _fault(self, address: int, kind: str, code: int) -> Fault:
+        code |= _ERROR_WRITE if kind == _WRITE else 0
+        code |= _ERROR_USER if self.user else 0
+        if kind == _FETCH and (self.efer & EFER_NXE or self.cr4 & CR4_SMEP):
+            code |= _ERROR_FETCH
+        return Fault(PF, code, address)
+
+
+def canonical(address: int, bits: int = 48) -> bool:
+    """Whether the upper bits of a linear address are copies of the highest one used."""
+    upper = address >> (bits - 1)
+    return upper in (0, (1 << (65 - bits)) - 1)
+
+
+# Segments.
+
+
+class Segment(NamedTuple):
+    """A segment register's hidden part; ``attributes`` as VMX packs them for Xen: 12 bits."""
+
+    base: int
+    limit: int
+    attributes: int
+
+    @property
+    def privilege(self) -> int:
+        """DPL."""
+        return self.attributes >> 5 & 3
+
+
+_GRANULAR = 1 << 11
+_CODE_L = 1 << 9
+UNUSABLE: Final = Segment(0, 0, 0)
+
+
+def descriptor(segment: Segment) -> int:
+    """Return the 8-byte descriptor of a segment below 4 GiB."""
+    base, limit, attributes = segment
+    if attributes & _GRANULAR:
+        limit >>= 12
+    return (
+        (limit & 0xFFFF)
+        | (base & 0xFF_FFFF) << 16
+        | (attributes & 0xFF) << 40
+        | (limit >> 16 & 0xF) << 48
+        | (attributes >> 8 & 0xF) << 52
+        | (base >> 24 & 0xFF) << 56
+    )
+
+
+def segment_of(raw: int) -> Segment:
+    """Return what loading a descriptor of 8 bytes gives."""
+    base = (raw >> 16 & 0xFF_FFFF) | (raw >> 56 & 0xFF) << 24
+    limit = (raw & 0xFFFF) | (raw >> 48 & 0xF) << 16
+    attributes = (raw >> 40 & 0xFF) | (raw >> 52 & 0xF) << 8
+    if attributes & _GRANULAR:
+        limit = limit << 12 | 0xFFF
+    return Segment(base, limit, attributes)
+
+
+# Exceptions through the IDT.
+
+_WITH_ERROR_CODE = frozenset({8, 10, 11, 12, 13, 14, 17, 21})
+_CONTRIBUTORY = frozenset({0, 10, 11, 12, 13})
+_INTERRUPT_GATE, _TRAP_GATE = 0xE, 0xF
+
+
+def has_error_code(vector: int) -> bool:
+    """Whether the CPU pushes an error code."""
+    return vector in _WITH_ERROR_CODE
+
+
+def doubled(first: int, second: int) -> bool:
+    """Whether a second exception, while the first is delivered, makes a double fault."""
+    if first == PF:
+        return second in _CONTRIBUTORY or second == PF
+    return first in _CONTRIBUTORY and second in _CONTRIBUTORY
+
+
+class Gate(NamedTuple):
+    """An entry of the IDT."""
+
+    selector: int
+    offset: int
+    kind: int
+    privilege: int
+    stack: int
+    """IST's index; 0 for none."""
+
+    @property
+    def masks_interrupts(self) -> bool:
+        """Whether IF is cleared."""
+        return self.kind == _INTERRUPT_GATE
+
+    @classmethod
+    def of(cls, raw: bytes, vector: int, external: int) -> Gate:
+        """Decode an entry of 8 bytes, or of 16 in long mode.
+
+        Raises:
+            Fault: It is not present or not a gate for interrupts.
+        """
+        low = int.from_bytes(raw[:8], "little")
+        kind = low >> 40 & 0x1F
+        code = vector * 8 + 2 + external
+        if kind not in (_INTERRUPT_GATE, _TRAP_GATE):
+            raise Fault(GP, code)
+        if not low >> 47 & 1:
+            raise Fault(11, code)
+        offset = (low & 0xFFFF) | (low >> 48) << 16
+        if len(raw) == 16:
+            offset |= int.from_bytes(raw[8:12], "little") << 32
+        return cls(low >> 16 & 0xFFFF, offset, kind, low >> 45 & 3, low >> 32 & 7 if len(raw) == 16 else 0)
+
+
+# Instructions.
+
+_PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3") | frozenset(range(0x40, 0x50))
+_EXITING = re.compile(
+    rb"(?=[\x6c-\x6f\xcc-\xce\xe4-\xe7\xec-\xef\xf1\xf4]"
+    rb"|\x0f(?:[\x00\x01\x06-\x09\x20-\x23\x30-\x33\x35\xa2]|\Z))",
+    re.DOTALL,
+)
+_PRIVILEGED_ONLY = re.compile(rb"(?=[\xfa\xfb])")
+"""CLI and STI: no exit, but the simulating CPU does not check who executes them."""
+
+
+def exiting_starts(page: bytes, user: bool) -> Iterator[int]:
+    """Yield the offsets in a page where an instruction may begin that the CPU must not run alone.
+
+    Too many rather than too few: bytes within instructions are among them. An instruction that
+    begins in the page before is found by its prefixes or its first byte.
+    """
+    for pattern in (_EXITING, _PRIVILEGED_ONLY) if user else (_EXITING,):
+        for found in pattern.finditer(page):
+            yield from _with_prefixes(page, found.start())
+    if page[-1] in _PREFIXES:
+        yield from _with_prefixes(page, PAGE_SIZE - 1)
+
+
+def _with_prefixes(page: bytes, at: int) -> Iterator[int]:
+    yield at
+    for before in range(at - 1, max(at - 15, -1), -1):
+        if page[before] not in _PREFIXES:
+            break
+        yield before
+
+
+class Decoded(NamedTuple):
+    """An instruction among those that exit."""
+
+    opcode: int
+    """One byte, or 0x0f00 and the second."""
+    length: int
+    modrm: int
+    immediate: int
+    rex: int
+    operand_size: int
+    """2, 4 or 8 bytes."""
+    repeats: bool
+
+
+_IMMEDIATE = frozenset({0xCD, 0xE4, 0xE5, 0xE6, 0xE7})
+_NO_MODRM = frozenset({0x0F06, 0x0F07, 0x0F08, 0x0F09, 0x0F30, 0x0F31, 0x0F32, 0x0F33, 0x0F35, 0x0FA2})
+
+
+def decode(code: bytes, long: bool, default_size: int) -> Decoded | None:
+    """Decode an instruction that exits; None for any other, or where ``code`` ends too early.
+
+    Of an operand in memory only the ModRM byte is looked at, and the length is then 0.
+    """
+    size, rex, repeats, at = default_size, 0, False, 0
+    while at < len(code) and code[at] in _PREFIXES:
+        byte = code[at]
+        if 0x40 <= byte < 0x50:
+            if not long:
+                return None  # INC and DEC
+            rex = byte
+        else:
+            rex = 0
+            if byte == 0x66:
+                size = 2 if default_size == 4 else 4
+            repeats = repeats or byte in (0xF2, 0xF3)
+        at += 1
+    if at >= len(code):
+        return None
+    if rex & 8:
+        size = 8
+    opcode = code[at]
+    at += 1
+    modrm = immediate = 0
+    if opcode == 0x0F:
+        if at >= len(code):
+            return None
+        opcode = 0x0F00 | code[at]
+        at += 1
+        if opcode not in _NO_MODRM:
+            if at >= len(code):
+                return None
+            modrm = code[at]
+            at += 1
+            if modrm < 0xC0 and not 0x0F20 <= opcode <= 0x0F23:
+                at = 0
+    if opcode in _IMMEDIATE:
+        if at >= len(code):
+            return None
+        immediate = code[at]
+        at += 1
+    if not _EXITING.match(bytes([opcode]) if opcode < 0x0F00 else opcode.to_bytes(2, "big")) and (
+        opcode not in (0xFA, 0xFB)
+    ):
+        return None
+    return Decoded(opcode, at, modrm, immediate, rex, size, repeats)
+
+
+__all__ = [
+    "CR4_PAE", "DF", "EFER_LMA", "EFER_LME", "FLAG_IF", "FLAG_NT", "FLAG_RF", "FLAG_TF", "FLAG_VM",
+    "UNUSABLE", "Decoded", "Fault", "Gate", "Paging", "Segment", "Translation", "canonical",
+    "decode", "descriptor", "doubled", "exiting_starts", "has_error_code", "segment_of",
+]  # fmt: skip
