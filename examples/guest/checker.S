@@ -22,7 +22,7 @@ function patched
         ret
 end patched
 
-        .balign 4096
+        .balign 4096, 0
 function target2
         mov $0, %eax
         ret

@@ -5,7 +5,7 @@
  *
  * - rewrites the operand of patched(), which shares the page of target(), and calls it; now and
  *   then also that of target2(), whose first instruction it is part of;
- * - calls target() and compares how often with `counter`, in which target() counts;
+ * - calls target(), which counts in `counter`, and compares with how often it has;
  * - reads the first instruction of target(), byte by byte and in one go;
  * - sums its code up, the head of each page, and now and then whole pages;
  * - reads the gfns behind each range of the memory map, for pages that somebody has added: where
@@ -17,7 +17,8 @@
 
 #include "guest.h"
 
-enum { CALLS = 16, SELDOM = 16, HEAD = 64, BEHIND = 64, HOLES = 8 * BEHIND, OPERAND = 1 };
+enum { CALLS = 16, SELDOM = 16, HEAD = 64, BEHIND = 64, HOLES = 8 * BEHIND };
+enum { GFNS = 1 << 20 /* of 4 GiB */, OPERAND = 1 /* follows the opcode of mov */ };
 
 struct start_info {
     u32 magic, version, flags, modules;
@@ -59,6 +60,20 @@ static u32 checksum(const struct page *page, u32 bytes)
     return sum;
 }
 
+static u32 is_known(const struct start_info *info, u64 gfn)
+{
+    const struct range *ranges = (const struct range *)(u32)info->map;
+    u64 address = gfn * PAGE_SIZE;
+
+    for (u32 i = 0; i < info->ranges; i++)
+        if (address >= ranges[i].start && address < ranges[i].start + ranges[i].size)
+            return 1;
+    for (u32 i = 0; i < holes.count; i++)
+        if (holes.gfns[i] == gfn)
+            return 1;
+    return gfn >= GFNS;
+}
+
 static void find_holes(const struct start_info *info)
 {
     const struct range *ranges = (const struct range *)(u32)info->map;
@@ -66,15 +81,9 @@ static void find_holes(const struct start_info *info)
     for (u32 i = 0; i < info->ranges; i++) {
         u64 end = (ranges[i].start + ranges[i].size + PAGE_SIZE - 1) / PAGE_SIZE;
 
-        for (u64 gfn = end; gfn < end + BEHIND && gfn < 1 << 20 && holes.count < HOLES; gfn++) {
-            u32 used = 0;
-
-            for (u32 j = 0; j < info->ranges; j++)
-                used |= gfn * PAGE_SIZE >= ranges[j].start &&
-                        gfn * PAGE_SIZE < ranges[j].start + ranges[j].size;
-            if (!used)
+        for (u64 gfn = end; gfn < end + BEHIND && holes.count < HOLES; gfn++)
+            if (!is_known(info, gfn))
                 holes.gfns[holes.count++] = (u32)gfn;
-        }
     }
 }
 
@@ -112,18 +121,19 @@ static u32 wrong_first_instruction(void)
 
 static void pass(void)
 {
-    u32 number = noticed.passes, now_and_then = number % SELDOM == 0, wrong;
+    u32 number = noticed.passes, now_and_then = number % SELDOM == 0, before, wrong;
 
     wrong = wrong_when_modified(patched, number + 1);
     if (now_and_then)
         wrong |= wrong_when_modified(target2, number + 1);
     noticed.modify += wrong;
 
+    before = counter;
     for (u32 i = 0; i < CALLS; i++) {
         target();
         calls++;
     }
-    noticed.calls += counter != calls;
+    noticed.calls += counter - before != CALLS;
 
     noticed.read += wrong_first_instruction();
 
