@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 import struct
 from array import array
 from collections import deque
@@ -29,12 +30,14 @@ from errno import (
     EOPNOTSUPP,
     EPERM,
 )
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from xenaltp2m import errors
 from xenaltp2m.abi import layouts, releases
 from xenaltp2m.abi.releases import Release, release
 from xenaltp2m.backend import Bytes, Gfns, PortCalls, arguments
+from xenaltp2m.backend.mock import images, simulator
 from xenaltp2m.backend.mock.evtchn import Channel, Port
 from xenaltp2m.backend.mock.guest import Outcome, touch
 from xenaltp2m.backend.mock.machine import Domain, Livelock, Machine, Refused
@@ -270,6 +273,34 @@ class MockBackend:
         domain = self.domain(domid)
         self._script(domid, vcpu).load(program, loop=loop)
         domain.vcpus[vcpu].online = True
+
+    def boot(self, domid: int, image: str | os.PathLike[str] | bytes) -> None:
+        """Give a domain a PVH guest's image to execute, as libxl does: see :meth:`load` for when.
+
+        What it writes to port 0xe9 is in :meth:`console`. A guest with several vCPUs brings them up
+        itself.
+
+        Args:
+            domid: The domain, paused since it was made.
+            image: An ELF file, or its content.
+
+        Raises:
+            ImportError: The package unicorn is missing: ``pip install 'xenaltp2m[sim]'``.
+            InvalidArgumentError: It is not an image of a PVH guest, or has no room in memory.
+            OSError: The file cannot be read.
+        """
+        name = "the image" if isinstance(image, bytes) else os.fspath(image)
+        content = image if isinstance(image, bytes) else Path(image).read_bytes()
+        processors = simulator.processors(self._monitor_of(domid))
+        images.load(self.domain(domid), content, name)
+        self._processors[domid] = list(processors)
+
+    def console(self, domid: int) -> str:
+        """Return what a guest that :meth:`boot` started wrote to port 0xe9."""
+        [first, *_] = self._processors_of(domid)
+        if not isinstance(first, simulator.MachineCode):
+            return ""
+        return first.console.decode(errors="replace")
 
     def run(self, domid: int, steps: int) -> int:
         """Let a domain's vCPUs execute, in turn, up to ``steps`` attempts of an instruction.

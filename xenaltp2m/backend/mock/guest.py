@@ -2,8 +2,7 @@
 """A guest's memory access, and what the hypervisor makes of it in the vCPU's view.
 
 Restates ``hvm_hap_nested_page_fault``, ``p2m_altp2m_get_or_propagate`` and
-``p2m_mem_access_check``. An access that a monitor must hear of leaves the vCPU paused. Paging is
-off in this guest: linear addresses are physical ones.
+``p2m_mem_access_check``. An access that a monitor must hear of leaves the vCPU paused.
 """
 
 from __future__ import annotations
@@ -40,9 +39,8 @@ _EPT_VIOLATION, _EPT_MISCONFIGURATION = 48, 49
 """``EXIT_REASON_*``."""
 _RIGHTS_SHIFT = 3
 _LINEAR_ADDRESS_VALID, _FAULT_OF_LINEAR_ADDRESS = 1 << 7, 1 << 8
-_LINEAR = _LINEAR_ADDRESS_VALID | _FAULT_OF_LINEAR_ADDRESS
-_GLA = AccessFlag.GLA_VALID | AccessFlag.FAULT_WITH_GLA
-"""As paging is off: the linear address is known, and its translation faults, not a page walk."""
+AT_PAGE = AccessFlag.GLA_VALID | AccessFlag.FAULT_WITH_GLA
+"""The linear address is known, and it is the page it translates to that faults, not the walk."""
 _U64 = (1 << 64) - 1
 _ACCESS_RW = R | W
 _RETRIES = 8
@@ -89,8 +87,19 @@ def touch(monitor: Monitor, vcpu: Vcpu, gfn: int, kind: str, offset: int = 0) ->
     return drive(vcpu, access(monitor, vcpu, gfn * PAGE_SIZE + offset, kind)) or Outcome.EVENT
 
 
-def access(monitor: Monitor, vcpu: Vcpu, address: int, kind: str) -> Waits[Outcome]:
-    """One access of a page at a physical address; see :func:`touch`."""
+def access(
+    monitor: Monitor,
+    vcpu: Vcpu,
+    address: int,
+    kind: str,
+    linear: int | None = None,
+    where: AccessFlag = AT_PAGE,
+) -> Waits[Outcome]:
+    """One access of a page at a physical address; see :func:`touch`.
+
+    ``linear`` is the linear address it is for, the same where paging is off; ``where`` tells
+    whether it is for the page itself or for a table on the way to it.
+    """
     domain = monitor.domain
     gfn = address // PAGE_SIZE
     wanted = _KINDS[kind]
@@ -107,7 +116,9 @@ def access(monitor: Monitor, vcpu: Vcpu, address: int, kind: str) -> Waits[Outco
         if not wanted & ~rights and not misconfigured and not shatters:
             return Outcome.DONE
         reason = _EPT_MISCONFIGURATION if misconfigured else _EPT_VIOLATION
-        qualification = _QUALIFICATIONS[kind] | rights << _RIGHTS_SHIFT | _LINEAR
+        qualification = _QUALIFICATIONS[kind] | rights << _RIGHTS_SHIFT | _LINEAR_ADDRESS_VALID
+        if where == AT_PAGE:
+            qualification |= _FAULT_OF_LINEAR_ADDRESS
         if (yield from vm_exit(monitor, vcpu, reason, qualification)):
             return Outcome.EVENT
         outcome: Outcome | None
@@ -120,7 +131,8 @@ def access(monitor: Monitor, vcpu: Vcpu, address: int, kind: str) -> Waits[Outco
             _copy(domain, view, gfn, host)
             outcome = None
         elif wanted & ~access_rights(found.access):
-            outcome = yield from _violation(monitor, vcpu, view, table, address, found, wanted)
+            fault = address, address if linear is None else linear, wanted | where
+            outcome = yield from _violation(monitor, vcpu, view, table, found, fault)
         elif wanted & ~rights:
             outcome = _type_fault(domain, gfn, found.type, wanted)
         else:
@@ -185,12 +197,12 @@ def _violation(
     vcpu: Vcpu,
     view: View | None,
     table: P2m,
-    address: int,
     found: Lookup,
-    wanted: int,
+    fault: tuple[int, int, int],
 ) -> Waits[Outcome | None]:
-    """``p2m_mem_access_check``; None to try again."""
+    """``p2m_mem_access_check``, with physical address, linear address and flags; None: again."""
     domain = monitor.domain
+    address, linear, flags = fault
     gfn, offset = divmod(address, PAGE_SIZE)
     if view is not None and not found.suppress_ve and vcpu.veinfo is not None:
         return Outcome.VIRTUALISATION_EXCEPTION
@@ -199,7 +211,7 @@ def _violation(
         if found.mfn != INVALID_MFN:
             table.write(gfn, found.mfn, ORDER_4K, found.type, access)
 
-    if found.access == ACCESS_RX2RW and wanted & W:
+    if found.access == ACCESS_RX2RW and flags & W:
         rewrite(_ACCESS_RW)
         return None
     required = domain.access_required if view is None else view.access_required
@@ -210,8 +222,8 @@ def _violation(
         fields = {
             "mem_access.gfn": gfn,
             "mem_access.offset": offset,
-            "mem_access.gla": address & _U64,
-            "mem_access.flags": wanted | _GLA,
+            "mem_access.gla": linear & _U64,
+            "mem_access.flags": flags,
         }
         paused = yield from monitor.traps(vcpu, Reason.MEM_ACCESS, fields, sync=not promoted)
         return Outcome.EVENT if paused else None

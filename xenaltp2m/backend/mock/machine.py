@@ -9,6 +9,7 @@ XSA-378 and XSA-389 are fixed in 4.14 (4.14.6) and 4.15 (4.15.7), too.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections import Counter
 from collections.abc import Iterable
@@ -65,7 +66,7 @@ HVM_PARAM_ALTP2M = 35
 HVM_NR_PARAMS = 39
 
 LIVELOCK_STEPS = 1 << 28
-SHUTDOWN_CRASH = 3
+SHUTDOWN_REBOOT, SHUTDOWN_CRASH = 1, 3
 
 
 class Refused(Exception):  # noqa: N818 - it is Xen's answer, not an error of ours
@@ -92,6 +93,14 @@ class Frames:
         self._free: list[int] = []
         self._pins: Counter[int] = Counter()
         self._released: dict[int, Domain] = {}
+        self._handed_out: dict[int, int] = {}
+        self.moment = 0
+        """Counts how often a frame was given to somebody who may write to it."""
+
+    @property
+    def whole(self) -> tuple[int, int]:
+        """Where it lies in this process, and its size in bytes."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self._memory)), self._limit * PAGE_SIZE
 
     def allocate(self, order: int = ORDER_4K) -> int | None:
         """Return the first of 2^order aligned free frames, or None if there are none."""
@@ -129,7 +138,17 @@ class Frames:
 
     def page(self, mfn: int) -> memoryview:
         """Return a frame's 4096 bytes, shared with everyone who maps it."""
+        self.moment += 1
+        self._handed_out[mfn] = self.moment
         return self._view[mfn * PAGE_SIZE : (mfn + 1) * PAGE_SIZE]
+
+    def peek(self, mfn: int) -> memoryview:
+        """Return a frame's 4096 bytes, to read."""
+        return self._view[mfn * PAGE_SIZE : (mfn + 1) * PAGE_SIZE].toreadonly()
+
+    def may_have_changed(self, mfn: int, moment: int) -> bool:
+        """Whether somebody else than a core may have written to a frame since a moment."""
+        return bool(self._pins[mfn]) or self._handed_out.get(mfn, 0) > moment
 
 
 @dataclass

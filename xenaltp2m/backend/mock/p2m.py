@@ -149,6 +149,8 @@ class P2m:
         self._root: _Table = {}
         self.max_mapped = 0
         """The highest gfn ever written; it never shrinks."""
+        self.generation = 0
+        """Counts what was written, for those who remember lookups."""
 
     def lookup(self, gfn: int) -> Lookup:
         """Return the entry at ``gfn``, or a hole (``ept_get_entry``)."""
@@ -204,6 +206,7 @@ class P2m:
         Returns:
             0, EINVAL for a misaligned or too high gfn, ENOMEM for an exhausted pool.
         """
+        self.generation += 1
         aligned = gfn if mfn == INVALID_MFN else gfn | mfn
         if aligned & ((1 << order) - 1) or gfn >> MAX_GFN_BITS:
             return EINVAL
@@ -251,6 +254,7 @@ class P2m:
 
     def flush(self) -> None:
         """Forget every entry and give the tables back to the pool."""
+        self.generation += 1
         self._pool.used -= _count_tables(self._root) - 1  # the root itself is kept
         self._root.clear()
 

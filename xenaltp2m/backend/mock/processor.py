@@ -40,7 +40,7 @@ from xenaltp2m.backend.mock.vcpu import (
 from xenaltp2m.types import PAGE_SIZE
 
 # EXIT_REASON_* (asm/hvm/vmx/vmx.h).
-_EXCEPTION, _CPUID, _HLT, _VMCALL, _CR_ACCESS, _IO, _MSR_WRITE = 0, 10, 12, 18, 28, 30, 32
+_EXCEPTION, _CPUID, EXIT_HLT, EXIT_VMCALL, _CR_ACCESS, _IO, _MSR_WRITE = 0, 10, 12, 18, 28, 30, 32
 _MONITOR_TRAP, _GDTR_OR_IDTR, _LDTR_OR_TR, _XSETBV = 37, 46, 47, 55
 
 _NANOSECONDS = 1000
@@ -358,7 +358,7 @@ class Processor(ABC):
             case PortIo():
                 done = yield from self._port_io(effect)
             case GuestRequest():
-                if (yield from vm_exit(monitor, vcpu, _VMCALL)):
+                if (yield from vm_exit(monitor, vcpu, EXIT_VMCALL)):
                     return Done.HELD
                 options = monitor.switches.get("guest_request")
                 if options is not None:
@@ -368,7 +368,7 @@ class Processor(ABC):
             case DebugException(kind):
                 done = yield from self._debug_exception(kind, length)
             case Halt():
-                if (yield from vm_exit(monitor, vcpu, _HLT)):
+                if (yield from vm_exit(monitor, vcpu, EXIT_HLT)):
                     return Done.HELD
                 vcpu.halted = True
         return done
@@ -633,7 +633,7 @@ class Processor(ABC):
         for offset, one in enumerate(data):
             gfn, at = divmod(address + offset, PAGE_SIZE)
             found = domain.host_lookup(gfn, populate=True, unshare=True)
-            if found.valid and found.type not in _WRITES_DROPPED:
+            if found.valid and found.type not in WRITES_DROPPED:
                 domain.machine.frames.page(found.mfn)[at] = one
 
     def _frame(self, found: Lookup) -> bytes:
@@ -643,7 +643,7 @@ class Processor(ABC):
         return bytes(self.monitor.domain.machine.frames.page(found.mfn))
 
 
-_WRITES_DROPPED = {PageType.RAM_RO, PageType.GRANT_MAP_RO}
+WRITES_DROPPED = {PageType.RAM_RO, PageType.GRANT_MAP_RO}
 
 
 def run(processors: Sequence[Processor], attempts: int) -> int:

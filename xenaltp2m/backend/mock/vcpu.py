@@ -64,6 +64,8 @@ class Vcpu:
     number: int
     online: bool = True
     """Not ``VPF_down``."""
+    initialised: bool = False
+    """Whether its registers were set; the first vCPU's are by who builds the domain."""
     view: int = INVALID_VIEW
     veinfo: int | None = None
     """The frame of its #VE information page."""

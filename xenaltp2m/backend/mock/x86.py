@@ -12,12 +12,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from xenaltp2m.backend.mock.vcpu import CR0_PG, CR0_WP, DF, GP, NO_ERROR_CODE, PF
+from xenaltp2m.backend.mock.vcpu import CR0_PG, CR0_WP, GP, NO_ERROR_CODE, PF
 from xenaltp2m.types import PAGE_SIZE
 
 CR4_PSE, CR4_PAE, CR4_LA57, CR4_SMEP, CR4_SMAP = 1 << 4, 1 << 5, 1 << 12, 1 << 20, 1 << 21
 EFER_SCE, EFER_LME, EFER_LMA, EFER_NXE = 1 << 0, 1 << 8, 1 << 10, 1 << 11
-FLAG_TF, FLAG_IF, FLAG_NT, FLAG_RF, FLAG_VM, FLAG_AC = 1 << 8, 1 << 9, 1 << 14, 1 << 16, 1 << 17, 1 << 18
+FLAG_TF, FLAG_IF, FLAG_NT, FLAG_RF, FLAG_VM, FLAG_AC = (
+    1 << 8,
+    1 << 9,
+    1 << 14,
+    1 << 16,
+    1 << 17,
+    1 << 18,
+)
 
 _PRESENT, _WRITABLE, _USER, _ACCESSED, _DIRTY, _LARGE = 1, 2, 4, 1 << 5, 1 << 6, 1 << 7
 _NO_EXECUTE = 1 << 63
@@ -62,7 +69,8 @@ class Paging:
     @property
     def levels(self) -> list[tuple[int, int, int]]:
         """Of each level from the top: the lowest bit it translates, its index's bits, its entry's
-        size."""
+        size.
+        """
         if not self.cr4 & CR4_PAE:
             return [(22, 10, 4), (12, 10, 4)]
         if not self.efer & EFER_LMA:
@@ -257,12 +265,16 @@ class Gate(NamedTuple):
         offset = (low & 0xFFFF) | (low >> 48) << 16
         if len(raw) == 16:
             offset |= int.from_bytes(raw[8:12], "little") << 32
-        return cls(low >> 16 & 0xFFFF, offset, kind, low >> 45 & 3, low >> 32 & 7 if len(raw) == 16 else 0)
+        return cls(
+            low >> 16 & 0xFFFF, offset, kind, low >> 45 & 3, low >> 32 & 7 if len(raw) == 16 else 0
+        )
 
 
 # Instructions.
 
-_PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3") | frozenset(range(0x40, 0x50))
+_PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3") | frozenset(
+    range(0x40, 0x50)
+)
 _EXITING = re.compile(
     rb"(?=[\x6c-\x6f\xcc-\xce\xe4-\xe7\xec-\xef\xf1\xf4]"
     rb"|\x0f(?:[\x00\x01\x06-\x09\x20-\x23\x30-\x33\x35\xa2]|\Z))",
@@ -307,8 +319,25 @@ class Decoded(NamedTuple):
     repeats: bool
 
 
+_UNPRIVILEGED = frozenset({0xCC, 0xCD, 0xCE, 0xF1, 0x0FA2, 0x0F31})
+_UNPRIVILEGED_01 = frozenset({0xC1, 0xD0, 0xD4, 0xF9})
+
+
+def is_privileged(opcode: int, modrm: int) -> bool:
+    """Whether an instruction that exits is for privilege level 0 alone (IOPL and UMIP left out)."""
+    if opcode == 0x0F01:
+        if modrm >= 0xC0:
+            return modrm not in _UNPRIVILEGED_01 and modrm >> 3 & 7 != 4
+        return modrm >> 3 & 7 not in (0, 1, 4)
+    if opcode == 0x0F00:
+        return modrm >> 3 & 7 in (2, 3)
+    return opcode not in _UNPRIVILEGED
+
+
 _IMMEDIATE = frozenset({0xCD, 0xE4, 0xE5, 0xE6, 0xE7})
-_NO_MODRM = frozenset({0x0F06, 0x0F07, 0x0F08, 0x0F09, 0x0F30, 0x0F31, 0x0F32, 0x0F33, 0x0F35, 0x0FA2})
+_NO_MODRM = frozenset(
+    {0x0F06, 0x0F07, 0x0F08, 0x0F09, 0x0F30, 0x0F31, 0x0F32, 0x0F33, 0x0F35, 0x0FA2}
+)
 
 
 def decode(code: bytes, long: bool, default_size: int) -> Decoded | None:
@@ -361,7 +390,8 @@ def decode(code: bytes, long: bool, default_size: int) -> Decoded | None:
 
 
 __all__ = [
-    "CR4_PAE", "DF", "EFER_LMA", "EFER_LME", "FLAG_IF", "FLAG_NT", "FLAG_RF", "FLAG_TF", "FLAG_VM",
+    "CR4_PAE", "EFER_LMA", "EFER_LME", "FLAG_AC", "FLAG_IF", "FLAG_NT", "FLAG_RF", "FLAG_TF", "FLAG_VM",
     "UNUSABLE", "Decoded", "Fault", "Gate", "Paging", "Segment", "Translation", "canonical",
-    "decode", "descriptor", "doubled", "exiting_starts", "has_error_code", "segment_of",
+    "decode", "descriptor", "doubled", "exiting_starts", "has_error_code", "is_privileged",
+    "segment_of",
 ]  # fmt: skip

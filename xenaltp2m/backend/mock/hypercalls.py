@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The hypercalls that a simulated guest may make: those that guests without drivers need.
+
+Numbers are those of ``public/xen.h``, ``sched.h``, ``vcpu.h`` and ``hvm/hvm_op.h``.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from errno import EEXIST, EINVAL, ENOENT, ENOSYS, EOPNOTSUPP, EPERM
+from typing import Protocol
+
+from xenaltp2m.abi.vm_event import Reason
+from xenaltp2m.backend.mock.machine import Refused
+from xenaltp2m.backend.mock.monitor import Monitor
+from xenaltp2m.backend.mock.vcpu import DR6_DEFAULT, Vcpu, Waits
+from xenaltp2m.types import Altp2mMode
+
+_XEN_VERSION, _VCPU_OP, _SCHED_OP, _HVM_OP = 17, 24, 29, 34
+_INITIALISE, _UP, _IS_UP = 0, 1, 3
+_YIELD, _BLOCK, _SHUTDOWN, _POLL = 0, 1, 2, 3
+_GET_PARAM, _GUEST_REQUEST, _ALTP2M = 1, 24, 25
+_SELF = 0x7FF0
+_U64 = (1 << 64) - 1
+_MODE_32, _MODE_64 = 0, 1
+_CONTEXT_32 = struct.Struct("<14IQ10I5H")
+"""``struct vcpu_hvm_x86_32``."""
+_CONTEXT_64 = struct.Struct("<14Q")
+_ORDER_32 = (
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "rip", "rflags", "cr0", "cr3", "cr4",
+)  # fmt: skip
+_ORDER_64 = (
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "rip", "rflags", "cr0", "cr3", "cr4",
+    "msr_efer",
+)  # fmt: skip
+_SEGMENTS = ("cs", "ds", "ss", "es", "tr")
+_FLAT_CODE_64, _FLAT_DATA, _TSS = 0xA9B, 0xC93, 0x8B
+_ALTP2M_OP = struct.Struct("<IIHHI")
+_ALTP2M_VERSION = 1
+_ENABLE_NOTIFY = 3
+
+
+class Caller(Protocol):
+    """What a hypercall needs of the vCPU that makes it."""
+
+    monitor: Monitor
+    vcpu: Vcpu
+
+    @property
+    def long(self) -> bool:
+        """Whether it is in 64-bit mode."""
+
+    @property
+    def privilege(self) -> int:
+        """The current privilege level."""
+
+    def peek(self, linear: int, size: int) -> bytes:
+        """Read the guest's memory."""
+
+    def poke(self, linear: int, data: bytes) -> None:
+        """Write the guest's memory."""
+
+
+def hypercall(caller: Caller) -> Waits[None]:
+    """``hvm_hypercall``: the number in rax, the result there, too."""
+    vcpu = caller.vcpu
+    wide = caller.long
+    names = ("rdi", "rsi", "rdx") if wide else ("rbx", "rcx", "rdx")
+    mask = _U64 if wide else 0xFFFF_FFFF
+    number = vcpu.register("rax") & 0xFFFF_FFFF
+    first, second, third = (vcpu.register(name) & mask for name in names)
+    if caller.privilege:
+        result = -EPERM
+    elif number == _HVM_OP and first == _GUEST_REQUEST:
+        result = 0
+        options = caller.monitor.switches.get("guest_request")
+        if options is not None:
+            yield from caller.monitor.traps(
+                vcpu, Reason.GUEST_REQUEST, {}, sync=bool(options["sync"])
+            )
+    else:
+        try:
+            result = _dispatch(caller, number, first & 0xFFFF_FFFF, second, third)
+        except Refused as refused:
+            result = -refused.errno
+    vcpu.set_register("rax", result & mask)
+
+
+def _dispatch(caller: Caller, number: int, command: int, second: int, third: int) -> int:
+    domain = caller.monitor.domain
+    if number == _SCHED_OP:
+        if command == _SHUTDOWN:
+            domain.shut_down(int.from_bytes(caller.peek(second, 4), "little"))
+            return 0
+        # Nothing happens here that could be waited for: who blocks yields.
+        return 0 if command in (_YIELD, _BLOCK, _POLL) else -ENOSYS
+    if number == _VCPU_OP:
+        return _vcpu_op(caller, command, second, third)
+    if number == _XEN_VERSION and command == 0:
+        major, minor = domain.release.version
+        return major << 16 | minor
+    if number == _HVM_OP and command == _GET_PARAM:
+        return _get_param(caller, second)
+    if number == _HVM_OP and command == _ALTP2M:
+        return _altp2m_op(caller, second)
+    return -ENOSYS
+
+
+def _vcpu_op(caller: Caller, command: int, number: int, pointer: int) -> int:
+    domain = caller.monitor.domain
+    if number >= len(domain.vcpus):
+        return -ENOENT
+    target = domain.vcpus[number]
+    if command == _INITIALISE:
+        if target.initialised:
+            return -EEXIST
+        _initialise(target, caller.peek(pointer, 8 + _CONTEXT_32.size + 6))
+        return 0
+    if command == _UP:
+        if not target.initialised:
+            return -EINVAL
+        target.online = True
+        return 0
+    if command == _IS_UP:
+        return int(target.online)
+    return -ENOSYS
+
+
+def _initialise(vcpu: Vcpu, raw: bytes) -> None:
+    """``arch_set_info_hvm_guest``."""
+    mode = int.from_bytes(raw[:4], "little")
+    if mode == _MODE_32:
+        values = _CONTEXT_32.unpack_from(raw, 8)
+        for name, value in zip(_ORDER_32, values, strict=False):
+            vcpu.set_register(name, value)
+        vcpu.set_register("msr_efer", values[14])
+        for at, segment in enumerate(_SEGMENTS):
+            vcpu.set_register(f"{segment}_base", values[15 + at])
+            vcpu.set_register(f"{segment}_limit", values[20 + at])
+            vcpu.set_register(f"{segment}_arbytes", values[25 + at])
+    elif mode == _MODE_64:
+        values = _CONTEXT_64.unpack_from(raw, 8)
+        for name, value in zip(_ORDER_64, values, strict=True):
+            vcpu.set_register(name, value)
+        for segment in _SEGMENTS:
+            kinds = {"cs": _FLAT_CODE_64, "tr": _TSS}
+            vcpu.set_register(f"{segment}_base", 0)
+            vcpu.set_register(f"{segment}_limit", 0x67 if segment == "tr" else 0xFFFF_FFFF)
+            vcpu.set_register(f"{segment}_arbytes", kinds.get(segment, _FLAT_DATA))
+    else:
+        raise Refused(EINVAL)
+    vcpu.set_register("dr6", DR6_DEFAULT)
+    vcpu.set_register("dr7", 0x400)
+    vcpu.initialised = True
+
+
+def _get_param(caller: Caller, pointer: int) -> int:
+    """``HVMOP_get_param``: struct xen_hvm_param."""
+    domid, index = struct.unpack("<HxxI", caller.peek(pointer, 8))
+    if domid != _SELF:
+        return -EPERM
+    value = caller.monitor.domain.get_param(index)
+    caller.poke(pointer + 8, value.to_bytes(8, "little"))
+    return 0
+
+
+def _altp2m_op(caller: Caller, pointer: int) -> int:
+    """``do_altp2m_op`` for the guest itself, which its mode must allow (``xsm_hvm_altp2mhvm_op``)."""
+    version, command, domid, _, _ = _ALTP2M_OP.unpack(caller.peek(pointer, _ALTP2M_OP.size))
+    if version != _ALTP2M_VERSION or domid != _SELF:
+        return -EINVAL
+    domain = caller.monitor.domain
+    body = pointer + _ALTP2M_OP.size
+    operations: dict[int, tuple[str, Callable[..., object]]] = {
+        2: ("<B", lambda state: domain.set_active(bool(state))),
+        _ENABLE_NOTIFY: ("<IIQ", lambda number, _, gfn: domain.enable_notify(number, gfn)),
+        5: ("<H", domain.destroy_view),
+        6: ("<H", domain.switch_to_view),
+        7: ("<HHIQ", lambda view, access, _, gfn: domain.set_mem_access(view, gfn, access)),
+        8: ("<HHIQQ", lambda view, _, __, old, new: domain.change_gfn(view, old, new)),
+        10: (
+            "<HBBIQ",
+            lambda view, suppress, _, __, gfn: domain.set_suppress_ve(view, gfn, bool(suppress)),
+        ),
+    }
+    if command not in (1, 4) and command not in operations:
+        return -ENOSYS
+    permitted = domain.mode == Altp2mMode.MIXED or (
+        domain.mode == Altp2mMode.LIMITED and command == _ENABLE_NOTIFY
+    )
+    if not permitted:
+        return -EPERM
+    if command not in (1, 2) and not domain.active:
+        return -EOPNOTSUPP
+    if command == 1:
+        caller.poke(body, bytes([domain.active]))
+        return 0
+    if command == 4:
+        [_, access] = struct.unpack("<HH", caller.peek(body, 4))
+        caller.poke(body, domain.create_view(access).to_bytes(2, "little"))
+        return 0
+    shape, operation = operations[command]
+    operation(*struct.unpack(shape, caller.peek(body, struct.calcsize(shape))))
+    return 0

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What libxl does to start a PVH guest: its image in memory, its first vCPU's registers.
+
+Restates ``xc_dom_hvmloader``'s sibling for PVH: ``xc_dom_elfloader.c``, ``bootlate_hvm`` and
+``vcpu_hvm`` (``xg_dom_x86.c``).
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import Any
+
+from elftools.common.exceptions import ELFError
+from elftools.elf.elffile import ELFFile
+
+from xenaltp2m.backend.mock.machine import Domain
+from xenaltp2m.backend.mock.p2m import RAM_TYPES
+from xenaltp2m.backend.mock.vcpu import CR0_ET, CR0_PE, DR6_DEFAULT
+from xenaltp2m.errors import InvalidArgumentError
+from xenaltp2m.types import PAGE_SIZE
+
+_PHYS32_ENTRY = 18
+"""``XEN_ELFNOTE_PHYS32_ENTRY``."""
+_MAGIC, _VERSION = 0x336EC578, 1
+_START_INFO = struct.Struct("<IIIIQQQQII")
+_MAP_ENTRY = struct.Struct("<QQII")
+_RAM, _RESERVED = 1, 2
+_MOST_SEGMENTS = 256
+_FLAT_CODE, _FLAT_DATA, _TSS = 0xC9B, 0xC93, 0x8B
+
+
+def load(domain: Domain, content: bytes, name: str) -> None:
+    """Put an image into a domain's memory, and have its first vCPU begin it.
+
+    Raises:
+        InvalidArgumentError: It is not a PVH image, or does not fit.
+    """
+    try:
+        entry, end = _load_segments(domain, ELFFile(io.BytesIO(content)))
+    except (ELFError, ValueError, struct.error, UnicodeDecodeError) as error:
+        raise InvalidArgumentError(
+            f"{name} is not an ELF image that can be read: {error}"
+        ) from None
+    if entry is None:
+        raise InvalidArgumentError(
+            f"{name} has no note XEN_ELFNOTE_PHYS32_ENTRY: it is not a PVH guest's image"
+        )
+    start_info = -(-end // PAGE_SIZE) * PAGE_SIZE
+    write(domain, start_info, _start_info(domain, start_info))
+    begin(domain, entry, start_info)
+
+
+def _load_segments(domain: Domain, elf: Any) -> tuple[int | None, int]:
+    entry, end = None, 0
+    if elf.num_segments() > _MOST_SEGMENTS:
+        raise ValueError(f"it has {elf.num_segments()} segments")
+    for segment in elf.iter_segments():
+        if segment["p_type"] == "PT_LOAD":
+            first, size = segment["p_paddr"], segment["p_memsz"]
+            data = segment.data()
+            if len(data) > size:
+                raise ValueError("a segment is longer in the file than in memory")
+            write(domain, first, data)
+            end = max(end, first + size)
+        elif segment["p_type"] == "PT_NOTE":
+            for note in segment.iter_notes():
+                if note["n_name"] == "Xen" and int(note["n_type"]) == _PHYS32_ENTRY:
+                    entry = int.from_bytes(note["n_descdata"], "little")
+    return entry, end
+
+
+def _start_info(domain: Domain, address: int) -> bytes:
+    """``struct hvm_start_info`` with its memory map behind it."""
+    ram = domain.target_kib << 10
+    entries = [(0, ram, _RAM), (0xFEFF8000, 0x8000, _RESERVED)]
+    head = _START_INFO.pack(
+        _MAGIC, _VERSION, 0, 0, 0, 0, 0, address + _START_INFO.size, len(entries), 0
+    )
+    return head + b"".join(_MAP_ENTRY.pack(*entry, 0) for entry in entries)
+
+
+def write(domain: Domain, address: int, data: bytes) -> None:
+    """Write guest-physical memory before the guest runs.
+
+    Raises:
+        InvalidArgumentError: It is not RAM.
+    """
+    at = 0
+    while at < len(data):
+        gfn, offset = divmod(address + at, PAGE_SIZE)
+        count = min(PAGE_SIZE - offset, len(data) - at)
+        found = domain.host_lookup(gfn, populate=True, unshare=True)
+        if found.type not in RAM_TYPES or not found.valid:
+            raise InvalidArgumentError(
+                f"gfn {gfn:#x} is not RAM of {domain.name}: give the domain more memory", gfn=gfn
+            )
+        page = domain.machine.frames.page(found.mfn)
+        page[offset : offset + count] = data[at : at + count]
+        at += count
+
+
+def begin(domain: Domain, entry: int, start_info: int) -> None:
+    """Set the first vCPU's registers: flat 32-bit segments, paging off (``vcpu_hvm``)."""
+    vcpu = domain.vcpus[0]
+    for segment in ("cs", "ds", "es", "ss", "tr"):
+        kinds = {"cs": _FLAT_CODE, "tr": _TSS}
+        vcpu.set_register(f"{segment}_base", 0)
+        vcpu.set_register(f"{segment}_limit", 0x67 if segment == "tr" else 0xFFFF_FFFF)
+        vcpu.set_register(f"{segment}_arbytes", kinds.get(segment, _FLAT_DATA))
+    for name, value in {
+        "rip": entry, "rbx": start_info, "rflags": 2, "cr0": CR0_PE | CR0_ET, "dr6": DR6_DEFAULT,
+        "dr7": 0x400,
+    }.items():  # fmt: skip
+        vcpu.set_register(name, value)
+    vcpu.initialised = vcpu.online = True
+    vcpu.halted = False

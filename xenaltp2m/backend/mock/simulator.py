@@ -1,0 +1,798 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""vCPUs that execute machine code in the view they are in.
+
+:mod:`~xenaltp2m.backend.mock.core` executes; which frame a page is and what may be done with it
+comes from the domain's tables, through :func:`~xenaltp2m.backend.mock.guest.access` where Xen would
+come in. What leaves guest mode goes the way of every vCPU of the mock
+(:class:`~xenaltp2m.backend.mock.processor.Processor`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from xenaltp2m.abi.vm_event import AccessFlag, Flag, Reason
+from xenaltp2m.backend.mock.core import (
+    Core,
+    Place,
+    Seen,
+    SoftwareInterrupt,
+    put_segment,
+    segment_in,
+)
+from xenaltp2m.backend.mock.guest import AT_PAGE, Outcome, access, vm_exit
+from xenaltp2m.backend.mock.hypercalls import hypercall
+from xenaltp2m.backend.mock.machine import SHUTDOWN_REBOOT
+from xenaltp2m.backend.mock.monitor import CR0, CR3, CR4, XCR0, Monitor
+from xenaltp2m.backend.mock.p2m import R, W, X, entry_rights
+from xenaltp2m.backend.mock.processor import (
+    EXIT_HLT,
+    EXIT_VMCALL,
+    WRITES_DROPPED,
+    Cpuid,
+    DebugException,
+    DescriptorAccess,
+    Done,
+    Effect,
+    Halt,
+    PortIo,
+    Processor,
+    WriteControlRegister,
+    WriteMsr,
+    moves_itself,
+    pages,
+)
+from xenaltp2m.backend.mock.vcpu import (
+    BP,
+    CR0_PE,
+    CR0_PG,
+    DB,
+    DF,
+    GP,
+    HARDWARE_EXCEPTION,
+    NO_ERROR_CODE,
+    PF,
+    SOFTWARE_EXCEPTION,
+    SOFTWARE_INTERRUPT,
+    UD,
+    VE,
+    Trap,
+    Waits,
+)
+from xenaltp2m.backend.mock.x86 import (
+    EFER_LMA,
+    EFER_LME,
+    FLAG_AC,
+    FLAG_IF,
+    FLAG_NT,
+    FLAG_RF,
+    FLAG_TF,
+    FLAG_VM,
+    UNUSABLE,
+    Decoded,
+    Fault,
+    Gate,
+    Paging,
+    decode,
+    doubled,
+    has_error_code,
+    is_privileged,
+    segment_of,
+)
+from xenaltp2m.types import PAGE_SIZE
+
+_RIGHTS = {"r": R, "w": W, "x": X}
+_U16, _U32 = 0xFFFF, 0xFFFF_FFFF
+_LONG, _BIG = 1 << 9, 1 << 10
+_INT3, _INT_N, _INTO, _ICEBP = 0xCC, 0xCD, 0xCE, 0xF1
+_DEBUG_PORT = 0xE9
+_IN_WALK = AccessFlag.GLA_VALID | AccessFlag.FAULT_IN_GPT
+_INSTRUCTION_BYTES = 15
+_GENERAL = (
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
+    "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+)  # fmt: skip
+_CPUID_VENDOR = (0x756E6547, 0x6C65746E, 0x49656E69)
+_CPUID_FEATURES_EDX = 0x0789_A13F
+_CPUID = {
+    0: (0xD, _CPUID_VENDOR[0], _CPUID_VENDOR[1], _CPUID_VENDOR[2]),
+    1: (0x306C3, 0, 0x8000_0000, 0x1789_A17F),
+    0x4000_0000: (0x4000_0005, 0x566E_6558, 0x65584D4D, 0x4D4D_566E),
+    0x8000_0000: (0x8000_0008, 0, 0, 0),
+    0x8000_0001: (0, 0, 1, 0x2810_0800),
+    0x8000_0008: (0x3027, 0, 0, 0),
+}
+"""Leaves a guest may look at; all others are zero."""
+
+
+class _Denied(Exception):  # noqa: N818 - the view's answer
+    """An access of a page that the tables do not allow, or have no entry for."""
+
+    def __init__(self, physical: int, kind: str, linear: int, flags: AccessFlag) -> None:
+        super().__init__(physical, kind)
+        self.physical = physical
+        self.kind = kind
+        self.linear = linear
+        self.flags = flags
+
+
+class _Where(NamedTuple):
+    """What the cached pages of an engine depend on."""
+
+    processor: object
+    table: object
+    generation: int
+
+
+@dataclass
+class MachineCode(Processor):
+    """A vCPU on a core."""
+
+    core: Core
+    console: bytearray
+    """What was written to port 0xe9."""
+    _state: Any = field(default=None, init=False)
+    _loaded: bytes = field(default=b"", init=False)
+    """The context as the engine has it."""
+    _selectors: list[int] = field(default_factory=lambda: [0] * 6, init=False)
+
+    def __post_init__(self) -> None:
+        self._state = self.core.engine.uc.context_save()
+        self.core.engine.uc.context_restore(self.core.engine.initial)
+        self.core.engine.uc.context_update(self._state)
+        self._loaded = bytes(len(self.vcpu.context))
+
+    @property
+    def _has_work(self) -> bool:
+        return True
+
+    @property
+    def long(self) -> bool:
+        """Whether it is in 64-bit mode."""
+        return bool(self.vcpu.register("msr_efer") & EFER_LMA) and bool(
+            self.vcpu.register("cs_arbytes") & _LONG
+        )
+
+    @property
+    def privilege(self) -> int:
+        """The current privilege level."""
+        return self.vcpu.register("ss_arbytes") >> 5 & 3
+
+    @property
+    def _linear_rip(self) -> int:
+        rip = self.vcpu.register("rip")
+        return rip if self.long else (self.vcpu.register("cs_base") + rip) & _U32
+
+    def _gfn(self) -> int:
+        """``gfn_of_rip``: by a walk that no view restricts."""
+        try:
+            return self._walk_freely(self._linear_rip, "x") // PAGE_SIZE
+        except Fault:
+            return (1 << 64) - 1
+
+    # Memory as this vCPU sees it.
+
+    def _paging(self, *, supervisor: bool = False) -> Paging:
+        register = self.vcpu.register
+        return Paging(
+            register("cr0"), register("cr3"), register("cr4"), register("msr_efer"),
+            user=not supervisor and self.privilege == 3,
+            alignment_check=not supervisor and bool(register("rflags") & FLAG_AC),
+        )  # fmt: skip
+
+    def _check(self, physical: int, kind: str, linear: int, flags: AccessFlag) -> int:
+        """Return the frame at a physical address, which the vCPU may use so in its view."""
+        found = self._find_in_view(physical // PAGE_SIZE)
+        rights = entry_rights(found.type, found.access) if found.mapped else 0
+        big = found.order and not self.monitor.domain.machine.executable_superpages
+        if not rights & _RIGHTS[kind] or (kind == "x" and big) or (rights & W and not rights & R):
+            raise _Denied(physical, kind, linear, flags)
+        return found.mfn
+
+    def _resolve(self, linear: int, kind: str, *, supervisor: bool = False) -> Place:
+        """Find a page for the engine; a Fault or _Denied where it may not be used so."""
+        paging = self._paging(supervisor=supervisor)
+
+        def load(physical: int, size: int) -> int:
+            mfn = self._check(physical, "r", linear, _IN_WALK)
+            at = physical % PAGE_SIZE
+            frame = self.monitor.domain.machine.frames.peek(mfn)
+            return int.from_bytes(frame[at : at + size], "little")
+
+        def store(physical: int, size: int, value: int) -> None:
+            mfn = self._check(physical, "w", linear, _IN_WALK)
+            at = physical % PAGE_SIZE
+            frame = self.monitor.domain.machine.frames.page(mfn)
+            frame[at : at + size] = value.to_bytes(size, "little")
+
+        physical, allowed = paging.translate(linear, kind, load, store)
+        mfn = self._check(physical, kind, linear, AT_PAGE)
+        found = self._find_in_view(physical // PAGE_SIZE)
+        rights = entry_rights(found.type, found.access)
+        if kind == "x":
+            self.core.note_code(linear, mfn, paging.user)
+        granted = "".join(right for right in allowed if rights & _RIGHTS[right])
+        if kind != "x":
+            granted = granted.replace("x", "")
+        return Place(mfn, granted)
+
+    def _walk_freely(self, linear: int, kind: str) -> int:
+        """Translate without the view's restrictions and without leaving marks; a Fault if none."""
+        domain = self.monitor.domain
+
+        def load(physical: int, size: int) -> int:
+            found = domain.host_lookup(physical // PAGE_SIZE)
+            at = physical % PAGE_SIZE
+            return int.from_bytes(self._frame(found)[at : at + size], "little")
+
+        paging = self._paging(supervisor=kind != "x")
+        page, _ = paging.translate(linear, kind, load, lambda *_: None)
+        return page + linear % PAGE_SIZE
+
+    def peek(self, linear: int, size: int) -> bytes:
+        """Read linear memory for the simulator itself; zeros where there is none."""
+        found = b""
+        for start in pages(linear, size):
+            count = min(PAGE_SIZE - start % PAGE_SIZE, linear + size - start)
+            try:
+                physical = self._walk_freely(start, "r")
+            except Fault:
+                found += bytes(count)
+                continue
+            frame = self._frame(self._find_in_view(physical // PAGE_SIZE))
+            found += frame[physical % PAGE_SIZE :][:count]
+        return found
+
+    def poke(self, linear: int, data: bytes) -> None:
+        """Write linear memory for the hypervisor; dropped where there is none."""
+        at = 0
+        for start in pages(linear, len(data)):
+            count = min(PAGE_SIZE - start % PAGE_SIZE, len(data) - at)
+            self._store_in_host(self._walk_freely(start, "w"), data[at : at + count])
+            at += count
+
+    def _read(self, linear: int, size: int) -> bytes:
+        """Read linear memory as the CPU does for itself, as a supervisor."""
+        found = b""
+        for start in pages(linear, size):
+            count = min(PAGE_SIZE - start % PAGE_SIZE, linear + size - start)
+            mfn, _ = self._resolve(start, "r", supervisor=True)
+            at = start % PAGE_SIZE
+            found += bytes(self.monitor.domain.machine.frames.peek(mfn)[at : at + count])
+        return found
+
+    def _write(self, linear: int, data: bytes) -> None:
+        """Write linear memory as the CPU does for itself: all of it or nothing."""
+        places = []
+        at = 0
+        for start in pages(linear, len(data)):
+            count = min(PAGE_SIZE - start % PAGE_SIZE, len(data) - at)
+            places.append(
+                (self._resolve(start, "w", supervisor=True).mfn, start % PAGE_SIZE, at, count)
+            )
+            at += count
+        for mfn, offset, at, count in places:
+            frame = self.monitor.domain.machine.frames.page(mfn)
+            frame[offset : offset + count] = data[at : at + count]
+
+    # Running.
+
+    def _where(self) -> _Where:
+        domain, vcpu = self.monitor.domain, self.vcpu
+        table = domain.views[vcpu.view].table if domain.active else domain.host
+        return _Where(self, table, table.generation)
+
+    def _enter(self, engine: Any) -> None:
+        engine.uc.context_restore(self._state)
+        engine.load(self.vcpu, self._loaded, self._selectors)
+
+    def _leave(self, engine: Any) -> None:
+        engine.save(self.vcpu, self._selectors, self.peek)
+        engine.uc.context_update(self._state)
+        self._loaded = bytes(self.vcpu.context)
+
+    def _run_engine(self, limit: int) -> Fault | SoftwareInterrupt | None:
+        core = self.core
+        where = self._where()
+        if core.where != where:
+            core.engine.forget_pages()
+            core.where = where
+        core.check_code()
+        self._enter(core.engine)
+        try:
+            return core.run(self.vcpu.register("rip"), self._resolve, limit)
+        finally:
+            self._leave(core.engine)
+
+    def _step_engine(
+        self, resolve: Callable[[int, str], Place], on_access: Callable[[Seen], None] | None = None
+    ) -> Fault | SoftwareInterrupt | None:
+        core = self.core
+        self._enter(core.stepper)
+        try:
+            return core.step(self.vcpu.register("rip"), resolve, on_access)
+        finally:
+            self._leave(core.stepper)
+            core.stepper.save_tables(self.vcpu)
+            self._loaded = bytes(self.vcpu.context)
+            core.where = None  # it may have changed what the other engine has cached
+
+    def _execute(self, limit: int) -> Waits[tuple[Done, int]]:
+        try:
+            if self.core.exits_at(self._linear_rip):
+                done = yield from self._execute_exiting()
+                return done, int(done is not Done.HELD)
+            if self.vcpu.monitor_trap_flag:
+                stopped = self._step_engine(self._resolve)
+            else:
+                stopped = self._run_engine(limit)
+        except Fault as fault:
+            stopped = fault
+        except _Denied as denied:
+            done = yield from self._violate(denied)
+            return done, int(done is not Done.HELD)
+        if isinstance(stopped, Fault):
+            return (yield from self._raise(stopped)), 0
+        if isinstance(stopped, SoftwareInterrupt):
+            return (yield from self._interrupted(stopped.vector)), 0
+        return Done.NATIVE, max(limit, 1)
+
+    def _violate(self, denied: _Denied) -> Waits[Done]:
+        """``EXIT_REASON_EPT_VIOLATION``: Xen looks at it, and the instruction comes again."""
+        linear = denied.linear
+        if denied.flags == AT_PAGE:
+            linear = self._exact(denied)
+        physical = denied.physical & ~(PAGE_SIZE - 1) | linear % PAGE_SIZE
+        if denied.flags == _IN_WALK:
+            physical = denied.physical
+        outcome = yield from access(
+            self.monitor, self.vcpu, physical, denied.kind, linear, denied.flags
+        )
+        if outcome is Outcome.EMULATED:
+            if denied.kind == "x":
+                self._fault(GP)
+            else:
+                completed = yield from self._emulate_here(Flag(0), b"", answered=False)
+                return Done.EXITED if completed else Done.HELD
+        if outcome is Outcome.VIRTUALISATION_EXCEPTION:
+            self._fault(VE)
+        return Done.HELD
+
+    def _exact(self, denied: _Denied) -> int:
+        """Find the linear address within the page, by executing the instruction to nowhere."""
+        page = denied.linear // PAGE_SIZE * PAGE_SIZE
+        if denied.kind == "x":
+            rip = self._linear_rip
+            return rip if page <= rip < page + PAGE_SIZE else page
+        core, found = self.core, []
+        marker = core.marker
+
+        def resolve(linear: int, kind: str) -> Place:
+            if kind == denied.kind and linear // PAGE_SIZE * PAGE_SIZE == page:
+                return Place(marker, "r" if kind == "r" else "rw")
+            if kind == "w":
+                return Place(core.scratch, "rw")
+            physical = self._walk_freely(linear, kind)
+            return Place(self._find_in_view(physical // PAGE_SIZE).mfn, "rx")
+
+        def on_access(seen: Seen) -> None:
+            if seen.kind == denied.kind and seen.address // PAGE_SIZE == marker:
+                found.append(page + seen.address % PAGE_SIZE)
+
+        before, selectors = bytes(self.vcpu.context), list(self._selectors)
+        self._enter(core.stepper)
+        state = core.stepper.uc.context_save()
+        with contextlib.suppress(Fault):
+            core.step(self.vcpu.register("rip"), resolve, on_access)
+        self.vcpu.context[:], self._selectors, self._loaded = before, selectors, before
+        self._state = state
+        return found[0] if found else page
+
+    # Exceptions.
+
+    def _raise(self, fault: Fault) -> Waits[Done]:
+        """An exception that the CPU delivers by itself."""
+        code = fault.error_code if has_error_code(fault.vector) else NO_ERROR_CODE
+        trap = Trap(fault.vector, HARDWARE_EXCEPTION, code, 0, fault.address)
+        if fault.vector == UD and self._has_breakpoint():
+            return (yield from self._breakpoint())
+        delivered = yield from self._deliver_or_keep(trap)
+        return Done.NATIVE if delivered else Done.HELD
+
+    def _has_breakpoint(self) -> bool:
+        return self.peek(self._linear_rip, 1)[0] == _INT3
+
+    def _interrupted(self, vector: int) -> Waits[Done]:
+        """Unicorn tells of exceptions, with rip at the instruction."""
+        if vector == DB:
+            return (yield from self._apply_trap_flag())
+        return (yield from self._raise(Fault(vector, 0)))
+
+    def _apply_trap_flag(self) -> Waits[Done]:
+        return (yield from self._debug_exception(HARDWARE_EXCEPTION, 0))
+
+    def _deliver_or_keep(self, trap: Trap) -> Waits[bool]:
+        """Deliver it, or have it delivered when memory that the delivery needs is there."""
+        self.vcpu.raise_trap(trap)
+        return (yield from self._deliver(trap))
+
+    def _deliver(self, trap: Trap) -> Waits[bool]:
+        vcpu = self.vcpu
+        first = trap
+        while True:
+            try:
+                self._through_gate(trap)
+            except _Denied as denied:
+                vcpu.pending = first
+                outcome = yield from access(
+                    self.monitor, vcpu, denied.physical, denied.kind, denied.linear, denied.flags
+                )
+                if outcome is not Outcome.DONE:
+                    return False
+            except Fault as fault:
+                if trap.vector == DF:
+                    vcpu.pending = None
+                    self.monitor.domain.shut_down(SHUTDOWN_REBOOT)  # hvm_triple_fault
+                    return False
+                double = doubled(trap.vector, fault.vector)
+                vector = DF if double else fault.vector
+                code = 0 if double else fault.error_code
+                address = fault.address if vector == PF else 0
+                trap = Trap(vector, HARDWARE_EXCEPTION, code, 0, address)
+            else:
+                vcpu.pending = None
+                vcpu.delivered.append((trap.vector, trap.kind))
+                return True
+
+    def _through_gate(self, trap: Trap) -> None:
+        """What the CPU does to deliver an exception or interrupt; a Fault where it cannot."""
+        vcpu = self.vcpu
+        register, long = vcpu.register, bool(vcpu.register("msr_efer") & EFER_LMA)
+        size = 16 if long else 8
+        at = trap.vector * size
+        external = int(trap.kind < SOFTWARE_INTERRUPT)
+        software = trap.kind in (SOFTWARE_INTERRUPT, SOFTWARE_EXCEPTION)
+        if not register("cr0") & CR0_PE or at + size - 1 > register("idtr_limit"):
+            raise Fault(GP, trap.vector * 8 + 2 + external)
+        gate = Gate.of(self._read(register("idtr_base") + at, size), trap.vector, external)
+        if software and gate.privilege < self.privilege:
+            raise Fault(GP, trap.vector * 8 + 2)
+        if not gate.selector & ~3 or (gate.selector | 7) > register("gdtr_limit"):
+            raise Fault(GP, gate.selector & ~3 | external)
+        raw = self._read(register("gdtr_base") + (gate.selector & ~7), 8)
+        code = segment_of(int.from_bytes(raw, "little"))
+        if code.privilege > self.privilege or not code.attributes & 0x80:
+            raise Fault(GP, gate.selector & ~3 | external)
+        inner = code.privilege if not code.attributes & 4 else self.privilege
+        stack, stack_selector, top = segment_in(vcpu, "ss"), register("ss_sel"), register("rsp")
+        changes = inner < self.privilege
+        if long:
+            if gate.stack or changes:
+                where = 0x24 + 8 * (gate.stack - 1) if gate.stack else 4 + 8 * inner
+                top = int.from_bytes(self._read(register("tr_base") + where, 8), "little")
+            if changes:
+                stack, stack_selector = UNUSABLE._replace(attributes=inner << 5), inner
+            top &= ~0xF
+        elif changes:
+            new = self._read(register("tr_base") + 4 + 8 * inner, 8)
+            top, stack_selector = (
+                int.from_bytes(new[:4], "little"),
+                int.from_bytes(new[4:6], "little"),
+            )
+            raw = self._read(register("gdtr_base") + (stack_selector & ~7), 8)
+            stack = segment_of(int.from_bytes(raw, "little"))
+        rip = register("rip") + (trap.length if software or trap.kind == 5 else 0)
+        flags = register("rflags")
+        if trap.kind == HARDWARE_EXCEPTION and trap.vector != DB:
+            flags |= FLAG_RF
+        frame = [rip, register("cs_sel"), flags]
+        if long or changes:
+            frame += [register("rsp"), register("ss_sel")]
+        if has_error_code(trap.vector) and trap.kind == HARDWARE_EXCEPTION:
+            frame.insert(0, trap.error_code)
+        width = 8 if long else 4
+        data = b"".join((word & ((1 << 8 * width) - 1)).to_bytes(width, "little") for word in frame)
+        top = (top - len(data)) & ((1 << 64) - 1 if long else _U32)
+        self._write(top + (0 if long else stack.base), data)
+        if trap.vector == PF:
+            vcpu.set_register("cr2", trap.cr2)
+        cleared = FLAG_TF | FLAG_NT | FLAG_RF | FLAG_VM | (FLAG_IF if gate.masks_interrupts else 0)
+        vcpu.set_register("rflags", register("rflags") & ~cleared)
+        vcpu.set_register("rip", gate.offset)
+        vcpu.set_register("rsp", top)
+        vcpu.set_register("cs_sel", gate.selector & ~3 | inner)
+        put_segment(vcpu, "cs", code._replace(attributes=code.attributes | 1))
+        if changes:
+            vcpu.set_register("ss_sel", stack_selector)
+            put_segment(vcpu, "ss", stack)
+
+    # Instructions that exit.
+
+    def _advance(self, length: int) -> None:
+        rip = self.vcpu.register("rip") + length
+        self.vcpu.set_register("rip", rip if self.long else rip & _U32)
+        self.vcpu.set_register("rflags", self.vcpu.register("rflags") & ~FLAG_RF)
+
+    def _execute_exiting(self) -> Waits[Done]:
+        """An instruction that the core must not execute alone, or bytes that look like one."""
+        linear = self._linear_rip
+        for start in pages(linear, 1):
+            self._resolve(start, "x")
+        room = PAGE_SIZE - linear % PAGE_SIZE
+        code = self.peek(linear, min(_INSTRUCTION_BYTES, room))
+        found = self._decode(code)
+        if found is None and room < _INSTRUCTION_BYTES:
+            self._resolve(linear + room, "x")
+            found = self._decode(self.peek(linear, _INSTRUCTION_BYTES))
+        if found is None:
+            return (yield from self._execute_alone())
+        return (yield from self._dispatch(found))
+
+    def _decode(self, code: bytes) -> Decoded | None:
+        size = 4 if self.long or self.vcpu.register("cs_arbytes") & _BIG else 2
+        return decode(code, self.long, size)
+
+    def _execute_alone(self) -> Waits[Done]:
+        stopped = self._step_engine(self._resolve)
+        if isinstance(stopped, Fault):
+            return (yield from self._raise(stopped))
+        if isinstance(stopped, SoftwareInterrupt):
+            return (yield from self._interrupted(stopped.vector))
+        return Done.NATIVE
+
+    def _dispatch(self, found: Decoded) -> Waits[Done]:
+        vcpu, register = self.vcpu, self.vcpu.register
+        opcode, length = found.opcode, found.length
+        if opcode == _INT3:
+            return (yield from self._breakpoint())
+        if opcode == _INT_N:
+            return (yield from self._software_interrupt(found.immediate, length))
+        if opcode == _INTO:
+            return (yield from self._execute_alone())
+        if self.privilege and is_privileged(opcode, found.modrm):
+            return (yield from self._raise(Fault(GP, 0)))
+        if opcode == 0x0F01 and found.modrm == 0xC1:
+            return (yield from self._vmcall(length))
+        if opcode == 0x0F01 and found.modrm == 0xD4:
+            return (yield from self._vmfunc(length))
+        effect = self._effect(found)
+        if effect is None:
+            return (yield from self._execute_alone())
+        if isinstance(effect, Halt):
+            return (yield from self._halt(length))
+        if not length:  # with an operand in memory, left to the core unless Xen hears of it
+            if not isinstance(effect, DescriptorAccess) or (
+                "descriptor_access" not in self.monitor.switches
+            ):
+                return (yield from self._execute_alone())
+        done = yield from self._apply(effect, length)
+        if isinstance(effect, DescriptorAccess) and done is Done.NATIVE:
+            return (yield from self._execute_alone())
+        if done is not Done.HELD and not moves_itself(effect):
+            self._advance(length)
+        return done
+
+    def _effect(self, found: Decoded) -> Effect | None:
+        """What an instruction does, in the words of the other vCPUs; None: the core can do it."""
+        register, opcode = self.vcpu.register, found.opcode
+        mask = (1 << 64) - 1 if self.long else _U32
+        number, operand = found.modrm >> 3 & 7, found.modrm & 7
+        if found.rex & 4:
+            number += 8
+        if found.rex & 1:
+            operand += 8
+        wide = register("rax") & _U32 | (register("rdx") & _U32) << 32
+        if opcode == 0x0F22 and number in (0, 3, 4):
+            index = {0: CR0, 3: CR3, 4: CR4}[number]
+            return WriteControlRegister(index, register(_GENERAL[operand]) & mask)
+        if opcode == 0x0F06:  # CLTS
+            return WriteControlRegister(CR0, register("cr0") & ~8)
+        if opcode == 0x0F30:
+            return WriteMsr(register("rcx") & _U32, wide)
+        if opcode == 0x0F01 and found.modrm == 0xD1:
+            return WriteControlRegister(XCR0, wide)
+        if opcode == 0x0FA2:
+            return Cpuid(self._cpuid(register("rax") & _U32))
+        if opcode == _ICEBP:
+            return DebugException(5)
+        if opcode == 0xF4:
+            return Halt()
+        if opcode in (0xE4, 0xE5, 0xE6, 0xE7, 0xEC, 0xED, 0xEE, 0xEF):
+            port = found.immediate if opcode < 0xE8 else register("rdx") & _U16
+            size = 1 if not opcode & 1 else min(found.operand_size, 4)
+            is_in = not opcode & 2
+            value = register("rax") & ((1 << 8 * size) - 1)
+            return PortIo(port, size, is_in=is_in, value=value)
+        if opcode == 0x0F01 and found.modrm >> 3 & 7 < 4 and found.modrm < 0xC0:
+            kind = found.modrm >> 3 & 7
+            return DescriptorAccess((2, 1)[kind & 1], kind >= 2)
+        if opcode == 0x0F00 and found.modrm >> 3 & 7 < 4:
+            kind = found.modrm >> 3 & 7
+            return DescriptorAccess((3, 4)[kind & 1], kind >= 2)
+        return None
+
+    def _cpuid(self, leaf: int) -> tuple[int, int, int, int]:
+        return _CPUID.get(leaf, (0, 0, 0, 0))
+
+    def _halt(self, length: int) -> Waits[Done]:
+        if (yield from vm_exit(self.monitor, self.vcpu, EXIT_HLT)):
+            return Done.HELD
+        self._advance(length)
+        self.vcpu.halted = True
+        return Done.EXITED
+
+    def _complete_io(self, effect: PortIo) -> None:
+        size = (1 << 8 * effect.size) - 1
+        if effect.is_in:
+            kept = 0 if effect.size == 4 else self.vcpu.register("rax") & ~size
+            self.vcpu.set_register("rax", kept | size)  # nobody is at the port
+        elif effect.port == _DEBUG_PORT:
+            self.console.append(effect.value & 0xFF)
+
+    def _software_interrupt(self, vector: int, length: int) -> Waits[Done]:
+        trap = Trap(vector, SOFTWARE_INTERRUPT, NO_ERROR_CODE, length, 0)
+        delivered = yield from self._deliver_native(trap)
+        return Done.NATIVE if delivered else Done.HELD
+
+    def _deliver_native(self, trap: Trap) -> Waits[bool]:
+        """Deliver what comes again if it cannot be delivered now."""
+        delivered = yield from self._deliver_or_keep(trap)
+        return delivered
+
+    def _vmcall(self, length: int) -> Waits[Done]:
+        if (yield from vm_exit(self.monitor, self.vcpu, EXIT_VMCALL)):
+            return Done.HELD
+        yield from hypercall(self)
+        self._advance(length)
+        return Done.EXITED
+
+    def _vmfunc(self, length: int) -> Waits[Done]:
+        """EPTP switching (``vmx_vmfunc_intercept``, ``p2m_switch_vcpu_altp2m_by_id``)."""
+        domain, vcpu = self.monitor.domain, self.vcpu
+        index = vcpu.register("rcx") & _U32
+        usable = (
+            vcpu.veinfo is not None
+            and not vcpu.register("rax") & _U32
+            and index < len(domain.views)
+            and domain.views[index].exists
+            and domain.views[index].visible
+        )
+        if not usable:
+            return (yield from self._raise(Fault(UD)))
+        domain.switch_vcpu(vcpu, index)
+        self._advance(length)
+        return Done.NATIVE
+
+    def _set_control_register(self, index: int, value: int) -> None:
+        super()._set_control_register(index, value)
+        if index == CR0:  # hvm_set_cr0
+            efer = self.vcpu.register("msr_efer")
+            paged = bool(value & CR0_PG and efer & EFER_LME)
+            self.vcpu.set_register("msr_efer", efer | EFER_LMA if paged else efer & ~EFER_LMA)
+
+    def _write_msr(self, msr: int, value: int) -> None:
+        if msr == 0xC0000080:
+            value = value & ~EFER_LMA | self.vcpu.register("msr_efer") & EFER_LMA
+        super()._write_msr(msr, value)
+
+    # Execution by Xen's emulator, in the host p2m.
+
+    def _emulate(self, flags: int, data: bytes) -> Waits[None]:
+        kinds = Flag.SET_EMUL_READ_DATA, Flag.EMULATE_NOWRITE, Flag.SET_EMUL_INSN_DATA
+        kind = next((kind for kind in kinds if flags & kind), Flag(0))
+        yield from self._emulate_here(kind, data)
+
+    def _emulate_here(self, kind: Flag, data: bytes, *, answered: bool = True) -> Waits[bool]:
+        """Execute the instruction at rip against the host p2m; True if it is completed."""
+        vcpu, monitor = self.vcpu, self.monitor
+        replaced = data[:_INSTRUCTION_BYTES] if kind is Flag.SET_EMUL_INSN_DATA else b""
+        code = replaced or self._host_bytes(self._linear_rip, _INSTRUCTION_BYTES)
+        if code[0] == _INT3:
+            vcpu.raise_trap(Trap(BP, SOFTWARE_EXCEPTION, NO_ERROR_CODE, 1, 0))
+            return False
+        found = self._decode(code)
+        if found is not None and found.opcode == _INT_N:
+            trap = Trap(found.immediate, SOFTWARE_INTERRUPT, NO_ERROR_CODE, found.length, 0)
+            vcpu.raise_trap(trap)
+            return False
+        if found is not None and found.opcode == 0x0F01 and found.modrm in (0xC1, 0xD4):
+            if not answered:
+                return False
+            if "emul_unimplemented" in monitor.switches and (
+                yield from monitor.traps(vcpu, Reason.EMUL_UNIMPLEMENTED, {})
+            ):
+                return False
+            self._fault(UD)
+            return False
+        effect = None if found is None else self._effect(found)
+        if found is not None and found.length and effect is not None:
+            if not (yield from self._emulate_effect(effect, found.length)):
+                return False
+            if not moves_itself(effect):
+                self._advance(found.length)
+            return True
+        fault = self._step_in_host(kind, data, replaced)
+        if fault is None:
+            return True
+        error = fault.error_code if has_error_code(fault.vector) else NO_ERROR_CODE
+        vcpu.raise_trap(Trap(fault.vector, HARDWARE_EXCEPTION, error, 0, fault.address))
+        return False
+
+    def _host_bytes(self, linear: int, size: int) -> bytes:
+        found = b""
+        for start in pages(linear, size):
+            count = min(PAGE_SIZE - start % PAGE_SIZE, linear + size - start)
+            try:
+                found += self._bytes_in_host(self._walk_freely(start, "x"), count)
+            except Fault:
+                break
+        return found or b"\0"
+
+    def _step_in_host(self, kind: Flag, data: bytes, code: bytes) -> Fault | None:
+        """One instruction whose accesses no view restricts."""
+        core, domain = self.core, self.monitor.domain
+        frames = domain.machine.frames
+        kept: dict[int, bytes] = {}
+        rip = self._linear_rip
+        frames.page(core.nothing)[:] = b"\xff" * PAGE_SIZE
+
+        def resolve(linear: int, access: str) -> Place:
+            physical = self._walk_freely(linear, access)
+            found = domain.host_lookup(physical // PAGE_SIZE, populate=True, unshare=access == "w")
+            if access == "x" and code:
+                return Place(
+                    self._overlay(core.scratch, frames.peek(found.mfn), linear, rip, code), "x"
+                )
+            if not found.valid:
+                if access == "w":
+                    kept.setdefault(core.nothing, b"\xff" * PAGE_SIZE)
+                return Place(core.nothing, "rw")
+            if access != "w":
+                return Place(found.mfn, "rx")
+            if kind is Flag.EMULATE_NOWRITE or found.type in WRITES_DROPPED:
+                kept.setdefault(found.mfn, bytes(frames.peek(found.mfn)))
+            frames.page(found.mfn)  # the other engine may have translated it
+            return Place(found.mfn, "rw")
+
+        patched: dict[int, bytes] = {}
+
+        def on_access(seen: Seen) -> None:
+            if seen.kind != "r" or kind is not Flag.SET_EMUL_READ_DATA:
+                return
+            size = int.from_bytes(data[:4], "little")
+            given = data[4 : 4 + min(size, seen.size)].ljust(seen.size, b"\0")
+            mfn, at = divmod(seen.address, PAGE_SIZE)
+            frame = frames.page(mfn)
+            patched.setdefault(mfn, bytes(frame))
+            room = frame[at : at + seen.size]
+            room[:] = given[: len(room)]
+
+        try:
+            stopped = self._step_engine(resolve, on_access)
+        except Fault as fault:
+            stopped = fault
+        finally:
+            for mfn, content in {**patched, **kept}.items():
+                frames.page(mfn)[:] = content
+        if isinstance(stopped, SoftwareInterrupt):
+            return Fault(stopped.vector, 0)
+        return stopped
+
+    def _overlay(self, mfn: int, page: memoryview, linear: int, rip: int, code: bytes) -> int:
+        """Lay an instruction over a copy of the page it is in."""
+        frame = self.monitor.domain.machine.frames.page(mfn)
+        frame[:] = page
+        at = rip - linear // PAGE_SIZE * PAGE_SIZE
+        start, skipped = max(at, 0), max(-at, 0)
+        part = code[skipped : skipped + PAGE_SIZE - start]
+        frame[start : start + len(part)] = part
+        return mfn
+
+
+def processors(monitor: Monitor) -> list[MachineCode]:
+    """Make a domain's vCPUs, on one core."""
+    core, console = Core(monitor.domain.machine.frames), bytearray()
+    return [MachineCode(monitor, vcpu, core, console) for vcpu in monitor.domain.vcpus]
