@@ -10,7 +10,6 @@ executed here: the core stops before them.
 from __future__ import annotations
 
 import ctypes
-from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -43,7 +42,8 @@ _PERMISSIONS = {"r": 1, "w": 2, "x": 4}
 _ALL = 7
 _CONTEXT_SIZE: Final = HVM_CPU.size
 _GENERAL = slice(HVM_CPU.fields["rax"].offset, HVM_CPU.fields["rflags"].offset + 8)
-SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss")
+_PRESENT, _PRIVILEGE, _FLAT_DATA = 1 << 7, 3 << 5, 0xC93
+SEGMENTS = ("ss", "cs", "ds", "es", "fs", "gs")  # ss first: it carries the privilege level
 _MSRS = {
     "sysenter_cs": 0x174, "sysenter_esp": 0x175, "sysenter_eip": 0x176, "msr_star": 0xC0000081,
     "msr_lstar": 0xC0000082, "msr_cstar": 0xC0000083, "msr_syscall_mask": 0xC0000084,
@@ -238,7 +238,9 @@ class Engine:
         uc, x86 = self.uc, self._x86
         segment = segment_in(vcpu, name)
         selector = vcpu.register(f"{name}_sel")
-        if not segment.attributes & 0x80:  # not present: unusable
+        if name == "ss" and not segment.attributes & _PRESENT:
+            segment = Segment(0, 0xFFFF_FFFF, _FLAT_DATA | segment.attributes & _PRIVILEGE)
+        if not segment.attributes & _PRESENT:  # unusable
             uc.reg_write(self._selector_ids[name], 0)
             return 0
         loaded = selector & ~4
@@ -263,7 +265,7 @@ class Engine:
         """Take the registers back; ``load`` reads the guest's linear memory."""
         context = vcpu.context
         context[_GENERAL] = self._general.read()
-        rest = array("Q", self._rest.read())
+        rest = self._rest.read().cast("Q")
         vcpu.set_register("cr2", rest[0])
         for at, name in enumerate(SEGMENTS):
             selector = rest[3 + at] & 0xFFFF
