@@ -2,10 +2,19 @@
  *
  * libxencall.so.1: hypercalls that libxenctrl has no function for.
  * Origin: tools/include/xencall.h (tools/libs/call/include/xencall.h in 4.14), RELEASE-4.14.0 ..
- * RELEASE-4.22.0 (LGPL-2.1-only); __HYPERVISOR_domctl from xen/include/public/xen.h (MIT).
+ * RELEASE-4.22.0 (LGPL-2.1-only); the numbers from public/xen.h and public/hvm/hvm_op.h (MIT).
  */
 
-enum { __HYPERVISOR_domctl = 36 };
+enum {
+    __HYPERVISOR_hvm_op = 34,
+    __HYPERVISOR_domctl = 36,
+};
+
+enum {
+    HVMOP_ALTP2M_INTERFACE_VERSION = 1,
+    HVMOP_altp2m_set_mem_access_multi = 9,
+    HVMOP_altp2m = 25,
+};
 
 typedef struct xencall_handle xencall_handle;
 
@@ -15,3 +24,4 @@ int xencall_close(xencall_handle *xcall);
 void *xencall_alloc_buffer(xencall_handle *xcall, size_t size);
 void xencall_free_buffer(xencall_handle *xcall, void *p);
 int xencall1(xencall_handle *xcall, unsigned int op, uint64_t arg1);
+int xencall2(xencall_handle *xcall, unsigned int op, uint64_t arg1, uint64_t arg2);

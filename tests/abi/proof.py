@@ -34,7 +34,7 @@ _HEADERS: Final = (
     *("xencall.h", "xenctrl.h", "xenevtchn.h", "xenforeignmemory.h", "xenstore.h", "xentoollog.h"),
     *("libxl.h", "libxl_utils.h"),
     *("xen/domctl.h", "xen/memory.h", "xen/sched.h", "xen/version.h", "xen/vm_event.h"),
-    *("xen/hvm/dm_op.h", "xen/hvm/params.h", "xen/hvm/save.h"),
+    *("xen/hvm/dm_op.h", "xen/hvm/hvm_op.h", "xen/hvm/params.h", "xen/hvm/save.h"),
 )
 
 _COMPILE: Final = (
@@ -108,6 +108,7 @@ def table_claims(version: Version) -> Iterator[Claim]:
         "struct xen_domctl_getdomaininfo": layouts.DOMAIN_INFO.at(version),
         "struct xen_domctl_getvcpuinfo": layouts.VCPU_INFO,
         "struct xen_domctl": layouts.DOMCTL,
+        "struct xen_hvm_altp2m_op": layouts.ALTP2M_OP,
         "struct hvm_hw_cpu": layouts.HVM_CPU,
         "struct hvm_save_descriptor": layouts.HVM_DESCRIPTOR,
         "struct vm_event_st": layouts.VM_EVENT[layouts.VM_EVENT_VERSION.at(version)],

@@ -69,7 +69,7 @@ def test_tables_and_releases_agree(version: tuple[int, int]) -> None:
 TABLES = [
     *(layout for _, layout in layouts.DOMAIN_INFO),
     *layouts.VM_EVENT.values(),
-    *(layouts.DOMCTL, layouts.HVM_CPU, layouts.HVM_DESCRIPTOR),
+    *(layouts.ALTP2M_OP, layouts.DOMCTL, layouts.HVM_CPU, layouts.HVM_DESCRIPTOR),
     *(layouts.VCPU_INFO, layouts.VM_EVENT_RING),
 ]
 
@@ -98,6 +98,13 @@ def test_fields_are_read_where_they_are() -> None:
 def test_what_is_not_in_the_buffer_is_not_read(base: int) -> None:
     with pytest.raises(ValueError, match="length is not in a buffer of 8 bytes"):
         layouts.HVM_DESCRIPTOR.number(bytes(8), "length", base)
+
+
+def test_fields_are_filled_in_where_they_are() -> None:
+    made = layouts.ALTP2M_OP.filled({"domain": 7, "u.set_mem_access_multi.nr": 1 << 16})
+    assert made == struct.pack("<8xH10xI", 7, 1 << 16).ljust(80, b"\0")
+    with pytest.raises(OverflowError):
+        layouts.ALTP2M_OP.filled({"domain": 1 << 16})
 
 
 def test_a_step_holds_until_the_next() -> None:

@@ -376,6 +376,7 @@ ELSEWHERE = {
     "xencall_alloc_buffer",
     "xencall_free_buffer",
     "xencall1",
+    "xencall2",
     "xenevtchn_open",
     "xenforeignmemory_open",
     "xenforeignmemory_close",

@@ -448,6 +448,37 @@ int xencall1(void *h, unsigned op, uint64_t argument)
     return a->result;
 }
 
+/* struct xen_hvm_altp2m_op with a bulk access in it. */
+struct altp2m_op {
+    uint32_t version, cmd;
+    uint16_t domain, pads[3];
+    uint16_t view, pad;
+    uint32_t nr;
+    uint64_t opaque, pfn_list, access_list;
+    unsigned char rest[32];
+};
+_Static_assert(sizeof(struct altp2m_op) == 80, "as in Xen");
+
+/* While nothing is noted, which threads may run into, a high view wants gfns and accesses like it,
+ * all of them, whatever other threads do meanwhile. Xen leaves how far a continuation had come. */
+int xencall2(void *h, unsigned op, uint64_t command, uint64_t argument)
+{
+    struct altp2m_op *bulk = (void *)argument;
+    if (quiet && bulk->view >> 15)
+        for (uint32_t i = 0; i < bulk->nr; i++)
+            if (((uint64_t *)bulk->pfn_list)[i] != bulk->view ||
+                ((uint8_t *)bulk->access_list)[i] != (uint8_t)bulk->view) {
+                errno = EIO;
+                return -1;
+            }
+    NOTE(op, command, argument);
+    BLOCK(bulk, sizeof(*bulk));
+    BLOCK((void *)bulk->pfn_list, bulk->nr * sizeof(uint64_t));
+    BLOCK((void *)bulk->access_list, bulk->nr);
+    bulk->opaque = bulk->nr;
+    return a->result;
+}
+
 /* --- libxenforeignmemory ------------------------------------------------------------------- */
 
 void *xenforeignmemory_open(void *log, unsigned flags)

@@ -19,7 +19,7 @@ from .cases import CASES, ELSEWHERE, EVTCHN, NOT_CALLED, Case
 from .fake import Fake
 
 ERRNOS = range(1, 134)
-NAME = re.compile(r"\b(?:xc|xencall|xenevtchn|xenforeignmemory|xs|xtl|libxl)_\w+|\bxencall1\b")
+NAME = re.compile(r"\b(?:xc|xencall|xenevtchn|xenforeignmemory|xs|xtl|libxl)_\w+|\bxencall[12]\b")
 
 
 @pytest.fixture

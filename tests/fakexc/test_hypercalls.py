@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The domctl that no function of libxenctrl makes: what is put to Xen, and what is given back."""
+"""The hypercalls made without libxenctrl: what is put to Xen, and what is given back."""
 
 from __future__ import annotations
 
 import errno
 import struct
+import sys
+import threading
+from array import array
 from pathlib import Path
 
 import pytest
 
 from xenaltp2m import errors
+from xenaltp2m.abi._ffi import ffi
 from xenaltp2m.abi.releases import SUPPORTED, release
 from xenaltp2m.backend.libxc import LibxcBackend
+from xenaltp2m.backend.loader import ENVIRONMENT, Loader
 from xenaltp2m.errors import InvalidArgumentError, LibraryMismatchWarning, UnsupportedError
 
 from . import fake as fakexc
@@ -19,6 +24,9 @@ from .cases import DOMID
 from .fake import Fake
 
 DOMCTL, MONITOR_OP, CONTROL_REGISTERS = 36, 77, 4
+HVM_OP, ALTP2M, SET_MEM_ACCESS_MULTI = 34, 25, 9
+VIEW, MANY = 3, 511
+"""One gfn more than libxenctrl is trusted with."""
 
 
 def domctl(version: int, domid: int = DOMID) -> bytes:
@@ -104,3 +112,141 @@ def test_a_bad_domid_opens_nothing(backend: LibxcBackend, fake: Fake) -> None:
     with pytest.raises(InvalidArgumentError):
         backend.monitor_control_registers(0x7FF0)
     assert fake.names() == []
+
+
+# Bulk access.
+
+
+def gfns(count: int) -> array[int]:
+    return array("Q", range(1 << 35, (1 << 35) + count))
+
+
+def accesses(count: int) -> bytes:
+    return bytes(gfn % 7 for gfn in range(count))
+
+
+def set_many(backend: LibxcBackend, count: int = MANY) -> None:
+    backend.altp2m_set_mem_access_multi(DOMID, VIEW, accesses(count), gfns(count))
+
+
+def test_what_a_bulk_access_puts_to_xen(backend: LibxcBackend, fake: Fake) -> None:
+    """``struct xen_hvm_altp2m_op``, laid out by hand from public/hvm/hvm_op.h."""
+    set_many(backend, 600)
+    set_many(backend)
+    opened, allocated, first, second = fake.calls
+    assert (opened.name, opened.args) == ("xencall_open", (1, 0))
+    assert (allocated.name, allocated.handle, allocated.args) == (
+        "xencall_alloc_buffer", "h", (80 + 9 * 65536,),
+    )  # fmt: skip
+    for call, count in ((first, 600), (second, MANY)):
+        assert (call.name, call.handle, call.args[:2]) == ("xencall2", "h", (HVM_OP, ALTP2M))
+        address = call.args[2]
+        lists = address + 80, address + 80 + 8 * count
+        head = struct.pack("<IIH6xHHI", 1, SET_MEM_ACCESS_MULTI, DOMID, VIEW, 0, count)
+        op = (head + struct.pack("<QQQ", 0, *lists)).ljust(80, b"\0")
+        assert call.data == op + gfns(count).tobytes() + accesses(count)
+    assert first.args == second.args, "one buffer"
+    fake.reset()
+    backend.close()
+    names = fake.names()
+    assert names.index("xencall_free_buffer") < names.index("xencall_close")
+    with pytest.raises(errors.ClosedError) as caught:
+        set_many(backend)
+    assert caught.value.op == "altp2m_set_mem_access_multi"
+
+
+@pytest.mark.parametrize("count", [0, 1, MANY - 1, 65537])
+def test_the_others_are_libxenctrls(count: int, backend: LibxcBackend, fake: Fake) -> None:
+    set_many(backend, count)
+    assert fake.names() == ["xc_altp2m_set_mem_access_multi"]
+
+
+def test_the_most_at_a_time(backend: LibxcBackend, fake: Fake) -> None:
+    set_many(backend, 65536)
+    assert fake.names()[-1] == "xencall2"
+
+
+@pytest.mark.parametrize("number", range(1, 134))
+def test_every_errno_of_a_bulk_access(number: int, backend: LibxcBackend, fake: Fake) -> None:
+    fake.fail("xencall2", number)
+    with pytest.raises(errors.XenError) as caught:
+        set_many(backend)
+    expected = errors.from_errno("altp2m_set_mem_access_multi", number, domid=DOMID, view=VIEW)
+    assert type(caught.value) is type(expected)
+    assert str(caught.value) == str(expected)
+    assert caught.value.context() == expected.context()
+    set_many(backend)
+    assert fake.names()[-2:] == ["xencall2", "xencall2"], "with the same buffer"
+
+
+@pytest.mark.parametrize("function", ["xencall_open", "xencall_alloc_buffer"])
+def test_without_a_buffer_libxenctrl_tries(
+    function: str, backend: LibxcBackend, fake: Fake
+) -> None:
+    fake.fail(function, errno.ENOMEM)
+    fake.fail("xc_altp2m_set_mem_access_multi", errno.ENOMEM)
+    with pytest.raises(errors.OutOfMemoryError) as caught:
+        set_many(backend)
+    assert caught.value.op == "altp2m_set_mem_access_multi"
+    set_many(backend)
+    assert fake.names()[-1] == "xencall2"
+
+
+@pytest.mark.parametrize("missing", ["xencall_open", "xencall_alloc_buffer", "xencall2"])
+def test_without_a_function_libxenctrl_does_it(missing: str, tmp_path: Path) -> None:
+    if not fakexc.have_compiler():
+        pytest.skip("no gcc to build the stand-in with")
+    library = fakexc.build(tmp_path / "lib", without={missing})
+    fake = Fake(library)
+    backend = fakexc.connect(library)
+    set_many(backend)
+    call = fake.calls[-1]
+    assert (call.name, call.args[:3]) == ("xc_altp2m_set_mem_access_multi", (DOMID, VIEW, MANY))
+    backend.close()
+
+
+def test_without_libxencall_libxenctrl_does_it(library: Path, fake: Fake) -> None:
+    def dlopen(name: str) -> object:
+        if "xencall" in name:
+            raise OSError(f"cannot load library '{name}'")
+        return ffi.dlopen(name)
+
+    environ = {ENVIRONMENT: str(library)}
+    backend = LibxcBackend(Loader(dlopen, environ, library.parent / "no-sysfs"))
+    fake.reset()
+    set_many(backend)
+    assert fake.names() == ["xc_altp2m_set_mem_access_multi"]
+    backend.close()
+
+
+def test_a_bulk_access_checks_its_arguments(backend: LibxcBackend, fake: Fake) -> None:
+    for domid, view in ((0x7FF0, VIEW), (DOMID, 1 << 16)):
+        with pytest.raises(InvalidArgumentError, match=r"^altp2m_set_mem_access_multi: "):
+            backend.altp2m_set_mem_access_multi(domid, view, accesses(MANY), gfns(MANY))
+    assert fake.names() == []
+
+
+def test_a_buffer_is_one_calls_at_a_time(backend: LibxcBackend, fake: Fake) -> None:
+    fake.quiet()
+    failures: list[Exception] = []
+
+    def run(number: int) -> None:
+        marks, like = array("Q", [0x8000 | number]) * 20000, bytes([number]) * 20000
+        try:
+            for _ in range(100):
+                backend.altp2m_set_mem_access_multi(DOMID, 0x8000 | number, like, marks)
+        except errors.XenError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=[number]) for number in range(1, 9)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert failures == []
+    assert 1 <= len(backend._rooms) <= len(threads)

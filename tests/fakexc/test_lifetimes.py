@@ -131,6 +131,7 @@ def open_everything(backend: LibxcBackend, fake: Fake) -> None:
     backend.foreignmemory_map(1, False, [3])
     backend.monitor_enable(1)
     backend.monitor_control_registers(1)
+    backend.altp2m_set_mem_access_multi(1, 1, bytes(1000), array("Q", range(1000)))
     backend.domid_to_name(1)
     info = bytearray(112)
     info[:2] = b"\1\0"
@@ -159,12 +160,14 @@ def test_close_gives_everything_back(library: Path, fake: Fake) -> None:
             "libxl_ctx_free",
             "xs_close",
             "xenforeignmemory_close",
+            "xencall_free_buffer",
             "xencall_close",
             "xc_interface_close",
             "xtl_logger_destroy",
         ]
     )
     names = fake.names()
+    assert names.index("xencall_free_buffer") < names.index("xencall_close")
     assert names[-2:] == ["xc_interface_close", "xtl_logger_destroy"]
     assert names.index("xenforeignmemory_unmap") < names.index("xenforeignmemory_close")
     assert descriptors() == before
@@ -203,7 +206,7 @@ def test_close_goes_on_past_a_failure(failing: str, library: Path, fake: Fake) -
         backend.close()
     assert caught.value.errno == errno.EIO
     assert caught.value.op == failing.removeprefix("xc_").removeprefix("xen")
-    assert len(fake.names()) == 10
+    assert len(fake.names()) == 11
     backend.close()
 
 
@@ -218,7 +221,7 @@ def test_close_tells_of_every_failure(library: Path, fake: Fake) -> None:
     text = "".join(traceback.format_exception(caught.value))
     for failing in CLOSERS:
         assert f"{failing.removeprefix('xc_').removeprefix('xen')}: EIO" in text
-    assert len(fake.names()) == 10
+    assert len(fake.names()) == 11
 
 
 def every_call() -> list[tuple[str, Callable[[LibxcBackend], object]]]:
@@ -240,6 +243,10 @@ def every_call() -> list[tuple[str, Callable[[LibxcBackend], object]]]:
         ("foreignmemory_unmap", lambda b: b.foreignmemory_unmap([])),
         ("name_to_domid", lambda b: b.name_to_domid("x")),
         ("domid_to_name", lambda b: b.domid_to_name(1)),
+        (
+            "altp2m_set_mem_access_multi, long",
+            lambda b: b.altp2m_set_mem_access_multi(1, 1, bytes(1000), array("Q", range(1000))),
+        ),
         ("domain_config_json", lambda b: b.domain_config_json(1)),
         ("supports", lambda b: b.supports("xc_domain_pause")),
     ]
@@ -484,6 +491,7 @@ def test_fork(library: Path, fake: Fake) -> None:
     pages = backend.foreignmemory_map(1, True, [1])
     _, ring = backend.monitor_enable(1)
     channel = backend.evtchn_open()
+    backend.altp2m_set_mem_access_multi(1, 1, bytes(1000), array("Q", range(1000)))
     fake.reset()
 
     def child() -> None:

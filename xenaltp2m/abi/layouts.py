@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 __all__ = [
+    "ALTP2M_OP",
     "DOMAIN_INFO",
     "DOMCTL",
     "HVM_CPU",
@@ -64,6 +65,14 @@ class Layout(NamedTuple):
         if start < 0 or start + width > len(buffer):
             raise ValueError(f"{name} is not in a buffer of {len(buffer)} bytes")
         return bytes(buffer[start : start + width])
+
+    def filled(self, values: Mapping[str, int]) -> bytearray:
+        """Make the structure with these unsigned values; the rest is zeros."""
+        made = bytearray(self.size)
+        for name, value in values.items():
+            offset, width = self.fields[name]
+            made[offset : offset + width] = value.to_bytes(width, "little")
+        return made
 
 
 class Steps(Generic[T]):
@@ -137,6 +146,21 @@ DOMCTL: Final = Layout(
             **_run(0, 4, "cmd interface_version"),
             "domain": Field(8, 2),
             **_run(16, 4, "op event", "u.monitor_op."),
+        }
+    ),
+)
+
+#: ``struct xen_hvm_altp2m_op`` (public/hvm/hvm_op.h) with a bulk access in it, unchanged 4.14 ..
+#: 4.22.
+ALTP2M_OP: Final = Layout(
+    80,
+    MappingProxyType(
+        {
+            **_run(0, 4, "version cmd"),
+            "domain": Field(8, 2),
+            "u.set_mem_access_multi.view": Field(16, 2),
+            "u.set_mem_access_multi.nr": Field(20, 4),
+            **_run(24, 8, "opaque pfn_list access_list", "u.set_mem_access_multi."),
         }
     ),
 )

@@ -46,6 +46,8 @@ _NARROW = 1 << 8
 ``xen_mem_access_op.access`` (memory.h) and ``mov_to_cr.index`` (domctl.h)."""
 _VCPU_INFO_VCPU = 1 << 16
 """``xc_vcpu_getinfo`` casts the vCPU to uint16_t (``xc_domain.c``, 4.14 to 4.22)."""
+_SHORT = (PAGE_SIZE - 16) // 8
+"""Gfns that fit a page behind libxencall's header: it keeps up to four pages (``buffer.c``)."""
 
 _CLOSED = "the backend is closed"
 _FORKED = "the backend was opened before this process was forked: connect again in the child"
@@ -152,6 +154,7 @@ class LibxcBackend:
         self._mappings: dict[int, Mapping] = {}
         self._fmem: Any = None
         self._xcall: Any = None
+        self._rooms: list[clib.Room] = []  # those that no call is using
         self._store: Any = None
         self._libxl: Any = None
         self._closed: str | None = None
@@ -254,6 +257,7 @@ class LibxcBackend:
         self._undo.clear()
         self._channels.clear()
         self._mappings.clear()
+        self._rooms.clear()
         _opened.discard(self)
 
     def _close_at_end(self, function: str, call: Any, handle: Any) -> None:
@@ -575,10 +579,46 @@ class LibxcBackend:
     def altp2m_set_mem_access_multi(
         self, domid: int, view: int, accesses: Bytes, gfns: Gfns
     ) -> None:
-        """``xc_altp2m_set_mem_access_multi``; the arrays are lent to C, not copied."""
-        bulk = clib.lend_bulk("altp2m_set_mem_access_multi", accesses, gfns)
+        """``xc_altp2m_set_mem_access_multi``; of long arrays its hypercall, with a buffer kept.
+
+        libxenctrl maps new pages for its copy of such arrays at every call, and unmaps them.
+        """
         function = "xc_altp2m_set_mem_access_multi"
-        self._call(function, _domid(domid), _view(view), *bulk, view=view)
+        bulk = clib.lend_bulk("altp2m_set_mem_access_multi", accesses, gfns)
+        _domid(domid)
+        _view(view)
+        room = self._take_room() if _SHORT < len(gfns) <= clib.Room.GFNS else None
+        if room is None:
+            self._call(function, domid, view, *bulk, view=view)
+            return
+        try:
+            hypercall, op = constant("__HYPERVISOR_hvm_op"), constant("HVMOP_altp2m")
+            arguments_at = room.fill(domid, view, *bulk)
+            if self._xencall.xencall2(self._xcall, hypercall, op, arguments_at) < 0:
+                raise refusal(function, domid=domid, view=view)
+        finally:
+            self._rooms.append(room)
+
+    def _take_room(self) -> clib.Room | None:
+        """Take a room that no other call has, or None: libxenctrl does without, or says why not.
+
+        Rooms are given back at the end only, so there are as many as calls were made at a time.
+        """
+        try:
+            return self._rooms.pop()
+        except IndexError:
+            pass
+        try:
+            if not self.supports("xencall2"):
+                return None
+            handle, calls = self._xencall_handle(), self._xencall
+            memory = calls.xencall_alloc_buffer(handle, clib.Room.SIZE)
+        except XenError:
+            return None
+        if memory == NULL:
+            return None
+        self._undo.append(functools.partial(calls.xencall_free_buffer, handle, memory))
+        return clib.Room(memory)
 
     def altp2m_get_mem_access(self, domid: int, view: int, gfn: int) -> int:
         access = new(clib.ACCESS)
@@ -746,10 +786,7 @@ class LibxcBackend:
             "domain": _domid(domid),
             "u.monitor_op.op": constant("XEN_DOMCTL_MONITOR_OP_CONTROL_REGISTERS"),
         }
-        domctl = bytearray(layouts.DOMCTL.size)
-        for name, value in values.items():
-            offset, width = layouts.DOMCTL.fields[name]
-            domctl[offset : offset + width] = value.to_bytes(width, "little")
+        domctl = layouts.DOMCTL.filled(values)
         handle, calls = self._xencall_handle(), self._xencall
         room = calls.xencall_alloc_buffer(handle, len(domctl))
         if room == NULL:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from xenaltp2m import errors
+from xenaltp2m.abi import layouts
 from xenaltp2m.abi._ffi import ffi as _ffi
 from xenaltp2m.abi.releases import SYMBOL_SINCE
 from xenaltp2m.backend import Bytes, Gfns, arguments
@@ -187,6 +188,39 @@ def lend_bulk(op: str, accesses: Bytes, gfns: Gfns) -> tuple[Any, Any, int]:
     """Lend C the arrays of a bulk access call."""
     arguments.check_bulk(op, accesses, gfns)
     return lend(op, "accesses", BYTES, accesses), lend(op, "gfns", UINT64S, gfns), len(gfns)
+
+
+class Room:
+    """Memory that Xen can reach, for the arguments of one bulk access call at a time."""
+
+    GFNS = 1 << 16
+    SIZE = layouts.ALTP2M_OP.size + GFNS * (8 + 1)
+
+    def __init__(self, memory: Any) -> None:
+        """Take :attr:`SIZE` bytes that ``xencall_alloc_buffer`` gave."""
+        self._memory = ffi.cast("char *", memory)
+        self._address = int(ffi.cast("uintptr_t", memory))
+
+    def fill(self, domid: int, view: int, accesses: Any, gfns: Any, count: int) -> int:
+        """Write a call's arguments, and return their address."""
+        gfns_at = layouts.ALTP2M_OP.size
+        accesses_at = gfns_at + 8 * count
+        # Whole, for Xen has written to the last call's (opaque, do_altp2m_op).
+        op = layouts.ALTP2M_OP.filled(
+            {
+                "version": constant("HVMOP_ALTP2M_INTERFACE_VERSION"),
+                "cmd": constant("HVMOP_altp2m_set_mem_access_multi"),
+                "domain": domid,
+                "u.set_mem_access_multi.view": view,
+                "u.set_mem_access_multi.nr": count,
+                "u.set_mem_access_multi.pfn_list": self._address + gfns_at,
+                "u.set_mem_access_multi.access_list": self._address + accesses_at,
+            }
+        )
+        ffi.memmove(self._memory, op, len(op))
+        ffi.memmove(self._memory + gfns_at, gfns, 8 * count)
+        ffi.memmove(self._memory + accesses_at, accesses, count)
+        return self._address
 
 
 def copy_gfns(op: str, gfns: Gfns | Sequence[int]) -> Any:
