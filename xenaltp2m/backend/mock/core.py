@@ -9,7 +9,10 @@ executed here: the core stops before them.
 
 from __future__ import annotations
 
+import copy
 import ctypes
+import functools
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -21,9 +24,7 @@ from xenaltp2m.backend.mock.x86 import (
     EFER_LME,
     Fault,
     Segment,
-    descriptor,
     exiting_starts,
-    segment_of,
 )
 from xenaltp2m.types import PAGE_SIZE
 
@@ -34,6 +35,7 @@ _UNTIL = 1 << 63
 """Where no guest's code can be: Unicorn wants an address to stop at."""
 _HIDDEN = _UNTIL - (1 << 20)
 """Linear addresses from here to :data:`_UNTIL` are the core's own, and no guest's."""
+_LONGEST_INSTRUCTION = 15
 _INVALID_INSTRUCTION, _EXCEPTION = 10, 21
 """``UC_ERR_*``."""
 _KINDS = {16: "r", 17: "w", 18: "x"}
@@ -41,15 +43,27 @@ _KINDS = {16: "r", 17: "w", 18: "x"}
 _PERMISSIONS = {"r": 1, "w": 2, "x": 4}
 _ALL = 7
 _CONTEXT_SIZE: Final = HVM_CPU.size
-_GENERAL = slice(HVM_CPU.fields["rax"].offset, HVM_CPU.fields["rflags"].offset + 8)
-_PRESENT, _PRIVILEGE, _FLAT_DATA = 1 << 7, 3 << 5, 0xC93
-SEGMENTS = ("ss", "cs", "ds", "es", "fs", "gs")  # ss first: it carries the privilege level
+_GENERAL = slice(HVM_CPU.fields["rax"].offset, HVM_CPU.fields["rip"].offset + 8)
 _MSRS = {
     "sysenter_cs": 0x174, "sysenter_esp": 0x175, "sysenter_eip": 0x176, "msr_star": 0xC0000081,
     "msr_lstar": 0xC0000082, "msr_cstar": 0xC0000083, "msr_syscall_mask": 0xC0000084,
     "shadow_gs": 0xC0000102, "msr_tsc_aux": 0xC0000103,
 }  # fmt: skip
-_EFER, _FS_BASE, _GS_BASE, _SHADOW_GS = 0xC0000080, 0xC0000100, 0xC0000101, 0xC0000102
+_EFER, _FS_BASE, _SHADOW_GS = 0xC0000080, 0xC0000100, 0xC0000102
+SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs")
+"""As QEMU numbers them."""
+_SEGMENT = struct.Struct("<I4xQII")
+"""``SegmentCache``: selector, base, limit, flags."""
+_WORDS = struct.Struct("<16Q")
+_NAMES = (
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
+    "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+)  # fmt: skip
+_HF_CPL, _HF_CS32, _HF_SS32, _HF_ADDSEG, _HF_PE, _HF_LMA, _HF_CS64 = (
+    3, 1 << 4, 1 << 5, 1 << 6, 1 << 7, 1 << 14, 1 << 15,
+)  # fmt: skip
+"""``hflags``: what of the segments the translator looks at (QEMU, target/i386/cpu.h)."""
+_BIG, _LONG = 1 << 22, 1 << 21
 
 
 class Place(NamedTuple):
@@ -72,8 +86,8 @@ class SoftwareInterrupt(NamedTuple):
     vector: int
 
 
-Resolve = Callable[[int, str], Place]
-"""Finds a page: any linear address in it, "r", "w" or "x". May raise what :meth:`Core.run` raises."""
+Resolve = Callable[[int, str, bool], Place]
+"""Finds a page: any linear address in it; "r", "w" or "x"; whether it is for privilege level 3."""
 
 
 @dataclass
@@ -112,23 +126,12 @@ class Engine:
         self._resolve: Resolve | None = None
         self._raised: BaseException | None = None
         self._interrupt: int | None = None
+        self._no_code: tuple[int, BaseException] | None = None
         self._flush_command = ctypes.c_int(const.UC_CTL_TLB_FLUSH | const.UC_CTL_IO_WRITE << 30)
         self.uc.hook_add(const.UC_HOOK_TLB_FILL, self._fill)
         self.uc.hook_add(const.UC_HOOK_INTR, self._interrupted)
-        names = [
-            *_names("RAX RBX RCX RDX RBP RSI RDI RSP R8 R9 R10 R11 R12 R13 R14 R15 RIP"),
-            "RFLAGS",
-        ]
-        self._general = _Batch(
-            self._library, self.uc, [getattr(x86, f"UC_X86_REG_{n}") for n in names]
-        )
-        selectors = [getattr(x86, f"UC_X86_REG_{name.upper()}") for name in SEGMENTS]
-        self._rest = _Batch(
-            self._library,
-            self.uc,
-            [x86.UC_X86_REG_CR2, x86.UC_X86_REG_FS_BASE, x86.UC_X86_REG_GS_BASE, *selectors],
-        )
-        self._selector_ids = dict(zip(SEGMENTS, selectors, strict=True))
+        self._flags = x86.UC_X86_REG_RFLAGS
+        self._code_segment, self._selector = x86.UC_X86_REG_CS, ctypes.c_uint64()
         # Unicorn begins in long mode; a PC begins without.
         self.uc.reg_write(x86.UC_X86_REG_CR0, CR0_PG | CR0_PE | 0x10)
         self.uc.reg_write(x86.UC_X86_REG_CR0, CR0_PE | 0x10)
@@ -145,13 +148,22 @@ class Engine:
         if self._resolve is None:
             return False
         try:
-            place = self._resolve(address, _KINDS[access])
+            place = self._resolve(address, _KINDS[access], self._user)
         except BaseException as raised:  # noqa: BLE001 - C is between here and who handles it
-            self._raised = raised
+            if _KINDS[access] == "x":
+                self._no_code = address, raised
+            elif self._raised is None:
+                self._raised = raised
             return False
         entry.paddr = place.mfn * PAGE_SIZE
         entry.perms = sum(_PERMISSIONS[right] for right in place.rights)
         return True
+
+    @property
+    def _user(self) -> bool:
+        """Whether the CPU is at privilege level 3; instructions change that while it runs."""
+        self._library.uc_reg_read(self.uc._uch, self._code_segment, ctypes.byref(self._selector))
+        return bool(self._selector.value & 3)
 
     def forget_pages(self) -> None:
         """Ask again for each page."""
@@ -174,7 +186,7 @@ class Engine:
         Raises:
             BaseException: What ``resolve`` raised; rip is that of the instruction.
         """
-        self._resolve, self._raised, self._interrupt = resolve, None, None
+        self._resolve, self._raised, self._interrupt, self._no_code = resolve, None, None, None
         errno = 0
         try:
             self.uc.emu_start(rip, _UNTIL, count=limit)
@@ -184,11 +196,16 @@ class Engine:
             self._resolve = None
         if self._raised is not None:
             raise self._raised
+        if self._no_code is not None:
+            # Unicorn also looks up, when it stops, the pages it was told to stop in.
+            page, raised = self._no_code
+            if page <= self.rip + _LONGEST_INSTRUCTION - 1 and self.rip < page + PAGE_SIZE:
+                raise raised
         if self._interrupt is not None:
             return SoftwareInterrupt(self._interrupt)
-        if errno in (_INVALID_INSTRUCTION, _EXCEPTION):
+        if errno == _INVALID_INSTRUCTION:
             return Fault(UD)
-        if errno:
+        if errno and not (errno == _EXCEPTION and self._no_code is not None):
             raise RuntimeError(f"Unicorn gave up with error {errno} at {self.rip:#x}")
         return None
 
@@ -199,15 +216,45 @@ class Engine:
 
     # Registers.
 
-    def load(self, vcpu: Vcpu, held: bytes, selectors: list[int]) -> None:
-        """Give the engine what of a vCPU's registers is not as ``held`` has it."""
+    def new_state(self) -> State:
+        """Return the state of a CPU that was reset, in protected mode."""
+        return State(self.initial, self._places())
+
+    @functools.cache  # noqa: B019 - as long as the engine
+    def _places(self) -> Places:
+        """Find where Unicorn keeps registers in what it saves of a CPU, by writing some."""
+        uc, x86 = self.uc, self._x86
+        marks = {"regs": x86.UC_X86_REG_RAX, "rip": x86.UC_X86_REG_RIP}
+        kept = uc.context_save()
+        found = {}
+        for number, (name, register) in enumerate(marks.items()):
+            mark = 0x1122_3344_5566_7700 + number
+            uc.reg_write(register, mark)
+            found[name] = _where(uc.context_save(), mark)
+        uc.msr_write(_FS_BASE, mark + 1)
+        fs_base = _where(uc.context_save(), mark + 1)
+        uc.context_restore(kept)
+        segments = fs_base - 8 - SEGMENTS.index("fs") * _SEGMENT.size
+        return Places(found["regs"], found["rip"], segments - 8, segments)
+
+    def load(self, vcpu: Vcpu, state: State, held: bytes) -> None:
+        """Go on with a vCPU: its state, changed where its context is not as ``held`` has it."""
         now, uc, x86 = vcpu.context, self.uc, self._x86
-        if now[_GENERAL] != held[_GENERAL]:
-            self._general.write(bytes(now[_GENERAL]))
 
         def changed(*names: str) -> bool:
             return any(now[place] != held[place] for place in map(_slice, names))
 
+        if now == held:
+            uc.context_restore(state.saved)
+            return
+        if now[_GENERAL] != held[_GENERAL]:
+            state.put_general(vcpu)
+        segments = changed(*_SEGMENT_FIELDS)
+        if segments:
+            state.put_segments(vcpu)
+        uc.context_restore(state.saved)
+        if changed("rflags"):
+            uc.reg_write(self._flags, vcpu.register("rflags"))
         if changed("cr0", "cr3", "cr4", "msr_efer"):
             efer = vcpu.register("msr_efer")
             uc.reg_write(x86.UC_X86_REG_CR4, vcpu.register("cr4"))
@@ -216,11 +263,11 @@ class Engine:
                 assert efer & EFER_LME
             uc.reg_write(x86.UC_X86_REG_CR0, vcpu.register("cr0"))
             uc.reg_write(x86.UC_X86_REG_CR3, vcpu.register("cr3"))
+            uc.context_update(state.saved)
+            state.put_segments(vcpu)  # what they mean depends on the mode
+            uc.context_restore(state.saved)
         if changed("cr2"):
             uc.reg_write(x86.UC_X86_REG_CR2, vcpu.register("cr2"))
-        for at, name in enumerate(SEGMENTS):
-            if changed(*(f"{name}_{part}" for part in ("sel", "base", "limit", "arbytes"))):
-                selectors[at] = self._load_segment(vcpu, name)
         for name, register in (("gdtr", x86.UC_X86_REG_GDTR), ("idtr", x86.UC_X86_REG_IDTR)):
             if changed(f"{name}_base", f"{name}_limit"):
                 base, limit = vcpu.register(f"{name}_base"), vcpu.register(f"{name}_limit")
@@ -233,59 +280,11 @@ class Engine:
             if changed(name):
                 uc.msr_write(msr, vcpu.register(name))
 
-    def _load_segment(self, vcpu: Vcpu, name: str) -> int:
-        """Load a segment register, whatever the guest's own tables say; return its selector."""
-        uc, x86 = self.uc, self._x86
-        segment = segment_in(vcpu, name)
-        selector = vcpu.register(f"{name}_sel")
-        if name == "ss" and not segment.attributes & _PRESENT:
-            segment = Segment(0, 0xFFFF_FFFF, _FLAT_DATA | segment.attributes & _PRIVILEGE)
-        if not segment.attributes & _PRESENT:  # unusable
-            uc.reg_write(self._selector_ids[name], 0)
-            return 0
-        loaded = selector & ~4
-        if loaded < 4:  # usable with a null selector, as a PVH guest begins
-            loaded = 0xFF8 | segment.privilege
-        table = self._frames.page(self._hidden)
-        at = loaded & 0xFF8
-        table[at : at + 8] = descriptor(segment._replace(base=segment.base & 0xFFFF_FFFF)).to_bytes(
-            8, "little"
-        )
-        own = uc.reg_read(x86.UC_X86_REG_GDTR)
-        uc.reg_write(x86.UC_X86_REG_GDTR, (0, _HIDDEN, 0xFFFF, 0))
-        try:
-            uc.reg_write(self._selector_ids[name], loaded)
-        finally:
-            uc.reg_write(x86.UC_X86_REG_GDTR, own)
-        if name in ("fs", "gs") and segment.base >> 32:
-            uc.msr_write(_FS_BASE if name == "fs" else _GS_BASE, segment.base)
-        return loaded
-
-    def save(self, vcpu: Vcpu, selectors: list[int], load: Callable[[int, int], bytes]) -> None:
-        """Take the registers back; ``load`` reads the guest's linear memory."""
-        context = vcpu.context
-        context[_GENERAL] = self._general.read()
-        rest = self._rest.read().cast("Q")
-        vcpu.set_register("cr2", rest[0])
-        for at, name in enumerate(SEGMENTS):
-            selector = rest[3 + at] & 0xFFFF
-            if selector != selectors[at]:
-                selectors[at] = selector
-                self._saw_segment(vcpu, name, selector, load)
-        if vcpu.register("msr_efer") & EFER_LMA:
-            vcpu.set_register("fs_base", rest[1])
-            vcpu.set_register("gs_base", rest[2])
-
-    def _saw_segment(
-        self, vcpu: Vcpu, name: str, selector: int, load: Callable[[int, int], bytes]
-    ) -> None:
-        segment = Segment(0, 0, 0)
-        if selector & ~3:
-            table = "ldtr_base" if selector & 4 else "gdtr_base"
-            raw = load(vcpu.register(table) + (selector & ~7), 8)
-            segment = segment_of(int.from_bytes(raw, "little") | 1 << 40)  # it is marked accessed
-        vcpu.set_register(f"{name}_sel", selector)
-        put_segment(vcpu, name, segment)
+    def save(self, vcpu: Vcpu, state: State) -> None:
+        """Take the registers back."""
+        self.uc.context_update(state.saved)
+        state.take(vcpu)
+        vcpu.set_register("rflags", self.uc.reg_read(self._flags))
 
     def save_tables(self, vcpu: Vcpu) -> None:
         """Take back what only rare instructions change: descriptor tables, MSRs."""
@@ -298,36 +297,92 @@ class Engine:
             selector, base, limit, flags = uc.reg_read(register)
             if selector != vcpu.register(f"{name}_sel"):
                 vcpu.set_register(f"{name}_sel", selector)
-                put_segment(vcpu, name, Segment(base, limit, flags >> 8 & 0xF0FF))
+                put_segment(vcpu, name, Segment(base, limit, _attributes(flags)))
         if vcpu.register("msr_efer") & EFER_LMA:
             vcpu.set_register("shadow_gs", uc.msr_read(_SHADOW_GS))
 
 
-class _Batch:
-    """Registers that are read and written at once: Unicorn's own binding takes 7 µs for each."""
+class Places(NamedTuple):
+    """Offsets in what Unicorn saves of a CPU (QEMU: ``CPUX86State``)."""
 
-    def __init__(self, library: Any, uc: Any, registers: list[int]) -> None:
-        count = len(registers)
-        self._library, self._handle, self._count = library, uc._uch, count
-        self._ids = (ctypes.c_int * count)(*registers)
-        self._values = (ctypes.c_uint64 * count)()
-        base = ctypes.addressof(self._values)
-        self._pointers = (ctypes.c_void_p * count)(*(base + 8 * at for at in range(count)))
-        self._bytes = memoryview(self._values).cast("B")
+    general: int
+    rip: int
+    hflags: int
+    segments: int
 
-    def read(self) -> memoryview:
-        status = self._library.uc_reg_read_batch(
-            self._handle, self._ids, self._pointers, self._count
+
+class State:
+    """All that Unicorn knows of one CPU, between its runs."""
+
+    def __init__(self, template: Any, places: Places) -> None:
+        self.saved = copy.copy(template)
+        self._places = places
+        size = self.saved.size
+        room = (ctypes.c_char * size).from_address(
+            ctypes.cast(self.saved.context, ctypes.c_void_p).value or 0
         )
-        assert status == 0, status
-        return self._bytes
+        self._raw = memoryview(room).cast("B")
 
-    def write(self, values: bytes) -> None:
-        self._bytes[:] = values
-        status = self._library.uc_reg_write_batch(
-            self._handle, self._ids, self._pointers, self._count
-        )
-        assert status == 0, status
+    def put_general(self, vcpu: Vcpu) -> None:
+        """Set the general registers and rip."""
+        _WORDS.pack_into(self._raw, self._places.general, *map(vcpu.register, _NAMES))
+        struct.pack_into("<Q", self._raw, self._places.rip, vcpu.register("rip"))
+
+    def put_segments(self, vcpu: Vcpu) -> None:
+        """Set the segment registers, whatever the guest's tables say."""
+        at = self._places.segments
+        flags = {}
+        bases = 0
+        for name in SEGMENTS:
+            base, limit, attributes = segment_in(vcpu, name)
+            flags[name] = (attributes & 0xFF) << 8 | (attributes & 0xF00) << 12
+            _SEGMENT.pack_into(
+                self._raw, at, vcpu.register(f"{name}_sel"), base, limit, flags[name]
+            )
+            at += _SEGMENT.size
+            if name in ("ds", "es", "ss"):
+                bases |= base
+        [hflags] = struct.unpack_from("<I", self._raw, self._places.hflags)
+        hflags &= ~(_HF_CPL | _HF_CS32 | _HF_SS32 | _HF_ADDSEG | _HF_CS64)
+        hflags |= segment_in(vcpu, "ss").privilege
+        if hflags & _HF_LMA and flags["cs"] & _LONG:  # cpu_x86_load_seg_cache
+            hflags |= _HF_CS32 | _HF_SS32 | _HF_CS64
+        else:
+            hflags |= _HF_CS32 if flags["cs"] & _BIG else 0
+            hflags |= _HF_SS32 if flags["ss"] & _BIG else 0
+            if bases or not hflags & _HF_CS32 or not hflags & _HF_PE:
+                hflags |= _HF_ADDSEG
+        struct.pack_into("<I", self._raw, self._places.hflags, hflags)
+
+    def take(self, vcpu: Vcpu) -> None:
+        """Give a vCPU's context the general registers, rip and the segment registers."""
+        values = _WORDS.unpack_from(self._raw, self._places.general)
+        context, at = vcpu.context, _GENERAL.start
+        context[at : at + 128] = _WORDS.pack(*(values[number] for number in _ORDER))
+        rip = self._places.rip
+        context[_RIP] = self._raw[rip : rip + 8]
+        raw = bytes(self._raw[self._places.segments :][: 6 * _SEGMENT.size])
+        if raw != self._segments:
+            self._segments = raw
+            for name, (selector, base, limit, flags) in zip(
+                SEGMENTS, _SEGMENT.iter_unpack(raw), strict=True
+            ):
+                vcpu.set_register(f"{name}_sel", selector)
+                put_segment(vcpu, name, Segment(base, limit, _attributes(flags)))
+
+    _segments = b""
+
+
+def _attributes(flags: int) -> int:
+    return (flags >> 8 & 0xFF) | (flags >> 12 & 0xF00)
+
+
+def _where(saved: Any, mark: int) -> int:
+    raw = ctypes.string_at(saved.context, saved.size)
+    at = raw.find(mark.to_bytes(8, "little"))
+    if at < 0 or raw.find(mark.to_bytes(8, "little"), at + 1) >= 0:
+        raise RuntimeError("this version of unicorn keeps registers where they are not found")
+    return at
 
 
 def segment_in(vcpu: Vcpu, name: str) -> Segment:
@@ -341,13 +396,18 @@ def put_segment(vcpu: Vcpu, name: str, segment: Segment) -> None:
         vcpu.set_register(f"{name}_{part}", value)
 
 
-def _names(text: str) -> list[str]:
-    return text.split()
-
-
 def _slice(name: str) -> slice:
     offset, width = HVM_CPU.fields[name]
     return slice(offset, offset + width)
+
+
+_SEGMENT_FIELDS = [
+    f"{name}_{part}" for name in SEGMENTS for part in ("sel", "base", "limit", "arbytes")
+]
+_ORDER = [_NAMES.index(name) for name in ("rax", "rbx", "rcx", "rdx", "rbp", "rsi", "rdi", "rsp")]
+_ORDER += range(8, 16)
+"""Of the context's registers, where the CPU numbers them."""
+_RIP = _slice("rip")
 
 
 class Core:

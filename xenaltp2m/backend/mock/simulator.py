@@ -20,6 +20,7 @@ from xenaltp2m.backend.mock.core import (
     Place,
     Seen,
     SoftwareInterrupt,
+    State,
     put_segment,
     segment_in,
 )
@@ -134,15 +135,12 @@ class MachineCode(Processor):
     core: Core
     console: bytearray
     """What was written to port 0xe9."""
-    _state: Any = field(default=None, init=False)
+    _state: State = field(init=False)
     _loaded: bytes = field(default=b"", init=False)
     """The context as the engine has it."""
-    _selectors: list[int] = field(default_factory=lambda: [0] * 6, init=False)
 
     def __post_init__(self) -> None:
-        self._state = self.core.engine.uc.context_save()
-        self.core.engine.uc.context_restore(self.core.engine.initial)
-        self.core.engine.uc.context_update(self._state)
+        self._state = self.core.engine.new_state()
         self._loaded = bytes(len(self.vcpu.context))
 
     @property
@@ -175,13 +173,16 @@ class MachineCode(Processor):
 
     # Memory as this vCPU sees it.
 
-    def _paging(self, *, supervisor: bool = False) -> Paging:
+    def _paging(self, user: bool) -> Paging:
         register = self.vcpu.register
         return Paging(
-            register("cr0"), register("cr3"), register("cr4"), register("msr_efer"),
-            user=not supervisor and self.privilege == 3,
-            alignment_check=not supervisor and bool(register("rflags") & FLAG_AC),
-        )  # fmt: skip
+            register("cr0"),
+            register("cr3"),
+            register("cr4"),
+            register("msr_efer"),
+            user,
+            alignment_check=bool(register("rflags") & FLAG_AC),
+        )
 
     def _check(self, physical: int, kind: str, linear: int, flags: AccessFlag) -> int:
         """Return the frame at a physical address, which the vCPU may use so in its view."""
@@ -192,9 +193,9 @@ class MachineCode(Processor):
             raise _Denied(physical, kind, linear, flags)
         return found.mfn
 
-    def _resolve(self, linear: int, kind: str, *, supervisor: bool = False) -> Place:
+    def _resolve(self, linear: int, kind: str, user: bool) -> Place:
         """Find a page for the engine; a Fault or _Denied where it may not be used so."""
-        paging = self._paging(supervisor=supervisor)
+        paging = self._paging(user)
 
         def load(physical: int, size: int) -> int:
             mfn = self._check(physical, "r", linear, _IN_WALK)
@@ -219,7 +220,7 @@ class MachineCode(Processor):
             granted = granted.replace("x", "")
         return Place(mfn, granted)
 
-    def _walk_freely(self, linear: int, kind: str) -> int:
+    def _walk_freely(self, linear: int, kind: str, user: bool = False) -> int:
         """Translate without the view's restrictions and without leaving marks; a Fault if none."""
         domain = self.monitor.domain
 
@@ -228,7 +229,7 @@ class MachineCode(Processor):
             at = physical % PAGE_SIZE
             return int.from_bytes(self._frame(found)[at : at + size], "little")
 
-        paging = self._paging(supervisor=kind != "x")
+        paging = self._paging(user)
         page, _ = paging.translate(linear, kind, load, lambda *_: None)
         return page + linear % PAGE_SIZE
 
@@ -259,7 +260,7 @@ class MachineCode(Processor):
         found = b""
         for start in pages(linear, size):
             count = min(PAGE_SIZE - start % PAGE_SIZE, linear + size - start)
-            mfn, _ = self._resolve(start, "r", supervisor=True)
+            mfn, _ = self._resolve(start, "r", user=False)
             at = start % PAGE_SIZE
             found += bytes(self.monitor.domain.machine.frames.peek(mfn)[at : at + count])
         return found
@@ -270,9 +271,7 @@ class MachineCode(Processor):
         at = 0
         for start in pages(linear, len(data)):
             count = min(PAGE_SIZE - start % PAGE_SIZE, len(data) - at)
-            places.append(
-                (self._resolve(start, "w", supervisor=True).mfn, start % PAGE_SIZE, at, count)
-            )
+            places.append((self._resolve(start, "w", user=False).mfn, start % PAGE_SIZE, at, count))
             at += count
         for mfn, offset, at, count in places:
             frame = self.monitor.domain.machine.frames.page(mfn)
@@ -286,12 +285,10 @@ class MachineCode(Processor):
         return _Where(self, table, table.generation)
 
     def _enter(self, engine: Any) -> None:
-        engine.uc.context_restore(self._state)
-        engine.load(self.vcpu, self._loaded, self._selectors)
+        engine.load(self.vcpu, self._state, self._loaded)
 
     def _leave(self, engine: Any) -> None:
-        engine.save(self.vcpu, self._selectors, self.peek)
-        engine.uc.context_update(self._state)
+        engine.save(self.vcpu, self._state)
         self._loaded = bytes(self.vcpu.context)
 
     def _run_engine(self, limit: int) -> Fault | SoftwareInterrupt | None:
@@ -308,7 +305,9 @@ class MachineCode(Processor):
             self._leave(core.engine)
 
     def _step_engine(
-        self, resolve: Callable[[int, str], Place], on_access: Callable[[Seen], None] | None = None
+        self,
+        resolve: Callable[[int, str, bool], Place],
+        on_access: Callable[[Seen], None] | None = None,
     ) -> Fault | SoftwareInterrupt | None:
         core = self.core
         self._enter(core.stepper)
@@ -331,6 +330,8 @@ class MachineCode(Processor):
                 stopped = self._run_engine(limit)
         except Fault as fault:
             stopped = fault
+            if fault.vector == PF:
+                fault.address = self._exact(fault.address, fault.kind)
         except _Denied as denied:
             done = yield from self._violate(denied)
             return done, int(done is not Done.HELD)
@@ -344,7 +345,7 @@ class MachineCode(Processor):
         """``EXIT_REASON_EPT_VIOLATION``: Xen looks at it, and the instruction comes again."""
         linear = denied.linear
         if denied.flags == AT_PAGE:
-            linear = self._exact(denied)
+            linear = self._exact(linear, denied.kind)
         physical = denied.physical & ~(PAGE_SIZE - 1) | linear % PAGE_SIZE
         if denied.flags == _IN_WALK:
             physical = denied.physical
@@ -361,34 +362,32 @@ class MachineCode(Processor):
             self._fault(VE)
         return Done.HELD
 
-    def _exact(self, denied: _Denied) -> int:
-        """Find the linear address within the page, by executing the instruction to nowhere."""
-        page = denied.linear // PAGE_SIZE * PAGE_SIZE
-        if denied.kind == "x":
+    def _exact(self, linear: int, denied: str) -> int:
+        """Find which address in a page it is, by executing the instruction to nowhere."""
+        page = linear // PAGE_SIZE * PAGE_SIZE
+        if denied == "x":
             rip = self._linear_rip
             return rip if page <= rip < page + PAGE_SIZE else page
         core, found = self.core, []
         marker = core.marker
 
-        def resolve(linear: int, kind: str) -> Place:
-            if kind == denied.kind and linear // PAGE_SIZE * PAGE_SIZE == page:
+        def resolve(linear: int, kind: str, user: bool) -> Place:
+            if kind == denied and linear // PAGE_SIZE * PAGE_SIZE == page:
                 return Place(marker, "r" if kind == "r" else "rw")
             if kind == "w":
                 return Place(core.scratch, "rw")
-            physical = self._walk_freely(linear, kind)
+            physical = self._walk_freely(linear, kind, user)
             return Place(self._find_in_view(physical // PAGE_SIZE).mfn, "rx")
 
         def on_access(seen: Seen) -> None:
-            if seen.kind == denied.kind and seen.address // PAGE_SIZE == marker:
+            if seen.kind == denied and seen.address // PAGE_SIZE == marker:
                 found.append(page + seen.address % PAGE_SIZE)
 
-        before, selectors = bytes(self.vcpu.context), list(self._selectors)
         self._enter(core.stepper)
-        state = core.stepper.uc.context_save()
+        core.stepper.save(self.vcpu, self._state)
+        self._loaded = bytes(self.vcpu.context)
         with contextlib.suppress(Fault):
             core.step(self.vcpu.register("rip"), resolve, on_access)
-        self.vcpu.context[:], self._selectors, self._loaded = before, selectors, before
-        self._state = state
         return found[0] if found else page
 
     # Exceptions.
@@ -520,12 +519,12 @@ class MachineCode(Processor):
         """An instruction that the core must not execute alone, or bytes that look like one."""
         linear = self._linear_rip
         for start in pages(linear, 1):
-            self._resolve(start, "x")
+            self._resolve(start, "x", self.privilege == 3)
         room = PAGE_SIZE - linear % PAGE_SIZE
         code = self.peek(linear, min(_INSTRUCTION_BYTES, room))
         found = self._decode(code)
         if found is None and room < _INSTRUCTION_BYTES:
-            self._resolve(linear + room, "x")
+            self._resolve(linear + room, "x", self.privilege == 3)
             found = self._decode(self.peek(linear, _INSTRUCTION_BYTES))
         if found is None:
             return (yield from self._execute_alone())
@@ -739,8 +738,8 @@ class MachineCode(Processor):
         rip = self._linear_rip
         frames.page(core.nothing)[:] = b"\xff" * PAGE_SIZE
 
-        def resolve(linear: int, access: str) -> Place:
-            physical = self._walk_freely(linear, access)
+        def resolve(linear: int, access: str, user: bool) -> Place:
+            physical = self._walk_freely(linear, access, user)
             found = domain.host_lookup(physical // PAGE_SIZE, populate=True, unshare=access == "w")
             if access == "x" and code:
                 return Place(

@@ -38,12 +38,16 @@ _ERROR_PRESENT, _ERROR_WRITE, _ERROR_USER, _ERROR_RESERVED, _ERROR_FETCH = 1, 2,
 class Fault(Exception):  # noqa: N818 - the CPU's word
     """An exception that the CPU raises."""
 
-    def __init__(self, vector: int, error_code: int = NO_ERROR_CODE, address: int = 0) -> None:
+    def __init__(
+        self, vector: int, error_code: int = NO_ERROR_CODE, address: int = 0, kind: str = ""
+    ) -> None:
         super().__init__(vector)
         self.vector = vector
         self.error_code = error_code
         self.address = address
         """For cr2."""
+        self.kind = kind
+        """Of a page fault: "r", "w" or "x"."""
 
 
 class Translation(NamedTuple):
@@ -159,7 +163,7 @@ class Paging:
         code |= _ERROR_USER if self.user else 0
         if kind == _FETCH and (self.efer & EFER_NXE or self.cr4 & CR4_SMEP):
             code |= _ERROR_FETCH
-        return Fault(PF, code, address)
+        return Fault(PF, code, address, kind)
 
 
 def canonical(address: int, bits: int = 48) -> bool:
