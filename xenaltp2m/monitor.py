@@ -454,7 +454,7 @@ class Monitor(Handle):
                     unmask()
                 elif not self._heed(ready) or self._stopping:
                     return
-                if (indices[REQ_PROD] - taken) & MASK > SLOTS:
+                if not 0 < (indices[REQ_PROD] - taken) & MASK <= SLOTS:
                     return
                 continue
             if answered != notified and not taken & _FLUSH_EACH:
@@ -603,16 +603,20 @@ class Monitor(Handle):
             ``_NOT_YET`` where the ring should be looked at again, else what iterating ends with.
         """
         self._flush()
-        idle = 0.0
+        begun = looked = time.monotonic()
         while not self._stopping:
-            wait = _LIVENESS_SECONDS if timeout is None else min(_LIVENESS_SECONDS, timeout - idle)
-            if self._heed(self._poll(wait)):
+            wait = _LIVENESS_SECONDS
+            if timeout is not None:
+                wait = max(min(wait, begun + timeout - time.monotonic()), 0)
+            if self._heed(self._poll(wait)) and self._ring.unread:
                 return _NOT_YET
-            idle += wait
-            if timeout is not None and idle >= timeout:
+            now = time.monotonic()
+            if timeout is not None and now >= begun + timeout:
                 return self._ended() if timeout else None
-            if not self._stopping and (ended := self._ended()) is not None:
-                return ended
+            if now >= looked + _LIVENESS_SECONDS and not self._stopping:
+                looked = now
+                if (ended := self._ended()) is not None:
+                    return ended
         return None
 
     def _heed(self, ready: list[tuple[int, int]]) -> bool:

@@ -31,13 +31,14 @@ from errno import (
     EPERM,
 )
 from pathlib import Path
+from random import Random
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from xenaltp2m import errors
 from xenaltp2m.abi import layouts, releases
 from xenaltp2m.abi.releases import Release, release
 from xenaltp2m.backend import Bytes, Gfns, PortCalls, arguments
-from xenaltp2m.backend.mock import images, simulator
+from xenaltp2m.backend.mock import images
 from xenaltp2m.backend.mock.evtchn import Channel, Port
 from xenaltp2m.backend.mock.guest import Outcome, touch
 from xenaltp2m.backend.mock.machine import Domain, Livelock, Machine, Refused
@@ -185,6 +186,7 @@ class MockBackend:
         has_virtualisation_exceptions: bool = True,
         physical_address_bits: int = 39,
         memory_pages: int = 1 << 20,
+        seed: int = 0,
     ) -> None:
         """Make a host.
 
@@ -198,6 +200,7 @@ class MockBackend:
             has_virtualisation_exceptions: Whether the CPU has #VE.
             physical_address_bits: The CPU's ``maxphysaddr``.
             memory_pages: The host's memory for guests, in 4 KiB pages; taken only when touched.
+            seed: Of how vCPUs with machine code take turns: the same seed, the same run.
         """
         self.machine = Machine(
             release(*xen),
@@ -212,6 +215,7 @@ class MockBackend:
         )
         self.calls: deque[Call] = deque(maxlen=_LOG_LENGTH)
         self._faults: list[_Fault] = []
+        self._chance = Random(seed)  # noqa: S311 - chance, not secrets
         self.steps_at_once = _STEPS_AT_ONCE
         self._monitors: dict[int, Monitor] = {}
         self._processors: dict[int, list[Processor]] = {}
@@ -289,6 +293,8 @@ class MockBackend:
             InvalidArgumentError: It is not an image of a PVH guest, or has no room in memory.
             OSError: The file cannot be read.
         """
+        from xenaltp2m.backend.mock import simulator  # needs an extra, and opens libraries
+
         name = "the image" if isinstance(image, bytes) else os.fspath(image)
         content = image if isinstance(image, bytes) else Path(image).read_bytes()
         processors = simulator.processors(self._monitor_of(domid))
@@ -298,9 +304,7 @@ class MockBackend:
     def console(self, domid: int) -> str:
         """Return what a guest that :meth:`boot` started wrote to port 0xe9."""
         [first, *_] = self._processors_of(domid)
-        if not isinstance(first, simulator.MachineCode):
-            return ""
-        return first.console.decode(errors="replace")
+        return first.written.decode(errors="replace")
 
     def run(self, domid: int, steps: int) -> int:
         """Let a domain's vCPUs execute, in turn, up to ``steps`` attempts of an instruction.
@@ -308,7 +312,7 @@ class MockBackend:
         Returns:
             How many were executed: an attempt that causes an event or a fault does not count.
         """
-        return run(self._processors_of(domid), steps)
+        return run(self._processors_of(domid), steps, self._chance)
 
     def destroy(self, domid: int) -> None:
         """End a domain, as ``xl destroy`` does; it lingers, dying, while pages are mapped."""
@@ -350,7 +354,14 @@ class MockBackend:
 
     def _go_on(self, domid: int) -> None:
         """Let the vCPUs run for a while, now that something let them."""
-        run(self._processors_of(domid), self.steps_at_once)
+        processors = self._processors_of(domid)
+        run(processors, self.steps_at_once, self._chance)
+        if self._simulates(domid) and any(one.ready for one in processors):
+            self._monitor_of(domid).wake()  # so that it goes on when the agent looks
+
+    def _simulates(self, domid: int) -> bool:
+        """Whether a domain executes machine code."""
+        return self._processors_of(domid)[0].executes_code
 
     def dump(self, domid: int, view: int | None = None) -> str:
         """Describe the host p2m (``view`` None) or a view's own entries, a line for each run."""
@@ -628,7 +639,8 @@ class MockBackend:
             running=domain.runs(target) and not idle,
             cpu_time=target.cpu_time,
         )
-        run(processors, len(processors))  # time passes for those who wait for it to pass
+        # Time passes for those who wait for it to pass.
+        run(processors, len(processors), self._chance)
         return info
 
     @_operation
@@ -913,6 +925,9 @@ class MockBackend:
     @_operation
     def evtchn_unmask(self, channel: int, port: int) -> None:
         self._channel(channel).unmask(port)
+        bound = self._channel(channel).ports.get(port)
+        if bound is not None and self._simulates(domid := bound.monitor.domain.domid):
+            self._go_on(domid)
 
     @_operation
     def evtchn_notify(self, channel: int, port: int) -> None:

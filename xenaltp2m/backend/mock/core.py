@@ -15,7 +15,7 @@ import functools
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xenaltp2m.abi.layouts import HVM_CPU
 from xenaltp2m.backend.mock.vcpu import CR0_PE, CR0_PG, UD, Vcpu
@@ -42,7 +42,6 @@ _KINDS = {16: "r", 17: "w", 18: "x"}
 """``UC_MEM_*``."""
 _PERMISSIONS = {"r": 1, "w": 2, "x": 4}
 _ALL = 7
-_CONTEXT_SIZE: Final = HVM_CPU.size
 _GENERAL = slice(HVM_CPU.fields["rax"].offset, HVM_CPU.fields["rip"].offset + 8)
 _MSRS = {
     "sysenter_cs": 0x174, "sysenter_esp": 0x175, "sysenter_eip": 0x176, "msr_star": 0xC0000081,
@@ -66,18 +65,15 @@ _HF_CPL, _HF_CS32, _HF_SS32, _HF_ADDSEG, _HF_PE, _HF_LMA, _HF_CS64 = (
 _BIG, _LONG = 1 << 22, 1 << 21
 
 
+class GaveUp(RuntimeError):  # noqa: N818 - what it did
+    """Unicorn ended for a reason that no guest should be able to cause."""
+
+
 class Place(NamedTuple):
     """What a page of linear addresses is: a frame, and some of the rights "rwx"."""
 
     mfn: int
     rights: str
-
-
-class Refusal(NamedTuple):
-    """A page that may not be used so; ``address`` is anywhere in it."""
-
-    address: int
-    kind: str
 
 
 class SoftwareInterrupt(NamedTuple):
@@ -119,8 +115,8 @@ class Engine:
         self.uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
         x86, const = unicorn.x86_const, unicorn.unicorn_const
         self._x86 = x86
-        address, size = frames.whole
-        self.uc.mem_map_ptr(0, size, unicorn.UC_PROT_ALL, address)
+        memory = ctypes.addressof(ctypes.c_char.from_buffer(frames.memory))
+        self.uc.mem_map_ptr(0, len(frames.memory), unicorn.UC_PROT_ALL, memory)
         self.uc.ctl_set_tlb_mode(const.UC_TLB_VIRTUAL)
         self._frames, self._hidden = frames, hidden
         self._resolve: Resolve | None = None
@@ -206,7 +202,7 @@ class Engine:
         if errno == _INVALID_INSTRUCTION:
             return Fault(UD)
         if errno and not (errno == _EXCEPTION and self._no_code is not None):
-            raise RuntimeError(f"Unicorn gave up with error {errno} at {self.rip:#x}")
+            raise GaveUp(f"Unicorn gave up with error {errno} at {self.rip:#x}")
         return None
 
     @property
@@ -453,7 +449,7 @@ class Core:
         )
 
     def exits_at(self, address: int) -> bool:
-        """Whether an instruction at a linear address is not the core's to execute, or may not be."""
+        """Whether what is at a linear address may not be the core's to execute."""
         return address in self._exits.get(address // PAGE_SIZE, ())
 
     def note_code(self, address: int, mfn: int, user: bool) -> None:

@@ -166,7 +166,7 @@ def _get_param(caller: Caller, pointer: int) -> int:
 
 
 def _altp2m_op(caller: Caller, pointer: int) -> int:
-    """``do_altp2m_op`` for the guest itself, which its mode must allow (``xsm_hvm_altp2mhvm_op``)."""
+    """``do_altp2m_op`` for the guest itself, as its mode allows (``xsm_hvm_altp2mhvm_op``)."""
     version, command, domid, _, _ = _ALTP2M_OP.unpack(caller.peek(pointer, _ALTP2M_OP.size))
     if version != _ALTP2M_VERSION or domid != _SELF:
         return -EINVAL

@@ -9,7 +9,6 @@ XSA-378 and XSA-389 are fixed in 4.14 (4.14.6) and 4.15 (4.15.7), too.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 from collections import Counter
 from collections.abc import Iterable
@@ -86,8 +85,8 @@ class Frames:
 
     def __init__(self, limit: int) -> None:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        self._memory = mmap.mmap(-1, limit * PAGE_SIZE, flags=flags)
-        self._view = memoryview(self._memory)
+        self.memory = mmap.mmap(-1, limit * PAGE_SIZE, flags=flags)
+        self._view = memoryview(self.memory)
         self._limit = limit
         self._next = 1 << ORDER_2M  # frame 0 stays nobody's, and 2M blocks stay aligned
         self._free: list[int] = []
@@ -96,11 +95,6 @@ class Frames:
         self._handed_out: dict[int, int] = {}
         self.moment = 0
         """Counts how often a frame was given to somebody who may write to it."""
-
-    @property
-    def whole(self) -> tuple[int, int]:
-        """Where it lies in this process, and its size in bytes."""
-        return ctypes.addressof(ctypes.c_char.from_buffer(self._memory)), self._limit * PAGE_SIZE
 
     def allocate(self, order: int = ORDER_4K) -> int | None:
         """Return the first of 2^order aligned free frames, or None if there are none."""

@@ -14,7 +14,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TypeAlias
+from random import Random
+from typing import ClassVar, TypeAlias
 
 from xenaltp2m.abi.vm_event import Reason
 from xenaltp2m.backend.mock.guest import Outcome, drive, vm_exit
@@ -43,6 +44,8 @@ from xenaltp2m.types import PAGE_SIZE
 _EXCEPTION, _CPUID, EXIT_HLT, EXIT_VMCALL, _CR_ACCESS, _IO, _MSR_WRITE = 0, 10, 12, 18, 28, 30, 32
 _MONITOR_TRAP, _GDTR_OR_IDTR, _LDTR_OR_TR, _XSETBV = 37, 46, 47, 55
 
+_SLICE = 1000
+"""Instructions of machine code in a turn, at most."""
 _NANOSECONDS = 1000
 """What an attempt to execute an instruction takes."""
 
@@ -160,8 +163,16 @@ class Done(Enum):
 class Processor(ABC):
     """A vCPU and what it executes."""
 
+    executes_code: ClassVar[bool] = False
+    """Whether it is machine code; it then goes on by itself while an agent waits."""
+
     monitor: Monitor
     vcpu: Vcpu
+
+    @property
+    def written(self) -> bytes:
+        """What the domain wrote to its console."""
+        return b""
 
     @property
     @abstractmethod
@@ -646,21 +657,25 @@ class Processor(ABC):
 WRITES_DROPPED = {PageType.RAM_RO, PageType.GRANT_MAP_RO}
 
 
-def run(processors: Sequence[Processor], attempts: int) -> int:
-    """Let vCPUs run in turn, until none can or the attempts are used up.
+def run(processors: Sequence[Processor], turns: int, chance: Random) -> int:
+    """Let vCPUs run in turn, until none can or there were so many turns.
+
+    A turn is one instruction of a script. Of machine code it is more; where several vCPUs can
+    run, how many is a matter of chance.
 
     Returns:
         How many instructions were executed.
     """
     executed = 0
-    while attempts > 0:
-        before = attempts
-        for processor in processors:
-            if attempts and processor.ready:
-                attempts -= 1
-                executed += processor.step()
-        if attempts == before:
+    while turns > 0:
+        ready = [processor for processor in processors if processor.ready]
+        if not ready:
             break
+        for processor in ready[:turns]:
+            if processor.ready:
+                limit = _SLICE if len(ready) == 1 else chance.randint(1, _SLICE)
+                executed += processor.step(limit)
+        turns -= len(ready)
     return executed
 
 

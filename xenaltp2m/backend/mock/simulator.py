@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from xenaltp2m.abi.vm_event import AccessFlag, Flag, Reason
 from xenaltp2m.backend.mock.core import (
     Core,
+    GaveUp,
     Place,
     Seen,
     SoftwareInterrupt,
@@ -132,6 +133,8 @@ class _Where(NamedTuple):
 class MachineCode(Processor):
     """A vCPU on a core."""
 
+    executes_code = True
+
     core: Core
     console: bytearray
     """What was written to port 0xe9."""
@@ -142,6 +145,11 @@ class MachineCode(Processor):
     def __post_init__(self) -> None:
         self._state = self.core.engine.new_state()
         self._loaded = bytes(len(self.vcpu.context))
+
+    @property
+    def written(self) -> bytes:
+        """What the domain wrote to port 0xe9."""
+        return bytes(self.console)
 
     @property
     def _has_work(self) -> bool:
@@ -386,7 +394,7 @@ class MachineCode(Processor):
         self._enter(core.stepper)
         core.stepper.save(self.vcpu, self._state)
         self._loaded = bytes(self.vcpu.context)
-        with contextlib.suppress(Fault):
+        with contextlib.suppress(Fault, GaveUp):
             core.step(self.vcpu.register("rip"), resolve, on_access)
         return found[0] if found else page
 
@@ -477,10 +485,8 @@ class MachineCode(Processor):
             top &= ~0xF
         elif changes:
             new = self._read(register("tr_base") + 4 + 8 * inner, 8)
-            top, stack_selector = (
-                int.from_bytes(new[:4], "little"),
-                int.from_bytes(new[4:6], "little"),
-            )
+            top = int.from_bytes(new[:4], "little")
+            stack_selector = int.from_bytes(new[4:6], "little")
             raw = self._read(register("gdtr_base") + (stack_selector & ~7), 8)
             stack = segment_of(int.from_bytes(raw, "little"))
         rip = register("rip") + (trap.length if software or trap.kind == 5 else 0)
@@ -543,7 +549,6 @@ class MachineCode(Processor):
         return Done.NATIVE
 
     def _dispatch(self, found: Decoded) -> Waits[Done]:
-        vcpu, register = self.vcpu, self.vcpu.register
         opcode, length = found.opcode, found.length
         if opcode == _INT3:
             return (yield from self._breakpoint())
@@ -562,11 +567,11 @@ class MachineCode(Processor):
             return (yield from self._execute_alone())
         if isinstance(effect, Halt):
             return (yield from self._halt(length))
-        if not length:  # with an operand in memory, left to the core unless Xen hears of it
-            if not isinstance(effect, DescriptorAccess) or (
-                "descriptor_access" not in self.monitor.switches
-            ):
-                return (yield from self._execute_alone())
+        heard = isinstance(effect, DescriptorAccess) and (
+            "descriptor_access" in self.monitor.switches
+        )
+        if not length and not heard:  # its operand is in memory, and nobody hears of it
+            return (yield from self._execute_alone())
         done = yield from self._apply(effect, length)
         if isinstance(effect, DescriptorAccess) and done is Done.NATIVE:
             return (yield from self._execute_alone())

@@ -72,9 +72,7 @@ class Paging:
 
     @property
     def levels(self) -> list[tuple[int, int, int]]:
-        """Of each level from the top: the lowest bit it translates, its index's bits, its entry's
-        size.
-        """
+        """Of each level, from the top: its lowest bit, its index's bits, its entry's size."""
         if not self.cr4 & CR4_PAE:
             return [(22, 10, 4), (12, 10, 4)]
         if not self.efer & EFER_LMA:
@@ -191,21 +189,6 @@ class Segment(NamedTuple):
 _GRANULAR = 1 << 11
 _CODE_L = 1 << 9
 UNUSABLE: Final = Segment(0, 0, 0)
-
-
-def descriptor(segment: Segment) -> int:
-    """Return the 8-byte descriptor of a segment below 4 GiB."""
-    base, limit, attributes = segment
-    if attributes & _GRANULAR:
-        limit >>= 12
-    return (
-        (limit & 0xFFFF)
-        | (base & 0xFF_FFFF) << 16
-        | (attributes & 0xFF) << 40
-        | (limit >> 16 & 0xF) << 48
-        | (attributes >> 8 & 0xF) << 52
-        | (base >> 24 & 0xFF) << 56
-    )
 
 
 def segment_of(raw: int) -> Segment:
@@ -391,11 +374,3 @@ def decode(code: bytes, long: bool, default_size: int) -> Decoded | None:
     ):
         return None
     return Decoded(opcode, at, modrm, immediate, rex, size, repeats)
-
-
-__all__ = [
-    "CR4_PAE", "EFER_LMA", "EFER_LME", "FLAG_AC", "FLAG_IF", "FLAG_NT", "FLAG_RF", "FLAG_TF", "FLAG_VM",
-    "UNUSABLE", "Decoded", "Fault", "Gate", "Paging", "Segment", "Translation", "canonical",
-    "decode", "descriptor", "doubled", "exiting_starts", "has_error_code", "is_privileged",
-    "segment_of",
-]  # fmt: skip

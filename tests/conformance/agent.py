@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A random agent: restricts, remaps, switches and answers as a seed says; keeps what it hears.
+
+The same seed and the same guest from its first instruction on must be told the same, by real Xen
+and by the simulator. What an agent does depends on nothing but its seed and the events so far.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import xenaltp2m as xa
+from xenaltp2m.symbols import Image
+
+ACCESSES = [xa.Access.RW, xa.Access.R, xa.Access.N, xa.Access.RX, xa.Access.X, xa.Access.RWX]
+EPISODE = 60
+"""Events between two changes of mind."""
+PATIENCE = 2.0
+BEYOND = 2
+"""Pages behind the image: where the guest's start information is."""
+CONTROL = xa.ControlRegister
+CR4_BITS = 0
+
+
+class RandomAgent:
+    """What one seed makes of a domain."""
+
+    def __init__(
+        self, dom: xa.Domain, altp2m: xa.Altp2m, image: Image, seed: int, limit: int
+    ) -> None:
+        self.dom, self.altp2m, self.limit = dom, altp2m, limit
+        self.rows: list[bytes] = []
+        self._chance = random.Random(seed)
+        self._gfns = image_gfns(image)
+        self._shadows = [int(gfn) for gfn in dom.add_pages(2)]
+        self._views = [altp2m.create_view() for _ in range(2)]
+        self._busy = {self._gfns[0]}
+        """Pages that are seldom unrestricted: those that something happened in lately."""
+        for view in self._views:
+            self._decide(view)
+        altp2m.switch_to_view(self._views[0])
+        self.stop: Callable[[], None] = lambda: None
+
+    def __call__(self, event: xa.Event) -> xa.Response | None:
+        """Hear of an event and answer it."""
+        if isinstance(event, xa.DomainEnded):
+            return None
+        self.rows.append(event.raw)
+        if len(self.rows) >= self.limit:
+            self.stop()
+            return None
+        if len(self.rows) % EPISODE == 0:
+            self._decide(self._chance.choice(self._views))
+        if isinstance(event, xa.MemAccess):
+            self._busy = {int(event.gfn), *list(self._busy)[:1]}
+        return self._answer(event)
+
+    def _decide(self, view: xa.View) -> None:
+        chance = self._chance
+        for old in list(view.remaps):
+            if chance.random() < 0.5:
+                view.revert(old)
+        view.set_access(self._gfns, xa.Access.RWX)
+        density = chance.choice([0.1, 0.3, 0.6])
+        for gfn in self._gfns:
+            if gfn in self._busy:
+                view.set_access(gfn, chance.choice(ACCESSES[:3]))
+            elif chance.random() < density:
+                view.set_access(gfn, chance.choice(ACCESSES))
+        if chance.random() < 0.4:
+            gfn, shadow = chance.choice(self._gfns), chance.choice(self._shadows)
+            self.dom.memory.write_page(shadow, self.dom.memory.read_page(gfn))
+            view.remap(gfn, shadow, access=chance.choice([xa.Access.RWX, xa.Access.RX]))
+
+    def _answer(self, event: xa.Event) -> xa.Response | None:
+        chance = self._chance
+        pick, view = chance.random(), chance.choice(self._views)
+        if isinstance(event, xa.MemAccess):
+            if pick < 0.5:
+                return xa.Response.fast_singlestep(through=0, back_to=view)
+            if pick < 0.75:
+                return xa.Response.singlestep(view=0)
+            if pick < 0.85:
+                return xa.Response.emulate()
+            if pick < 0.97:
+                return xa.Response.fast_singlestep(through=0, back_to=view)
+            view.set_access(int(event.gfn), xa.Access.RWX)
+            return xa.Response.resume(view=view)
+        if isinstance(event, xa.Singlestep):
+            return xa.Response.singlestep() if pick < 0.4 else xa.Response.resume(view=view)
+        return None
+
+
+def image_gfns(image: Image) -> list[int]:
+    """The gfns an image is loaded to, and a few behind."""
+    found: set[int] = set()
+    for segment in image.segments:
+        first = segment.address >> 12
+        last = (segment.address + segment.size - 1) >> 12
+        found |= set(range(first, last + 1))
+    end = max(found)
+    return sorted(found | set(range(end + 1, end + 1 + BEYOND)))
+
+
+def subscriptions(chance: random.Random) -> list[xa.Subscription | type[xa.Event]]:
+    """What else the agent hears of."""
+    offered: Sequence[xa.Subscription | type[xa.Event]] = [
+        xa.WriteCtrlreg.on(CONTROL.CR0),
+        xa.WriteCtrlreg.on(CONTROL.CR3),
+        xa.WriteCtrlreg.on(CONTROL.CR4),
+        xa.MovToMsr.on(0xC0000080),
+        xa.SoftwareBreakpoint,
+        xa.GuestRequest,
+    ]
+    return [one for one in offered if chance.random() < 0.5]
+
+
+def run(
+    dom: xa.Domain, image: Image, seed: int, limit: int, unpause: Callable[[], None]
+) -> list[bytes]:
+    """Attach to a domain that has not begun, and return what was heard, as Xen wrote it."""
+    chosen = subscriptions(random.Random(seed))
+    with dom.altp2m() as altp2m, dom.monitor(xa.MemAccess, xa.Singlestep, *chosen) as monitor:
+        agent = RandomAgent(dom, altp2m, image, seed, limit)
+        agent.stop = monitor.stop
+        unpause()
+        monitor.run(agent, timeout=PATIENCE)
+    return agent.rows
