@@ -38,7 +38,6 @@ from xenaltp2m import errors
 from xenaltp2m.abi import layouts, releases
 from xenaltp2m.abi.releases import Release, release
 from xenaltp2m.backend import Bytes, Gfns, PortCalls, arguments
-from xenaltp2m.backend.mock import images
 from xenaltp2m.backend.mock.evtchn import Channel, Port
 from xenaltp2m.backend.mock.guest import Outcome, touch
 from xenaltp2m.backend.mock.machine import Domain, Livelock, Machine, Refused
@@ -293,7 +292,7 @@ class MockBackend:
             InvalidArgumentError: It is not an image of a PVH guest, or has no room in memory.
             OSError: The file cannot be read.
         """
-        from xenaltp2m.backend.mock import simulator  # needs an extra, and opens libraries
+        from xenaltp2m.backend.mock import images, simulator  # an extra, which opens libraries
 
         name = "the image" if isinstance(image, bytes) else os.fspath(image)
         content = image if isinstance(image, bytes) else Path(image).read_bytes()

@@ -22,6 +22,7 @@ from xenaltp2m.backend.mock.vcpu import CR0_PE, CR0_PG, UD, Vcpu
 from xenaltp2m.backend.mock.x86 import (
     EFER_LMA,
     EFER_LME,
+    FLAG_RF,
     Fault,
     Segment,
     exiting_starts,
@@ -250,7 +251,7 @@ class Engine:
             state.put_segments(vcpu)
         uc.context_restore(state.saved)
         if changed("rflags"):
-            uc.reg_write(self._flags, vcpu.register("rflags"))
+            uc.reg_write(self._flags, vcpu.register("rflags") & ~FLAG_RF)  # over with the next
         if changed("cr0", "cr3", "cr4", "msr_efer"):
             efer = vcpu.register("msr_efer")
             uc.reg_write(x86.UC_X86_REG_CR4, vcpu.register("cr4"))

@@ -445,6 +445,8 @@ def _fill_registers(vcpu: Vcpu, version: int, request: bytearray) -> None:
     for to, source in _register_copies(version):
         request[to] = vcpu.context[source]
     fields = layout(version).fields
+    offset, width = fields["data.regs.x86.dr6"]
+    request[offset : offset + width] = bytes(width)  # vmx_save_cpu_ctxt leaves it out
     for name in _SEGMENTS:
         limit, attributes = vcpu.register(f"{name}_limit"), vcpu.register(f"{name}_arbytes")
         if attributes & _GRANULAR:

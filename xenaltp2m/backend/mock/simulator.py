@@ -113,11 +113,15 @@ _CPUID = {
 class _Denied(Exception):  # noqa: N818 - the view's answer
     """An access of a page that the tables do not allow, or have no entry for."""
 
-    def __init__(self, physical: int, kind: str, linear: int, flags: AccessFlag) -> None:
+    def __init__(
+        self, physical: int, kind: str, linear: int, wanted: str, flags: AccessFlag
+    ) -> None:
         super().__init__(physical, kind)
         self.physical = physical
         self.kind = kind
         self.linear = linear
+        """Anywhere in the page that it is for, and ``wanted`` what that was to be used for."""
+        self.wanted = wanted
         self.flags = flags
 
 
@@ -192,13 +196,13 @@ class MachineCode(Processor):
             alignment_check=bool(register("rflags") & FLAG_AC),
         )
 
-    def _check(self, physical: int, kind: str, linear: int, flags: AccessFlag) -> int:
+    def _check(self, physical: int, kind: str, linear: int, wanted: str, flags: AccessFlag) -> int:
         """Return the frame at a physical address, which the vCPU may use so in its view."""
         found = self._find_in_view(physical // PAGE_SIZE)
         rights = entry_rights(found.type, found.access) if found.mapped else 0
         big = found.order and not self.monitor.domain.machine.executable_superpages
         if not rights & _RIGHTS[kind] or (kind == "x" and big) or (rights & W and not rights & R):
-            raise _Denied(physical, kind, linear, flags)
+            raise _Denied(physical, kind, linear, wanted, flags)
         return found.mfn
 
     def _resolve(self, linear: int, kind: str, user: bool) -> Place:
@@ -206,19 +210,19 @@ class MachineCode(Processor):
         paging = self._paging(user)
 
         def load(physical: int, size: int) -> int:
-            mfn = self._check(physical, "r", linear, _IN_WALK)
+            mfn = self._check(physical, "r", linear, kind, _IN_WALK)
             at = physical % PAGE_SIZE
             frame = self.monitor.domain.machine.frames.peek(mfn)
             return int.from_bytes(frame[at : at + size], "little")
 
         def store(physical: int, size: int, value: int) -> None:
-            mfn = self._check(physical, "w", linear, _IN_WALK)
+            mfn = self._check(physical, "w", linear, kind, _IN_WALK)
             at = physical % PAGE_SIZE
             frame = self.monitor.domain.machine.frames.page(mfn)
             frame[at : at + size] = value.to_bytes(size, "little")
 
         physical, allowed = paging.translate(linear, kind, load, store)
-        mfn = self._check(physical, kind, linear, AT_PAGE)
+        mfn = self._check(physical, kind, linear, kind, AT_PAGE)
         found = self._find_in_view(physical // PAGE_SIZE)
         rights = entry_rights(found.type, found.access)
         if kind == "x":
@@ -351,12 +355,11 @@ class MachineCode(Processor):
 
     def _violate(self, denied: _Denied) -> Waits[Done]:
         """``EXIT_REASON_EPT_VIOLATION``: Xen looks at it, and the instruction comes again."""
-        linear = denied.linear
+        linear = self._exact(denied.linear, denied.wanted)
+        physical = denied.physical
         if denied.flags == AT_PAGE:
-            linear = self._exact(linear, denied.kind)
-        physical = denied.physical & ~(PAGE_SIZE - 1) | linear % PAGE_SIZE
-        if denied.flags == _IN_WALK:
-            physical = denied.physical
+            physical = physical & ~(PAGE_SIZE - 1) | linear % PAGE_SIZE
+        self._fault_like()
         outcome = yield from access(
             self.monitor, self.vcpu, physical, denied.kind, linear, denied.flags
         )
@@ -369,6 +372,10 @@ class MachineCode(Processor):
         if outcome is Outcome.VIRTUALISATION_EXCEPTION:
             self._fault(VE)
         return Done.HELD
+
+    def _fault_like(self) -> None:
+        """Set RF, as the CPU does when the exit is of the kind of a fault (SDM 3C, 28.3.3)."""
+        self.vcpu.set_register("rflags", self.vcpu.register("rflags") | FLAG_RF)
 
     def _exact(self, linear: int, denied: str) -> int:
         """Find which address in a page it is, by executing the instruction to nowhere."""
@@ -549,6 +556,7 @@ class MachineCode(Processor):
         return Done.NATIVE
 
     def _dispatch(self, found: Decoded) -> Waits[Done]:
+        self.vcpu.set_register("rflags", self.vcpu.register("rflags") & ~FLAG_RF)
         opcode, length = found.opcode, found.length
         if opcode == _INT3:
             return (yield from self._breakpoint())
