@@ -19,8 +19,10 @@ EPISODE = 60
 PATIENCE = 2.0
 BEYOND = 2
 """Pages behind the image: where the guest's start information is."""
+TABLES = ("roots", "tables")
+"""Page tables that the guest's CPU marks as used. Where they can be read and not written, the CPU
+must fault (SDM 3C, 29.3.3.2); that of the lab, an emulator, does not."""
 CONTROL = xa.ControlRegister
-CR4_BITS = 0
 
 
 class RandomAgent:
@@ -33,10 +35,11 @@ class RandomAgent:
         self.rows: list[bytes] = []
         self._chance = random.Random(seed)
         self._gfns = image_gfns(image)
+        self._tables = [gfn for name in TABLES if name in names(image) for gfn in image.gfns(name)]
         self._shadows = [int(gfn) for gfn in dom.add_pages(2)]
         self._views = [altp2m.create_view() for _ in range(2)]
-        self._busy = {self._gfns[0]}
-        """Pages that are seldom unrestricted: those that something happened in lately."""
+        self._busy = self._gfns[:1]
+        """Pages with code that was executed lately: they stay restricted, so that events go on."""
         for view in self._views:
             self._decide(view)
         altp2m.switch_to_view(self._views[0])
@@ -52,8 +55,8 @@ class RandomAgent:
             return None
         if len(self.rows) % EPISODE == 0:
             self._decide(self._chance.choice(self._views))
-        if isinstance(event, xa.MemAccess):
-            self._busy = {int(event.gfn), *list(self._busy)[:1]}
+        if isinstance(event, xa.MemAccess) and event.access_flags & xa.AccessFlag.X:
+            self._busy = [int(event.gfn), self._busy[0]]
         return self._answer(event)
 
     def _decide(self, view: xa.View) -> None:
@@ -64,14 +67,19 @@ class RandomAgent:
         view.set_access(self._gfns, xa.Access.RWX)
         density = chance.choice([0.1, 0.3, 0.6])
         for gfn in self._gfns:
-            if gfn in self._busy:
-                view.set_access(gfn, chance.choice(ACCESSES[:3]))
-            elif chance.random() < density:
+            if chance.random() < density:
                 view.set_access(gfn, chance.choice(ACCESSES))
         if chance.random() < 0.4:
             gfn, shadow = chance.choice(self._gfns), chance.choice(self._shadows)
             self.dom.memory.write_page(shadow, self.dom.memory.read_page(gfn))
             view.remap(gfn, shadow, access=chance.choice([xa.Access.RWX, xa.Access.RX]))
+
+        for gfn in self._tables:
+            if view.access(gfn) in (xa.Access.R, xa.Access.RX):
+                view.set_access(gfn, xa.Access.RW)
+        for each in self._views:
+            for gfn in self._busy:
+                each.set_access(gfn, chance.choice(ACCESSES[:3]))
 
     def _answer(self, event: xa.Event) -> xa.Response | None:
         chance = self._chance
@@ -85,11 +93,17 @@ class RandomAgent:
                 return xa.Response.emulate()
             if pick < 0.97:
                 return xa.Response.fast_singlestep(through=0, back_to=view)
-            view.set_access(int(event.gfn), xa.Access.RWX)
-            return xa.Response.resume(view=view)
+            if int(event.gfn) not in self._busy:
+                view.set_access(int(event.gfn), xa.Access.RWX)
+            return xa.Response.fast_singlestep(through=0, back_to=view)
         if isinstance(event, xa.Singlestep):
             return xa.Response.singlestep() if pick < 0.4 else xa.Response.resume(view=view)
         return None
+
+
+def names(image: Image) -> set[str]:
+    """The image's symbols."""
+    return {symbol.name for symbol in image.symbols}
 
 
 def image_gfns(image: Image) -> list[int]:

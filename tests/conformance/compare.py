@@ -38,7 +38,12 @@ def differences(expected: bytes, found: bytes) -> dict[str, tuple[int, int]]:
     wrong = {}
     reason = xa.Event.of(expected).reason
     for name, (offset, width) in shape.fields.items():
-        if name in UNCOMPARED or name.startswith("data.emul") or name in ("data", "u") or (name.startswith("u.") and not _of(name, reason)):
+        if (
+            name in UNCOMPARED
+            or name.startswith("data.emul")
+            or name in ("data", "u")
+            or (name.startswith("u.") and not _of(name, reason))
+        ):
             continue
         here, there = expected[offset : offset + width], found[offset : offset + width]
         if here != there:

@@ -1093,7 +1093,8 @@ def test_a_debug_exception(new: Callable[..., Guest], kind: int, sync: bool) -> 
     assert request["debug_exception.insn_length"] == (4 if kind == 5 else 0)
     assert request["debug_exception.pending_dbg"] == 0
     assert request.register("rip") == (START if kind == 5 else at(1))
-    assert request.register("dr6") == 0xFFFF0FF0 | (0x4000 if kind == 3 else 0)
+    assert request.register("dr6") == 0  # vm_event_fill_regs: vmx_save_cpu_ctxt leaves it out
+    assert guest.register("dr6") == 0xFFFF0FF0 | (0x4000 if kind == 3 else 0)
     assert bool(request.flags & PAUSED) is sync
     if not sync:
         assert guest.vcpu.delivered == [(1, kind)]
@@ -1297,6 +1298,7 @@ def test_an_injected_event_is_a_step(new: Callable[..., Guest]) -> None:
     """Intel SDM 26.7.8: the monitor trap comes before the handler's first instruction."""
     guest = new()
     guest.switch("singlestep", True)
+    guest.vcpu.map_cache_stale = False  # it has run since the ring's page was taken
     guest.vcpu.single_step = True
     guest.host.hvm_inject_trap(guest.domid, 0, 0x40, 0, NO_ERROR_CODE, 0, 0)
     guest.load(*nops(3))

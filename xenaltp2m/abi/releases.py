@@ -67,6 +67,10 @@ class Release:
     """A dropped superpage counts with all its gfns for a reset (cbd0874fef, 4.17)."""
     fast_singlestep_alone: bool
     """Fast single-step works without ``xc_monitor_singlestep`` (410ef33439, 4.19)."""
+    removal_delays_answers: bool
+    """Once a page was taken from a p2m table, a remap's among them, the next resume of each vCPU
+    does nothing of what answers asked for: it is left for the one after (``p2m_remove_entry``,
+    ``vcpu_ioreq_handle_completion``, ``hvm_do_resume``, from 4.15)."""
 
     @property
     def version(self) -> tuple[int, int]:
@@ -145,4 +149,5 @@ def release(major: int, minor: int) -> Release:
         lazy_copy_fits_view_order=known >= 17,
         drop_test_covers_order=known >= 17,
         fast_singlestep_alone=known >= 19,
+        removal_delays_answers=known >= 15,
     )

@@ -64,6 +64,7 @@ _HF_CPL, _HF_CS32, _HF_SS32, _HF_ADDSEG, _HF_PE, _HF_LMA, _HF_CS64 = (
 )  # fmt: skip
 """``hflags``: what of the segments the translator looks at (QEMU, target/i386/cpu.h)."""
 _BIG, _LONG = 1 << 22, 1 << 21
+_ARITHMETIC, _CC_OP_EFLAGS = 0x8D5, 1
 
 
 class GaveUp(RuntimeError):  # noqa: N818 - what it did
@@ -124,6 +125,9 @@ class Engine:
         self._raised: BaseException | None = None
         self._interrupt: int | None = None
         self._no_code: tuple[int, BaseException] | None = None
+        self._pages_are_wrong = False
+        self._broke_off = False
+        """Whether the last run counted, and ended within an instruction."""
         self._flush_command = ctypes.c_int(const.UC_CTL_TLB_FLUSH | const.UC_CTL_IO_WRITE << 30)
         self.uc.hook_add(const.UC_HOOK_TLB_FILL, self._fill)
         self.uc.hook_add(const.UC_HOOK_INTR, self._interrupted)
@@ -144,16 +148,30 @@ class Engine:
             return True
         if self._resolve is None:
             return False
+        if self._raised is not None or self._no_code:
+            return self._anything(entry)
         try:
             place = self._resolve(address, _KINDS[access], self._user)
         except BaseException as raised:  # noqa: BLE001 - C is between here and who handles it
-            if _KINDS[access] == "x":
-                self._no_code = address, raised
-            elif self._raised is None:
+            if _KINDS[access] != "x":
                 self._raised = raised
+                return False
+            if not 0 <= address - self.rip // PAGE_SIZE * PAGE_SIZE <= PAGE_SIZE:
+                return self._anything(entry)
+            self._no_code = address, raised
             return False
         entry.paddr = place.mfn * PAGE_SIZE
         entry.perms = sum(_PERMISSIONS[right] for right in place.rights)
+        return True
+
+    def _anything(self, entry: Any) -> bool:
+        """Let Unicorn have what it asks for after the end.
+
+        When it stops it looks up every page with an address to stop at; an answer of no would
+        change the flags.
+        """
+        entry.paddr, entry.perms = self._hidden * PAGE_SIZE, _ALL
+        self._pages_are_wrong = True
         return True
 
     @property
@@ -184,25 +202,30 @@ class Engine:
             BaseException: What ``resolve`` raised; rip is that of the instruction.
         """
         self._resolve, self._raised, self._interrupt, self._no_code = resolve, None, None, None
-        errno = 0
+        errno, self._broke_off = 0, False
         try:
             self.uc.emu_start(rip, _UNTIL, count=limit)
         except self._error as error:
             errno = error.errno
         finally:
             self._resolve = None
+            if self._pages_are_wrong:
+                self.forget_pages()
+                self._pages_are_wrong = False
+        self._broke_off = bool(limit) and (self._raised, self._interrupt) != (None, None)
         if self._raised is not None:
             raise self._raised
         if self._no_code is not None:
-            # Unicorn also looks up, when it stops, the pages it was told to stop in.
-            page, raised = self._no_code
-            if page <= self.rip + _LONGEST_INSTRUCTION - 1 and self.rip < page + PAGE_SIZE:
+            page, raised = self._no_code  # perhaps of the instruction after the last
+            now = self.rip
+            came_to_it = page <= now + _LONGEST_INSTRUCTION - 1 and now < page + PAGE_SIZE
+            if came_to_it and not (limit == 1 and now != rip):
                 raise raised
         if self._interrupt is not None:
             return SoftwareInterrupt(self._interrupt)
         if errno == _INVALID_INSTRUCTION:
             return Fault(UD)
-        if errno and not (errno == _EXCEPTION and self._no_code is not None):
+        if errno and not (errno == _EXCEPTION and self._no_code):
             raise GaveUp(f"Unicorn gave up with error {errno} at {self.rip:#x}")
         return None
 
@@ -237,6 +260,7 @@ class Engine:
     def load(self, vcpu: Vcpu, state: State, held: bytes) -> None:
         """Go on with a vCPU: its state, changed where its context is not as ``held`` has it."""
         now, uc, x86 = vcpu.context, self.uc, self._x86
+        self._broke_off = False
 
         def changed(*names: str) -> bool:
             return any(now[place] != held[place] for place in map(_slice, names))
@@ -280,8 +304,11 @@ class Engine:
     def save(self, vcpu: Vcpu, state: State) -> None:
         """Take the registers back."""
         self.uc.context_update(state.saved)
+        if self._broke_off:
+            state.mend_flags()
+            self.uc.context_restore(state.saved)
         state.take(vcpu)
-        vcpu.set_register("rflags", self.uc.reg_read(self._flags))
+        vcpu.set_register("rflags", self.uc.reg_read(self._flags) & ~FLAG_RF)
 
     def save_tables(self, vcpu: Vcpu) -> None:
         """Take back what only rare instructions change: descriptor tables, MSRs."""
@@ -350,6 +377,18 @@ class State:
             if bases or not hflags & _HF_CS32 or not hflags & _HF_PE:
                 hflags |= _HF_ADDSEG
         struct.pack_into("<I", self._raw, self._places.hflags, hflags)
+
+    def mend_flags(self) -> None:
+        """Set right the arithmetic flags of an instruction that Unicorn counted and that faulted.
+
+        It has them in ``cc_src`` by then, and says so only after the instruction (disas_insn,
+        gen_compute_eflags; Unicorn 2.0 to 2.1).
+        """
+        at = self._places.rip
+        _, flags, _, source = struct.unpack_from("<4Q", self._raw, at)
+        mended = flags & ~_ARITHMETIC | source & _ARITHMETIC
+        struct.pack_into("<Q", self._raw, at + 8, mended)
+        struct.pack_into("<I", self._raw, at + 40, _CC_OP_EFLAGS)
 
     def take(self, vcpu: Vcpu) -> None:
         """Give a vCPU's context the general registers, rip and the segment registers."""

@@ -15,7 +15,7 @@ from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
 from xenaltp2m.backend.mock.machine import Domain
-from xenaltp2m.backend.mock.p2m import RAM_TYPES
+from xenaltp2m.backend.mock.p2m import ORDER_4K, RAM_TYPES
 from xenaltp2m.backend.mock.vcpu import CR0_ET, CR0_PE, DR6_DEFAULT
 from xenaltp2m.errors import InvalidArgumentError
 from xenaltp2m.types import PAGE_SIZE
@@ -25,7 +25,10 @@ _PHYS32_ENTRY = 18
 _MAGIC, _VERSION = 0x336EC578, 1
 _START_INFO = struct.Struct("<IIIIQQQQII")
 _MAP_ENTRY = struct.Struct("<QQII")
-_RAM, _RESERVED = 1, 2
+_MAP_AT = 0x878
+"""Behind the start info, two modules and their command lines."""
+_RAM, _RESERVED, _ACPI_TABLES = 1, 2, 3
+_ACPI, _SPECIAL_PAGES = 0xFC00_0000, 0xFEFF_8000
 _MOST_SEGMENTS = 256
 _FLAT_CODE, _FLAT_DATA, _TSS = 0xC9B, 0xC93, 0x8B
 
@@ -71,13 +74,21 @@ def _load_segments(domain: Domain, elf: Any) -> tuple[int | None, int]:
 
 
 def _start_info(domain: Domain, address: int) -> bytes:
-    """``struct hvm_start_info`` with its memory map behind it."""
-    ram = domain.target_kib << 10
-    entries = [(0, ram, _RAM), (0xFEFF8000, 0x8000, _RESERVED)]
-    head = _START_INFO.pack(
-        _MAGIC, _VERSION, 0, 0, 0, 0, 0, address + _START_INFO.size, len(entries), 0
-    )
-    return head + b"".join(_MAP_ENTRY.pack(*entry, 0) for entry in entries)
+    """``struct hvm_start_info``, room for modules, and the memory map (``bootlate_hvm``)."""
+    tables = 5 if domain.release.version >= (4, 18) else 7  # seen: 7 in 4.14 and 4.17, 5 in 4.20
+    root = _ACPI + (1 + tables) * PAGE_SIZE
+    entries = [
+        (0, domain.target_kib << 10, _RAM),
+        (_SPECIAL_PAGES, 8 * PAGE_SIZE, _RESERVED),
+        (root, 0x40, _ACPI_TABLES),
+        (_ACPI, PAGE_SIZE, _ACPI_TABLES),
+        (_ACPI + PAGE_SIZE, tables * PAGE_SIZE, _ACPI_TABLES),
+    ]
+    for page in range(_ACPI, root + PAGE_SIZE, PAGE_SIZE):
+        domain.max_pages += 1
+        domain.add_page(page // PAGE_SIZE, ORDER_4K)
+    head = _START_INFO.pack(_MAGIC, _VERSION, 0, 0, 0, 0, root, address + _MAP_AT, len(entries), 0)
+    return head.ljust(_MAP_AT, b"\0") + b"".join(_MAP_ENTRY.pack(*one, 0) for one in entries)
 
 
 def write(domain: Domain, address: int, data: bytes) -> None:

@@ -65,7 +65,7 @@ HVM_PARAM_ALTP2M = 35
 HVM_NR_PARAMS = 39
 
 LIVELOCK_STEPS = 1 << 28
-SHUTDOWN_REBOOT, SHUTDOWN_CRASH = 1, 3
+SHUTDOWN_POWEROFF, SHUTDOWN_REBOOT, SHUTDOWN_CRASH = 0, 1, 3
 
 
 class Refused(Exception):  # noqa: N818 - it is Xen's answer, not an error of ours
@@ -371,6 +371,9 @@ class Domain:
             self.m2p.pop(mfn, None)
             if self.release.version >= (4, 22):  # paging_mark_pfn_clean: 98fccdf0ac
                 self.dirty.discard(gfn)
+        if self.creation_finished and self.release.removal_delays_answers:
+            for vcpu in self.vcpus:  # ioreq_request_mapcache_invalidate
+                vcpu.map_cache_stale = True
         write, default = self.host_write, self.host_default_access
         if view is not None:
             write, default = view.table.write, view.default_access

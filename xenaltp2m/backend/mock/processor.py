@@ -252,6 +252,9 @@ class Processor(ABC):
     def _do_resume(self) -> Waits[None]:
         """``hvm_do_resume`` and ``hvm_vm_event_do_resume``."""
         vcpu, deferred = self.vcpu, self.vcpu.deferred
+        if vcpu.map_cache_stale:  # vcpu_ioreq_handle_completion: all else waits for the next time
+            vcpu.map_cache_stale = False
+            return
         if deferred is not None:
             if deferred.registers is not None:
                 for name, value in deferred.registers.items():

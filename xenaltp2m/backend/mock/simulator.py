@@ -27,7 +27,7 @@ from xenaltp2m.backend.mock.core import (
 )
 from xenaltp2m.backend.mock.guest import AT_PAGE, Outcome, access, vm_exit
 from xenaltp2m.backend.mock.hypercalls import hypercall
-from xenaltp2m.backend.mock.machine import SHUTDOWN_REBOOT
+from xenaltp2m.backend.mock.machine import SHUTDOWN_POWEROFF, SHUTDOWN_REBOOT
 from xenaltp2m.backend.mock.monitor import CR0, CR3, CR4, XCR0, Monitor
 from xenaltp2m.backend.mock.p2m import R, W, X, entry_rights
 from xenaltp2m.backend.mock.processor import (
@@ -304,11 +304,10 @@ class MachineCode(Processor):
         self._loaded = bytes(self.vcpu.context)
 
     def _run_engine(self, limit: int) -> Fault | SoftwareInterrupt | None:
-        core = self.core
-        where = self._where()
+        core, where = self.core, self._where()
         if core.where != where:
             core.engine.forget_pages()
-            core.where = where
+        core.where = None  # the pages are forgotten where the vCPU leaves guest mode
         core.check_code()
         self._enter(core.engine)
         try:
@@ -351,6 +350,8 @@ class MachineCode(Processor):
             return (yield from self._raise(stopped)), 0
         if isinstance(stopped, SoftwareInterrupt):
             return (yield from self._interrupted(stopped.vector)), 0
+        if not self.vcpu.monitor_trap_flag and not self.core.exits_at(self._linear_rip):
+            self.core.where = self._where()  # it has not left guest mode
         return Done.NATIVE, max(limit, 1)
 
     def _violate(self, denied: _Denied) -> Waits[Done]:
@@ -633,7 +634,13 @@ class MachineCode(Processor):
         if (yield from vm_exit(self.monitor, self.vcpu, EXIT_HLT)):
             return Done.HELD
         self._advance(length)
-        self.vcpu.halted = True
+        if self.vcpu.register("rflags") & FLAG_IF:
+            self.vcpu.halted = True
+            return Done.EXITED
+        self.vcpu.online = False  # hvm_hlt, hvm_vcpu_down
+        domain = self.monitor.domain
+        if not domain.online_vcpus:
+            domain.shut_down(SHUTDOWN_POWEROFF)
         return Done.EXITED
 
     def _complete_io(self, effect: PortIo) -> None:
@@ -658,6 +665,7 @@ class MachineCode(Processor):
         if (yield from vm_exit(self.monitor, self.vcpu, EXIT_VMCALL)):
             return Done.HELD
         yield from hypercall(self)
+        self.vcpu.map_cache_stale = False  # hvm_hypercall
         self._advance(length)
         return Done.EXITED
 

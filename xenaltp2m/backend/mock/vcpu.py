@@ -87,6 +87,8 @@ class Vcpu:
     """From the toolstack (``inject_event``)."""
     pending: Trap | None = None
     """Delivered when the guest is entered (``VM_ENTRY_INTR_INFO``)."""
+    map_cache_stale: bool = False
+    """``mapcache_invalidate``: a page was removed, and what runs next tells the device model."""
     next_interrupt: bool = False
     """``next_interrupt_enabled``."""
     monitor_trap_flag: bool = False
