@@ -22,6 +22,8 @@ BEYOND = 2
 TABLES = ("roots", "tables")
 """Page tables that the guest's CPU marks as used. Where they can be read and not written, the CPU
 must fault (SDM 3C, 29.3.3.2); that of the lab, an emulator, does not."""
+RACE, RACERS = "hit", 4
+"""The function that several vCPUs call, in the guest that has it."""
 CONTROL = xa.ControlRegister
 
 
@@ -101,9 +103,50 @@ class RandomAgent:
         return None
 
 
+class SeparateAgent:
+    """Answers each vCPU as if there were no other: what it hears of one then depends on no other.
+
+    Views stay as they are, for a change would come at another moment for each vCPU.
+    """
+
+    def __init__(
+        self, dom: xa.Domain, altp2m: xa.Altp2m, image: Image, seed: int, limit: int
+    ) -> None:
+        self.limit = limit
+        self.rows: list[bytes] = []
+        self.stop: Callable[[], None] = lambda: None
+        self._chances = [random.Random(f"{seed} {vcpu}") for vcpu in range(RACERS)]
+        self._views = [altp2m.create_view() for _ in range(2)]
+        [gfn] = image.gfns(RACE)
+        for view in self._views:
+            view.set_access(gfn, random.Random(seed).choice(ACCESSES[:3]))
+        altp2m.switch_to_view(self._views[0])
+
+    def __call__(self, event: xa.Event) -> xa.Response | None:
+        """Hear of an event and answer it."""
+        if isinstance(event, xa.DomainEnded):
+            return None
+        self.rows.append(event.raw)
+        if len(self.rows) >= self.limit:
+            self.stop()
+            return None
+        chance = self._chances[int(event.vcpu)]
+        pick, view = chance.random(), chance.choice(self._views)
+        if isinstance(event, xa.MemAccess):
+            if pick < 0.5:
+                return xa.Response.fast_singlestep(through=0, back_to=view)
+            return xa.Response.singlestep(view=0) if pick < 0.8 else xa.Response.emulate()
+        return xa.Response.singlestep() if pick < 0.4 else xa.Response.resume(view=view)
+
+
 def names(image: Image) -> set[str]:
     """The image's symbols."""
     return {symbol.name for symbol in image.symbols}
+
+
+def vcpus(image: Image) -> int:
+    """How many vCPUs a guest gets."""
+    return RACERS if RACE in names(image) else 1
 
 
 def image_gfns(image: Image) -> list[int]:
@@ -136,7 +179,8 @@ def run(
     """Attach to a domain that has not begun, and return what was heard, as Xen wrote it."""
     chosen = subscriptions(random.Random(seed))
     with dom.altp2m() as altp2m, dom.monitor(xa.MemAccess, xa.Singlestep, *chosen) as monitor:
-        agent = RandomAgent(dom, altp2m, image, seed, limit)
+        kind = SeparateAgent if RACE in names(image) else RandomAgent
+        agent = kind(dom, altp2m, image, seed, limit)
         agent.stop = monitor.stop
         unpause()
         monitor.run(agent, timeout=PATIENCE)
