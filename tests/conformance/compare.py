@@ -89,9 +89,17 @@ def recordings(directory: Path) -> Iterator[tuple[str, int, list[bytes]]]:
 
 
 def compare(
-    guest: str, seed: int, recorded: list[bytes], release: tuple[int, int]
+    guest: str,
+    seed: int,
+    recorded: list[bytes],
+    release: tuple[int, int],
+    *,
+    shortened: bool = False,
 ) -> tuple[int, list[str]]:
-    """Return how many events were compared, and what is different, in words."""
+    """Return how many events were compared, and what is different, in words.
+
+    Where a recording was shortened, the guest may have had several vCPUs at different places.
+    """
     expected = of_its_vcpu(guest, recorded)
     found = of_its_vcpu(guest, simulate(guest, seed, len(recorded), release))
     several, compared, wrong = len(expected) > 1, 0, []
@@ -99,7 +107,7 @@ def compare(
         wrong.append(f"{guest}-{seed}: vCPUs {[*expected]} on Xen, {[*found]} simulated")
     for vcpu in expected.keys() & found.keys():
         theirs, ours = expected[vcpu], found[vcpu]
-        if len(theirs) != len(ours) and not several:
+        if len(theirs) != len(ours) and not several and not shortened:
             wrong.append(f"{guest}-{seed}: {len(theirs)} events on Xen, {len(ours)} simulated")
         for number, (here, there) in enumerate(zip(theirs, ours, strict=False)):
             compared += 1
