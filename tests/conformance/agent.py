@@ -17,6 +17,7 @@ ACCESSES = [xa.Access.RW, xa.Access.R, xa.Access.N, xa.Access.RX, xa.Access.X, x
 EPISODE = 60
 """Events between two changes of mind."""
 PATIENCE = 2.0
+"""Seconds without an event after which none is expected."""
 BEYOND = 2
 """Pages behind the image: where the guest's start information is."""
 TABLES = ("roots", "tables")
@@ -174,7 +175,12 @@ def subscriptions(chance: random.Random) -> list[xa.Subscription | type[xa.Event
 
 
 def run(
-    dom: xa.Domain, image: Image, seed: int, limit: int, unpause: Callable[[], None]
+    dom: xa.Domain,
+    image: Image,
+    seed: int,
+    limit: int,
+    unpause: Callable[[], None],
+    patience: float = PATIENCE,
 ) -> list[bytes]:
     """Attach to a domain that has not begun, and return what was heard, as Xen wrote it."""
     chosen = subscriptions(random.Random(seed))
@@ -183,5 +189,5 @@ def run(
         agent = kind(dom, altp2m, image, seed, limit)
         agent.stop = monitor.stop
         unpause()
-        monitor.run(agent, timeout=PATIENCE)
+        monitor.run(agent, timeout=patience)
     return agent.rows

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from xenaltp2m.backend.mock.vcpu import CR0_PG, CR0_WP, GP, NO_ERROR_CODE, PF
 from xenaltp2m.types import PAGE_SIZE
@@ -187,8 +187,6 @@ class Segment(NamedTuple):
 
 
 _GRANULAR = 1 << 11
-_CODE_L = 1 << 9
-UNUSABLE: Final = Segment(0, 0, 0)
 
 
 def segment_of(raw: int) -> Segment:
