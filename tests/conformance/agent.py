@@ -38,6 +38,11 @@ class RandomAgent:
         self.rows: list[bytes] = []
         self._chance = random.Random(seed)
         self._gfns = image_gfns(image)
+        self._code = [
+            range(start, start + segment.size)
+            for segment in image.segments
+            for start in (segment.address, segment.virtual)
+        ]
         self._tables = [gfn for name in TABLES if name in names(image) for gfn in image.gfns(name)]
         self._shadows = [int(gfn) for gfn in dom.add_pages(2)]
         self._views = [altp2m.create_view() for _ in range(2)]
@@ -53,8 +58,9 @@ class RandomAgent:
         if isinstance(event, xa.DomainEnded):
             return None
         self.rows.append(event.raw)
-        if len(self.rows) >= self.limit:
-            self.stop()
+        astray = not any(event.registers.rip in span for span in self._code)
+        if len(self.rows) >= self.limit or astray:
+            self.stop()  # elsewhere a guest meets what firmware left there, which is Xen's own
             return None
         if len(self.rows) % EPISODE == 0:
             self._decide(self._chance.choice(self._views))

@@ -135,6 +135,8 @@ class Engine:
         self._interrupt: int | None = None
         self._no_code: tuple[int, BaseException] | None = None
         self._pages_are_wrong = False
+        self.reads_ahead = True
+        """Whether it may look at code behind the one instruction it is to execute."""
         self._broke_off = False
         """Whether the last run counted, and ended within an instruction."""
         self._flush_command = ctypes.c_int(const.UC_CTL_TLB_FLUSH | const.UC_CTL_IO_WRITE << 30)
@@ -229,10 +231,8 @@ class Engine:
             now = self.rip
             if page <= now < page + PAGE_SIZE and not (limit == 1 and now != rip):
                 raise raised
-            if now == rip and now < page < now + _LONGEST_INSTRUCTION:
-                if limit == 1:
-                    raise raised
-                raise ReadsAhead
+            if now == rip and now < page:
+                raise ReadsAhead if self.reads_ahead else raised
         if self._interrupt is not None:
             return SoftwareInterrupt(self._interrupt)
         if errno == _INVALID_INSTRUCTION:
@@ -488,6 +488,7 @@ class Core:
         const = _unicorn().unicorn_const
         for engine in (self.engine, self.stepper):
             engine.uc.ctl_exits_enabled(True)
+        self.stepper.reads_ahead = False
         self.stepper.uc.hook_add(const.UC_HOOK_MEM_READ | const.UC_HOOK_MEM_WRITE, self._accessed)
         self._on_access: Callable[[Seen], None] | None = None
         self._counts = False
