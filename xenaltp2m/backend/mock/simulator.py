@@ -320,10 +320,17 @@ class MachineCode(Processor):
         resolve: Callable[[int, str, bool], Place],
         on_access: Callable[[Seen], None] | None = None,
     ) -> Fault | SoftwareInterrupt | None:
-        core = self.core
+        core, frames = self.core, self.monitor.domain.machine.frames
+
+        def noting(linear: int, kind: str, user: bool) -> Place:
+            place = resolve(linear, kind, user)
+            if "w" in place.rights:
+                frames.page(place.mfn)  # the other engine may have translated it
+            return place
+
         self._enter(core.stepper)
         try:
-            return core.step(self.vcpu.register("rip"), resolve, on_access)
+            return core.step(self.vcpu.register("rip"), noting, on_access)
         finally:
             self._leave(core.stepper)
             core.stepper.save_tables(self.vcpu)
@@ -774,7 +781,6 @@ class MachineCode(Processor):
                 return Place(found.mfn, "rx")
             if kind is Flag.EMULATE_NOWRITE or found.type in WRITES_DROPPED:
                 kept.setdefault(found.mfn, bytes(frames.peek(found.mfn)))
-            frames.page(found.mfn)  # the other engine may have translated it
             return Place(found.mfn, "rw")
 
         patched: dict[int, bytes] = {}
