@@ -135,9 +135,12 @@ def _operation(
     @functools.wraps(method)
     def call(self: MockBackend, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         self._check_open()
-        bound = signature.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        named = bound.arguments
+        if len(args) == len(names) and not kwargs:
+            named = dict(zip(names, args, strict=True))
+        else:
+            bound = signature.bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            named = bound.arguments
         arguments.check(op, named)
         logged = tuple(_logged(named[name]) for name in names)
         try:
