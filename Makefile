@@ -15,7 +15,7 @@ retry = for pause in 5 20 0; do $(1) && break; \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint format types ffi ffi-check abi bench bench-xen fuzz guest dist clean headers \
+.PHONY: help demo test check lint format types ffi ffi-check abi bench bench-sim bench-xen fuzz guest dist clean headers \
 	lab lab-shell test-xen test-xen-all support demo-xen
 
 help: ## list the targets
@@ -52,6 +52,9 @@ abi: $(READY) headers ## prove cdefs/ against Xen's headers; without them it fai
 
 bench: $(READY) ## measure what calls cost against C
 	$(RUN) tests/bench/bench.py
+
+bench-sim: $(READY) ## measure the simulator against Unicorn alone
+	$(RUN) tests/bench/bench_sim.py
 
 bench-xen: $(READY) ## measure the monitor against xen-access and C on real Xen in the lab
 	$(RUN) tests/bench/bench_xen.py

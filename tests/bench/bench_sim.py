@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """How fast the simulator runs a guest, against Unicorn alone running the same machine code.
 
-The guest (``loop.S``) makes passes of 10 000 instructions with arithmetic, memory and calls. Unicorn
+The guest (``loop.S``) makes passes of 10 000 instructions: arithmetic, memory, calls. Unicorn
 alone runs it in two ways: by its own MMU, and told the rights of pages as the simulator tells it,
 which lets it write faster, for it then need not look for code in every page that is written to.
 Figures of one run compare with each other; those of different runs, or machines, do not.
@@ -12,6 +12,7 @@ Figures of one run compare with each other; those of different runs, or machines
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import shutil
 import subprocess
@@ -23,13 +24,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+unicorn: Any = importlib.import_module("unicorn")  # which has no types
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import unicorn  # noqa: E402 - found by the line above
-import unicorn.unicorn_const as uc_const  # noqa: E402
-
-import xenaltp2m as xa  # noqa: E402
+import xenaltp2m as xa  # noqa: E402 - found by the line above
 from xenaltp2m.backend.mock import MockBackend  # noqa: E402
 from xenaltp2m.symbols import Image  # noqa: E402
 
@@ -48,8 +48,14 @@ def build(directory: Path) -> Path | None:
     image = directory / "loop.elf"
     flags = "-m32 -march=i686 -nostdlib -static -no-pie -Wl,--nmagic -Wl,--build-id=none"
     sources = [Path(__file__).parent / "loop.S", GUESTS / "start.S"]
-    command = ["gcc", *flags.split(), f"-Wl,-T,{GUESTS / 'flat.ld'}", f"-I{GUESTS}", *sources]
-    done = subprocess.run([*command, "-o", image], capture_output=True)
+    command: list[str | Path] = [
+        "gcc",
+        *flags.split(),
+        f"-Wl,-T,{GUESTS / 'flat.ld'}",
+        f"-I{GUESTS}",
+        *sources,
+    ]
+    done = subprocess.run([*command, "-o", image], check=False, capture_output=True)
     return image if done.returncode == 0 else None
 
 
@@ -65,13 +71,17 @@ def bare(image: Image, passes: int, *, told_rights: bool) -> float:
 
         def fill(_uc: Any, address: int, _access: int, entry: Any, _data: Any) -> bool:
             entry.paddr = address // xa.PAGE_SIZE * xa.PAGE_SIZE
-            entry.perms = uc_const.UC_PROT_READ
+            entry.perms = unicorn.unicorn_const.UC_PROT_READ
             executed = address // xa.PAGE_SIZE in code
-            entry.perms |= uc_const.UC_PROT_EXEC if executed else uc_const.UC_PROT_WRITE
+            entry.perms |= (
+                unicorn.unicorn_const.UC_PROT_EXEC
+                if executed
+                else unicorn.unicorn_const.UC_PROT_WRITE
+            )
             return True
 
-        uc.ctl_set_tlb_mode(uc_const.UC_TLB_VIRTUAL)
-        uc.hook_add(uc_const.UC_HOOK_TLB_FILL, fill)
+        uc.ctl_set_tlb_mode(unicorn.unicorn_const.UC_TLB_VIRTUAL)
+        uc.hook_add(unicorn.unicorn_const.UC_HOOK_TLB_FILL, fill)
     start = image.address("_start")
     end = start + image.segment(image.symbol("_start")).data.index(HLT)
     spent = timed(lambda: uc.emu_start(start, end))
@@ -144,28 +154,31 @@ def stepped(path: Path, image: Image, events: int, *, fast: bool) -> float:
     """Seconds for so many events of a guest that trips on every instruction."""
     guest = Simulated(path, image, events)
     left = events
-    with guest.stack, guest.domain.altp2m() as altp2m:
-        with guest.domain.monitor(xa.MemAccess, xa.Singlestep) as monitor:
-            view = altp2m.create_view()
-            view.set_access({*image.gfns("_start"), *image.gfns("hooked")}, xa.Access.RW)
-            altp2m.switch_to_view(view)
-            step, back = xa.Response.singlestep(view=0), xa.Response.resume(view=view)
-            if fast:
-                step = xa.Response.fast_singlestep(through=0, back_to=view)
+    with (
+        guest.stack,
+        guest.domain.altp2m() as altp2m,
+        guest.domain.monitor(xa.MemAccess, xa.Singlestep) as monitor,
+    ):
+        view = altp2m.create_view()
+        view.set_access({*image.gfns("_start"), *image.gfns("hooked")}, xa.Access.RW)
+        altp2m.switch_to_view(view)
+        step, back = xa.Response.singlestep(view=0), xa.Response.resume(view=view)
+        if fast:
+            step = xa.Response.fast_singlestep(through=0, back_to=view)
 
-            def handler(event: xa.Event) -> xa.Response:
-                nonlocal left
-                left -= 1
-                if not left:
-                    monitor.stop()
-                return step if isinstance(event, xa.MemAccess) else back
+        def handler(event: xa.Event) -> xa.Response:
+            nonlocal left
+            left -= 1
+            if not left:
+                monitor.stop()
+            return step if isinstance(event, xa.MemAccess) else back
 
-            def run() -> None:
-                guest.go()
-                monitor.run(handler)
+        def run() -> None:
+            guest.go()
+            monitor.run(handler)
 
-            spent = timed(run)
-            guest.mock.steps_at_once = 0
+        spent = timed(run)
+        guest.mock.steps_at_once = 0
     assert not left
     return spent
 

@@ -136,7 +136,7 @@ def _operation(
     def call(self: MockBackend, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         self._check_open()
         if len(args) == len(names) and not kwargs:
-            named = dict(zip(names, args, strict=True))
+            named: dict[str, Any] = dict(zip(names, args, strict=True))
         else:
             bound = signature.bind(self, *args, **kwargs)
             bound.apply_defaults()

@@ -276,9 +276,7 @@ class Engine:
         uc.context_restore(state.saved)
         if changed("rflags"):
             self._value.value = vcpu.register("rflags") & ~FLAG_RF  # which is over with the next
-            self._library.uc_reg_write(
-                uc._uch, x86.UC_X86_REG_RFLAGS, ctypes.byref(self._value)
-            )
+            self._library.uc_reg_write(uc._uch, x86.UC_X86_REG_RFLAGS, ctypes.byref(self._value))
         if not rest_changed:
             return
         if changed("cr0", "cr3", "cr4", "msr_efer"):
