@@ -90,6 +90,7 @@ from xenaltp2m.types import PAGE_SIZE
 _RIGHTS = {"r": R, "w": W, "x": X}
 _U16, _U32 = 0xFFFF, 0xFFFF_FFFF
 _IRET, _EMULATED_PREFIXES = b"\xcf", b"\x48\x66"
+_PAGE_OF_32_BITS = _U32 & ~(PAGE_SIZE - 1)
 _LONG, _BIG = 1 << 9, 1 << 10
 _INT3, _INT_N, _INTO, _ICEBP = 0xCC, 0xCD, 0xCE, 0xF1
 _DEBUG_PORT = 0xE9
@@ -168,6 +169,10 @@ class MachineCode(Processor):
         )
 
     @property
+    def _paged(self) -> bool:
+        return bool(self.vcpu.register("cr0") & CR0_PG)
+
+    @property
     def privilege(self) -> int:
         """The current privilege level."""
         return self.vcpu.register("ss_arbytes") >> 5 & 3
@@ -197,37 +202,38 @@ class MachineCode(Processor):
             alignment_check=bool(register("rflags") & FLAG_AC),
         )
 
-    def _check(self, physical: int, kind: str, linear: int, wanted: str, flags: AccessFlag) -> int:
-        """Return the frame at a physical address, which the vCPU may use so in its view."""
+    def _check(
+        self, physical: int, kind: str, linear: int, wanted: str, flags: AccessFlag
+    ) -> tuple[int, int]:
+        """Return the frame at a physical address, which the vCPU may use so in its view; rights."""
         found = self._find_in_view(physical // PAGE_SIZE)
         rights = entry_rights(found.type, found.access) if found.mapped else 0
         big = found.order and not self.monitor.domain.machine.executable_superpages
         if not rights & _RIGHTS[kind] or (kind == "x" and big) or (rights & W and not rights & R):
             raise _Denied(physical, kind, linear, wanted, flags)
-        return found.mfn
+        return found.mfn, rights
 
     def _resolve(self, linear: int, kind: str, user: bool) -> Place:
         """Find a page for the engine; a Fault or _Denied where it may not be used so."""
-        paging = self._paging(user)
 
         def load(physical: int, size: int) -> int:
-            mfn = self._check(physical, "r", linear, kind, _IN_WALK)
+            mfn, _ = self._check(physical, "r", linear, kind, _IN_WALK)
             at = physical % PAGE_SIZE
             frame = self.monitor.domain.machine.frames.peek(mfn)
             return int.from_bytes(frame[at : at + size], "little")
 
         def store(physical: int, size: int, value: int) -> None:
-            mfn = self._check(physical, "w", linear, kind, _IN_WALK)
+            mfn, _ = self._check(physical, "w", linear, kind, _IN_WALK)
             at = physical % PAGE_SIZE
             frame = self.monitor.domain.machine.frames.page(mfn)
             frame[at : at + size] = value.to_bytes(size, "little")
 
-        physical, allowed = paging.translate(linear, kind, load, store)
-        mfn = self._check(physical, kind, linear, kind, AT_PAGE)
-        found = self._find_in_view(physical // PAGE_SIZE)
-        rights = entry_rights(found.type, found.access)
+        physical, allowed = linear & _PAGE_OF_32_BITS, "rwx"
+        if self._paged:
+            physical, allowed = self._paging(user).translate(linear, kind, load, store)
+        mfn, rights = self._check(physical, kind, linear, kind, AT_PAGE)
         if kind == "x":
-            self.core.note_code(linear, mfn, paging.user)
+            self.core.note_code(linear, mfn, user)
         granted = "".join(right for right in allowed if rights & _RIGHTS[right])
         if kind != "x":
             granted = granted.replace("x", "")
@@ -308,7 +314,8 @@ class MachineCode(Processor):
         core, where = self.core, self._where()
         if core.where != where:
             core.engine.forget_pages()
-        core.where = None  # the pages are forgotten where the vCPU leaves guest mode
+        # Where the guest has tables of its own, pages are forgotten when it leaves guest mode.
+        core.where = None if self._paged else where
         core.check_code()
         self._enter(core.engine)
         try:
@@ -321,15 +328,23 @@ class MachineCode(Processor):
         resolve: Callable[[int, str, bool], Place],
         on_access: Callable[[Seen], None] | None = None,
     ) -> Fault | SoftwareInterrupt | None:
-        core = self.core
+        core, frames = self.core, self.monitor.domain.machine.frames
+
+        def noting(linear: int, kind: str, user: bool) -> Place:
+            place = resolve(linear, kind, user)
+            if "w" in place.rights:
+                frames.page(place.mfn)  # the other engine may have translated it
+            return place
+
         self._enter(core.stepper)
         try:
-            return core.step(self.vcpu.register("rip"), self._linear_rip, resolve, on_access)
+            return core.step(self.vcpu.register("rip"), self._linear_rip, noting, on_access)
         finally:
             self._leave(core.stepper)
-            core.stepper.save_tables(self.vcpu)
+            core.stepper.save_tables(self.vcpu, self._state)
             self._loaded = bytes(self.vcpu.context)
-            core.where = None  # it may have changed what the other engine has cached
+            if self._paged:
+                core.where = None  # it may have changed what the other engine has cached
 
     def _execute(self, limit: int) -> Waits[tuple[Done, int]]:
         try:
@@ -788,7 +803,6 @@ class MachineCode(Processor):
                 return Place(found.mfn, "rx")
             if kind is Flag.EMULATE_NOWRITE or found.type in WRITES_DROPPED:
                 kept.setdefault(found.mfn, bytes(frames.peek(found.mfn)))
-            frames.page(found.mfn)  # the other engine may have translated it
             return Place(found.mfn, "rw")
 
         patched: dict[int, bytes] = {}
