@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+comma := ,
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 SOURCES := xenaltp2m cdefs tests examples setup.py
@@ -111,7 +112,7 @@ $(READY): pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(call retry,$(RUN) -m pip install -qq 'pip>=25.1',pip)
-	@$(call retry,$(RUN) -m pip install -qq --editable '.[cli,sim]' --group dev,pip)
+	@$(call retry,$(RUN) -m pip install -qq --editable '.[cli$(comma)sim]' --group dev,pip)
 	@touch $@
 
 # The ABI proofs and the guest want more than Python; where it is not there, they skip.
