@@ -54,6 +54,22 @@ def test_it_runs_so_many_turns() -> None:
     assert mock.domain(domid).vcpus[0].register("rip") == Image.open(CHECKER).address("_start")
 
 
+def test_time_is_the_vcpu_s_own() -> None:
+    """RDTSC, MOV, RDTSCP, HLT: the same in every run, and it goes on."""
+    program = b"\x0f\x31" + b"\x89\xc6" + b"\x0f\x01\xf9" + HLT
+    times = []
+    for _ in range(2):
+        mock = MockBackend()
+        domid = booted(mock, beginning_with(program))
+        mock.domain_unpause(domid)
+        mock.run(domid)
+        register = mock.domain(domid).vcpus[0].register
+        assert register("rax") > register("rsi") > 0
+        assert (register("rdx"), register("rcx")) == (0, 0)
+        times.append(register("rax"))
+    assert len(set(times)) == 1
+
+
 def test_no_number_of_steps_means_until_the_next_event() -> None:
     mock, image = MockBackend(), Image.open(CHECKER)
     mock.steps_at_once = None

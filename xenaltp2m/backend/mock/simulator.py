@@ -44,6 +44,7 @@ from xenaltp2m.backend.mock.processor import (
     Halt,
     PortIo,
     Processor,
+    SetRegisters,
     WriteControlRegister,
     WriteMsr,
     moves_itself,
@@ -67,6 +68,7 @@ from xenaltp2m.backend.mock.vcpu import (
     Waits,
 )
 from xenaltp2m.backend.mock.x86 import (
+    CR4_TSD,
     EFER_LMA,
     EFER_LME,
     FLAG_AC,
@@ -100,6 +102,8 @@ _GENERAL = (
     "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
     "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
 )  # fmt: skip
+_TICKS = 2
+"""Of the time stamp counter, in a nanosecond."""
 _CPUID_VENDOR = (0x756E6547, 0x6C65746E, 0x49656E69)
 _CPUID = {
     0: (0xD, _CPUID_VENDOR[0], _CPUID_VENDOR[1], _CPUID_VENDOR[2]),
@@ -633,6 +637,8 @@ class MachineCode(Processor):
             return WriteMsr(register("rcx") & _U32, wide)
         if opcode == 0x0F01 and found.modrm == 0xD1:
             return WriteControlRegister(XCR0, wide)
+        if opcode == 0x0F31 or (opcode == 0x0F01 and found.modrm == 0xF9):
+            return self._read_time(with_number=opcode == 0x0F01)
         if opcode == 0x0FA2:
             return Cpuid(self._cpuid(register("rax") & _U32))
         if opcode == _ICEBP:
@@ -652,6 +658,16 @@ class MachineCode(Processor):
             kind = found.modrm >> 3 & 7
             return DescriptorAccess((3, 4)[kind & 1], kind >= 2)
         return None
+
+    def _read_time(self, *, with_number: bool) -> Effect | None:
+        """RDTSC, RDTSCP: the vCPU's own time, for the core would tell the host's."""
+        if self.privilege and self.vcpu.register("cr4") & CR4_TSD:
+            return None
+        time = self.vcpu.cpu_time * _TICKS
+        values = {"rax": time & _U32, "rdx": time >> 32 & _U32}
+        if with_number:
+            values["rcx"] = self.vcpu.register("msr_tsc_aux") & _U32
+        return SetRegisters(values)
 
     def _cpuid(self, leaf: int) -> tuple[int, int, int, int]:
         return _CPUID.get(leaf, (0, 0, 0, 0))
