@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import functools
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xenaltp2m.abi.layouts import HVM_CPU
-from xenaltp2m.backend.mock.vcpu import CR0_PE, CR0_PG, UD, Vcpu
+from xenaltp2m.backend.mock.vcpu import CR0_PE, CR0_PG, DB, UD, Vcpu
 from xenaltp2m.backend.mock.x86 import (
     EFER_LMA,
     EFER_LME,
@@ -139,6 +138,7 @@ class Engine:
         self.uc.msr_write(_EFER, 0)
         self.uc.reg_write(x86.UC_X86_REG_CR4, 0)
         self.initial = self.uc.context_save()
+        self._places = self._find_places()
 
     # Memory.
 
@@ -178,7 +178,7 @@ class Engine:
     def _user(self) -> bool:
         """Whether the CPU is at privilege level 3; instructions change that while it runs."""
         self._library.uc_reg_read(self.uc._uch, self._code_segment, ctypes.byref(self._selector))
-        return bool(self._selector.value & 3)
+        return self._selector.value & 3 == 3
 
     def forget_pages(self) -> None:
         """Ask again for each page."""
@@ -212,7 +212,8 @@ class Engine:
             if self._pages_are_wrong:
                 self.forget_pages()
                 self._pages_are_wrong = False
-        self._broke_off = bool(limit) and (self._raised, self._interrupt) != (None, None)
+        faulted = self._raised is not None or self._interrupt not in (None, DB)
+        self._broke_off = bool(limit) and faulted
         if self._raised is not None:
             raise self._raised
         if self._no_code is not None:
@@ -238,10 +239,9 @@ class Engine:
 
     def new_state(self) -> State:
         """Return the state of a CPU that was reset, in protected mode."""
-        return State(self.initial, self._places())
+        return State(self.initial, self._places)
 
-    @functools.cache  # noqa: B019 - as long as the engine
-    def _places(self) -> Places:
+    def _find_places(self) -> Places:
         """Find where Unicorn keeps registers in what it saves of a CPU, by writing some."""
         uc, x86 = self.uc, self._x86
         marks = {"regs": x86.UC_X86_REG_RAX, "rip": x86.UC_X86_REG_RIP}
@@ -311,8 +311,9 @@ class Engine:
         vcpu.set_register("rflags", self.uc.reg_read(self._flags) & ~FLAG_RF)
 
     def save_tables(self, vcpu: Vcpu) -> None:
-        """Take back what only rare instructions change: descriptor tables, MSRs."""
+        """Take back what only rare instructions change: cr2, descriptor tables, MSRs."""
         uc, x86 = self.uc, self._x86
+        vcpu.set_register("cr2", uc.reg_read(x86.UC_X86_REG_CR2))
         for name, register in (("gdtr", x86.UC_X86_REG_GDTR), ("idtr", x86.UC_X86_REG_IDTR)):
             _, base, limit, _ = uc.reg_read(register)
             vcpu.set_register(f"{name}_base", base)
@@ -492,13 +493,24 @@ class Core:
         """Whether what is at a linear address may not be the core's to execute."""
         return address in self._exits.get(address // PAGE_SIZE, ())
 
-    def note_code(self, address: int, mfn: int, user: bool) -> None:
+    def has_code(self, mfn: int) -> bool:
+        """Whether a frame was executed: a write to it must be noted."""
+        return mfn in self._code
+
+    def note_write(self, mfn: int) -> None:
+        """A frame with code is about to be written to; where it is executed next is asked anew."""
+        self._frames.page(mfn)
+        self.engine.forget_pages()
+
+    def note_code(self, address: int, mfn: int) -> None:
         """Code in this frame is about to be executed at this linear page."""
         known = self._code.get(mfn)
         page = address // PAGE_SIZE
         if known is None:
+            self.engine.forget_pages()  # it may be writable at another address
+        if known is None or known[0] != self._frames.peek(mfn):
             content = bytes(self._frames.peek(mfn))
-            known = self._code[mfn] = content, frozenset(exiting_starts(content, user))
+            known = self._code[mfn] = content, frozenset(exiting_starts(content))
         wanted = {page * PAGE_SIZE + at for at in known[1]}
         exits = self._exits.setdefault(page, set())
         if not wanted <= exits:

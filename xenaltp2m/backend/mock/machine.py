@@ -497,6 +497,7 @@ class Domain:
         self.active = False
         for vcpu in self.vcpus:
             vcpu.view = INVALID_VIEW
+            vcpu.vm_functions = False
             self._forget_veinfo(vcpu)
         for view in self.views:
             view.reset()
@@ -710,6 +711,7 @@ class Domain:
         ):
             raise Refused(EINVAL)
         vcpu.veinfo = found.mfn
+        vcpu.vm_functions = True  # vmx_vcpu_update_vmfunc_ve; disabling leaves it on
         self.machine.frames.pin(found.mfn)
 
     def disable_notify(self, number: int) -> None:
