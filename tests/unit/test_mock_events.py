@@ -1220,6 +1220,7 @@ def test_exits_that_come_again(newest: Guest) -> None:
     newest.page(OTHER)[0] = 0xCC
     newest.host.touch(newest.domid, OTHER, "x")
     newest.host.touch(newest.domid, CODE, "x")
+    newest.switch("software_breakpoint", True)
     newest.switch("descriptor_access", True)
     newest.switch("mov_to_msr", FS_BASE, True, False)
     newest.switch("vmexit", True, True)

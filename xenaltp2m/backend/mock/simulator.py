@@ -98,7 +98,7 @@ _RIGHTS = {"r": R, "w": W, "x": X}
 _U16, _U32 = 0xFFFF, 0xFFFF_FFFF
 _LONG, _BIG = 1 << 9, 1 << 10
 _INT3, _INT_N, _INTO, _ICEBP = 0xCC, 0xCD, 0xCE, 0xF1
-_RDMSR = 0x0F32
+_RDMSR, _EFER = 0x0F32, 0xC0000080
 _DEBUG_PORT = 0xE9
 _IN_WALK = AccessFlag.GLA_VALID | AccessFlag.FAULT_IN_GPT
 _INSTRUCTION_BYTES = 15
@@ -681,7 +681,7 @@ class MachineCode(Processor):
 
     def _read_msr_at_rip(self, length: int) -> Waits[Done]:
         msr = self.vcpu.register("rcx") & _U32
-        if msr in DIRECT_MSRS:
+        if msr in DIRECT_MSRS or msr == _EFER:  # construct_vmcs, vmx_update_guest_efer
             self._load_msr(msr)
             return (yield from self._complete(length))
         if (yield from vm_exit(self.monitor, self.vcpu, EXIT_MSR_READ)):
@@ -760,7 +760,7 @@ class MachineCode(Processor):
             self.vcpu.set_register("msr_efer", efer | EFER_LMA if paged else efer & ~EFER_LMA)
 
     def _write_msr(self, msr: int, value: int) -> None:
-        if msr == 0xC0000080:
+        if msr == _EFER:
             value = value & ~EFER_LMA | self.vcpu.register("msr_efer") & EFER_LMA
         super()._write_msr(msr, value)
 
