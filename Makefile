@@ -17,7 +17,7 @@ retry = for pause in 5 20 0; do $(1) && break; \
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test check lint format types ffi ffi-check abi bench bench-xen fuzz guest dist clean headers \
-	lab lab-shell test-xen test-xen-all support demo-xen
+	lab lab-shell test-xen test-xen-all conformance support demo-xen
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | \
@@ -87,6 +87,9 @@ test-xen: $(READY) ## run the live tests on real Xen in the lab; XEN="4.17 4.20"
 
 test-xen-all: ## the same on every release the lab has
 	$(MAKE) test-xen XEN="4.17 4.20 4.14"
+
+conformance: $(READY) ## compare simulated guests with real Xen in the lab, event by event
+	for xen in $(XEN); do $(RUN) tests/lab/conformance.py --xen $$xen $(CONFORMANCE) || exit 1; done
 
 support: $(READY) ## write docs/support.md from what `make test-xen-all` left in results/
 	PYTHONPATH=. $(RUN) tests/lab/support.py

@@ -351,6 +351,7 @@ class Domain(Handle):
 
     def _take_pages(self, gfns: list[int]) -> None:
         """Take pages back, and out of ``gfns``; those that are gone already are passed over."""
+        self._removed()
         try:
             self._backend.domain_decrease_reservation_exact(self.domid, array("Q", gfns))
         except XenError:
@@ -394,6 +395,12 @@ class Domain(Handle):
         if self._monitor is None or self._monitor.closed:
             return None
         return self._monitor
+
+    def _removed(self) -> None:
+        """A page was taken from a p2m table of the domain."""
+        for domain in self.xen._domains:
+            if domain.uuid == self.uuid and (monitor := domain._open_monitor) is not None:
+                monitor.expect_delays()
 
     def _anybody_s_altp2m(self) -> Altp2m | None:
         """The domain's open altp2m, through whichever handle of this connection."""

@@ -14,10 +14,11 @@ import os
 import select
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from dataclasses import replace
 from errno import ENODEV
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from xenaltp2m.abi.ring import MASK, REQ_PROD, RSP_PROD, SLOT_MASK, SLOTS, Request, Ring
 from xenaltp2m.abi.vm_event import (
@@ -87,6 +88,13 @@ _DENIABLE = (0, ControlRegister.CR0, ControlRegister.CR3, ControlRegister.CR4)
 _MOST_PLANS = 64
 _unpack, _pack_into = HEAD.unpack_from, RESPONSE_HEAD.pack_into
 _STEPS = frozenset({Action.SINGLESTEP, Action.FAST_SINGLESTEP, Action.LET_THROUGH})
+_REPEATED = frozenset(
+    {
+        Reason.MEM_ACCESS, Reason.SOFTWARE_BREAKPOINT, Reason.CPUID, Reason.DESCRIPTOR_ACCESS,
+        Reason.EMUL_UNIMPLEMENTED,
+    }
+)  # fmt: skip
+"""Of these the vCPU comes again when it is merely resumed."""
 _NOT_YET = DomainEnded(None)
 Data: TypeAlias = bytes | bytearray
 Handler: TypeAlias = Callable[[Event], Response | None]
@@ -159,6 +167,14 @@ class _Plan:
             self.rows = (flags, False), (flags, True), (pulled, False)
 
 
+class _Kept(NamedTuple):
+    """A response that waits for its event to come again."""
+
+    response: Response
+    reason: int
+    rip: int
+
+
 class _Classes(dict[int, type[Event]]):
     """The class of each reason, also of those nobody knows."""
 
@@ -203,6 +219,8 @@ class Monitor(Handle):
         self._notified = 0
         """How many responses Xen was made to look at, modulo 2^32."""
         self._let_through: dict[int, Subscription] = {}
+        self._delayed: dict[int, _Kept | None] = {}
+        """vCPUs whose next resume may do nothing that an answer asks for (``expect_delays``)."""
         self._iterating = False
         self._stopping = False
         self._switches_views = self._keeps_views_going = False
@@ -275,6 +293,44 @@ class Monitor(Handle):
             self._poller.register(backend.evtchn_fd(self._channel), select.EPOLLIN)
             self._undo.drop()
             self._undo.push(f"monitor of domain {domid}", self._disable)
+
+    def expect_delays(self) -> None:
+        """Be told that a page was taken from one of the domain's p2m tables.
+
+        The next resume of each vCPU then does nothing but tell device models: registers, emulation
+        and exceptions come with the one after (``Release.removal_delays_answers``). Until a vCPU
+        has been resumed, such an answer is not given to it but kept until its event comes again,
+        or done by other means.
+        """
+        if self._release.removal_delays_answers:
+            for vcpu in range(self.domain.info().max_vcpu_id + 1):
+                self._delayed.setdefault(vcpu, None)
+
+    def _in_time(self, event: Event, response: Response) -> Response:
+        """Return what to answer where the vCPU's next resume may do nothing: see expect_delays."""
+        vcpu = int(event.vcpu)
+        kept = self._delayed.pop(vcpu)
+        late = response.registers or response.action in (Action.EMULATE, Action.REINJECT)
+        if kept is not None or not late or not event.paused:
+            return response
+        if event.reason in _REPEATED:
+            self._check_fits(event, response)
+            self._delayed[vcpu] = _Kept(response, int(event.reason), event.registers.rip)
+            return RESUME
+        if response.registers:
+            self.domain.vcpu(vcpu).set_registers(**response.registers)
+        return replace(response, registers={})
+
+    def _comes_again(self, event: Event, reason: int) -> bool:
+        """Answer an event that has come again with what was kept for it."""
+        kept = self._delayed.get(int(event.vcpu))
+        if kept is None:
+            return False
+        if (kept.reason, kept.rip) != (reason, event.registers.rip):
+            del self._delayed[int(event.vcpu)]
+            return False
+        self._answer(event, kept.response)
+        return True
 
     def _close_files(self) -> None:
         self._end_loop()
@@ -437,6 +493,7 @@ class Monitor(Handle):
         ring, indices, slots = self._ring, self._ring.indices, self._ring.slots
         poll, pending, unmask, notify = self._poll, self._pending, self._unmask, self._notify
         plan_of, last, version = self._plans.get, self._last, self.version
+        delayed = self._delayed
         wait = _LIVENESS_SECONDS if timeout is None else min(timeout, _LIVENESS_SECONDS)
         signalled = [(self._backend.evtchn_fd(self._channel), select.EPOLLIN)]
         taken, answered, outstanding, stepping = ring.state
@@ -467,6 +524,8 @@ class Monitor(Handle):
             if head[0] != version:
                 return
             _, asked, reason, vcpu, _ = head
+            if delayed and vcpu in delayed:
+                return
             event = _CLASSES[reason]()
             event._request, event._head, event._monitor = (taken, raw), head, self
             response = handler(event)
@@ -478,6 +537,7 @@ class Monitor(Handle):
                 or plan.back_to._closed
                 or asked & plan.needs != plan.needs
                 or ring.state[0] != taken
+                or delayed
             ):
                 if response is not None:
                     self._answer(event, response)
@@ -585,6 +645,8 @@ class Monitor(Handle):
                 )
             if self._let_through and self._ends_let_through(event):
                 continue
+            if self._delayed and self._comes_again(event, head[2]):
+                continue
             return event
 
     def _ends_let_through(self, event: Event) -> bool:
@@ -673,6 +735,8 @@ class Monitor(Handle):
 
     def _answer(self, event: Event, response: Response) -> None:
         """Write a response into the ring."""
+        if self._delayed and event._head[3] in self._delayed:
+            response = self._in_time(event, response)
         plan = self._plans.get(id(response)) or self._plan(event, response)
         head = event._head
         _, asked, reason, vcpu, _ = head

@@ -280,6 +280,7 @@ class View(Handle):
         wiped = self.access(gfn) is None
         if not wiped:
             self._backend.altp2m_change_gfn(self._domid, self.id, gfn, ALL_GFNS)
+            self._altp2m.domain._removed()
         del self._remaps[gfn]
         self._access.set(gfn, None)
         self._suppress_ve.set(gfn, None)
@@ -473,6 +474,7 @@ class View(Handle):
             )
         if shown is None:
             self._backend.altp2m_change_gfn(self._domid, self.id, gfn, ALL_GFNS)
+            self._altp2m.domain._removed()
             self._fill(gfn)
         else:
             self._backend.altp2m_change_gfn(self._domid, self.id, gfn, shown)

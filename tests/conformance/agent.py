@@ -17,11 +17,14 @@ ACCESSES = [xa.Access.RW, xa.Access.R, xa.Access.N, xa.Access.RX, xa.Access.X, x
 EPISODE = 60
 """Events between two changes of mind."""
 PATIENCE = 2.0
+"""Seconds without an event after which none is expected."""
 BEYOND = 2
 """Pages behind the image: where the guest's start information is."""
 TABLES = ("roots", "tables")
 """Page tables that the guest's CPU marks as used. Where they can be read and not written, the CPU
 must fault (SDM 3C, 29.3.3.2); that of the lab, an emulator, does not."""
+RACE, RACERS = "hit", 4
+"""The function that several vCPUs call, in the guest that has it."""
 CONTROL = xa.ControlRegister
 
 
@@ -35,6 +38,11 @@ class RandomAgent:
         self.rows: list[bytes] = []
         self._chance = random.Random(seed)
         self._gfns = image_gfns(image)
+        self._code = [
+            range(start, start + segment.size)
+            for segment in image.segments
+            for start in (segment.address, segment.virtual)
+        ]
         self._tables = [gfn for name in TABLES if name in names(image) for gfn in image.gfns(name)]
         self._shadows = [int(gfn) for gfn in dom.add_pages(2)]
         self._views = [altp2m.create_view() for _ in range(2)]
@@ -50,8 +58,9 @@ class RandomAgent:
         if isinstance(event, xa.DomainEnded):
             return None
         self.rows.append(event.raw)
-        if len(self.rows) >= self.limit:
-            self.stop()
+        astray = not any(event.registers.rip in span for span in self._code)
+        if len(self.rows) >= self.limit or astray:
+            self.stop()  # elsewhere a guest meets what firmware left there, which is Xen's own
             return None
         if len(self.rows) % EPISODE == 0:
             self._decide(self._chance.choice(self._views))
@@ -101,9 +110,50 @@ class RandomAgent:
         return None
 
 
+class SeparateAgent:
+    """Answers each vCPU as if there were no other: what it hears of one then depends on no other.
+
+    Views stay as they are, for a change would come at another moment for each vCPU.
+    """
+
+    def __init__(
+        self, dom: xa.Domain, altp2m: xa.Altp2m, image: Image, seed: int, limit: int
+    ) -> None:
+        self.limit = limit
+        self.rows: list[bytes] = []
+        self.stop: Callable[[], None] = lambda: None
+        self._chances = [random.Random(f"{seed} {vcpu}") for vcpu in range(RACERS)]
+        self._views = [altp2m.create_view() for _ in range(2)]
+        [gfn] = image.gfns(RACE)
+        for view in self._views:
+            view.set_access(gfn, random.Random(seed).choice(ACCESSES[:3]))
+        altp2m.switch_to_view(self._views[0])
+
+    def __call__(self, event: xa.Event) -> xa.Response | None:
+        """Hear of an event and answer it."""
+        if isinstance(event, xa.DomainEnded):
+            return None
+        self.rows.append(event.raw)
+        if len(self.rows) >= self.limit:
+            self.stop()
+            return None
+        chance = self._chances[int(event.vcpu)]
+        pick, view = chance.random(), chance.choice(self._views)
+        if isinstance(event, xa.MemAccess):
+            if pick < 0.5:
+                return xa.Response.fast_singlestep(through=0, back_to=view)
+            return xa.Response.singlestep(view=0) if pick < 0.8 else xa.Response.emulate()
+        return xa.Response.singlestep() if pick < 0.4 else xa.Response.resume(view=view)
+
+
 def names(image: Image) -> set[str]:
     """The image's symbols."""
     return {symbol.name for symbol in image.symbols}
+
+
+def vcpus(image: Image) -> int:
+    """How many vCPUs a guest gets."""
+    return RACERS if RACE in names(image) else 1
 
 
 def image_gfns(image: Image) -> list[int]:
@@ -131,13 +181,19 @@ def subscriptions(chance: random.Random) -> list[xa.Subscription | type[xa.Event
 
 
 def run(
-    dom: xa.Domain, image: Image, seed: int, limit: int, unpause: Callable[[], None]
+    dom: xa.Domain,
+    image: Image,
+    seed: int,
+    limit: int,
+    unpause: Callable[[], None],
+    patience: float = PATIENCE,
 ) -> list[bytes]:
     """Attach to a domain that has not begun, and return what was heard, as Xen wrote it."""
     chosen = subscriptions(random.Random(seed))
     with dom.altp2m() as altp2m, dom.monitor(xa.MemAccess, xa.Singlestep, *chosen) as monitor:
-        agent = RandomAgent(dom, altp2m, image, seed, limit)
+        kind = SeparateAgent if RACE in names(image) else RandomAgent
+        agent = kind(dom, altp2m, image, seed, limit)
         agent.stop = monitor.stop
         unpause()
-        monitor.run(agent, timeout=PATIENCE)
+        monitor.run(agent, timeout=patience)
     return agent.rows

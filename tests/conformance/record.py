@@ -23,7 +23,11 @@ GUESTS = Path("examples/guest")
 def record(guest: str, seed: int, limit: int) -> bytes:
     """Start a guest, be the agent, end the guest."""
     image = Image.open(GUESTS / f"{guest}.elf")
-    options = [f'kernel="{(GUESTS / guest).resolve()}.elf"', f'name="{guest}"', "vcpus=1"]
+    options = [
+        f'kernel="{(GUESTS / guest).resolve()}.elf"',
+        f'name="{guest}"',
+        f"vcpus={agent.vcpus(image)}",
+    ]
     options += [f'on_{event}="preserve"' for event in ("crash", "poweroff", "reboot")]
     subprocess.run(
         ["xl", "create", "-p", "-q", "-e", GUESTS / f"{guest}.cfg", *options], check=True

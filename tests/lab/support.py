@@ -56,6 +56,7 @@ FIELDS = {
     "lazy_copy_fits_view_order": "lazy copies are no larger than the hole",
     "drop_test_covers_order": "a dropped superpage resets by any of its gfns",
     "fast_singlestep_alone": "fast single-step without the single-step event",
+    "removal_delays_answers": "a removed page delays what the next answer asks for",
 }
 
 

@@ -574,6 +574,83 @@ def test_at_a_breakpoint_the_instruction_behind_it_is_emulated(
     assert events.boxes[last].exceptions(BP) == before
 
 
+# A page was taken out of a p2m table while an event waits: Xen leaves what the answer asks for to
+# a later resume (from 4.15), by which time it would do harm.
+
+
+@contextmanager
+def reverting(events: EventsGuest) -> Iterator[tuple[xa.View, Callable[[], None]]]:
+    """A view all vCPUs are in, and what takes a remap back in it."""
+    with events.dom.altp2m() as altp2m:
+        [shadow] = events.dom.add_pages()
+        view = altp2m.create_view()
+        elsewhere = events.gfn("descriptors") + 8
+        view.remap(elsewhere, shadow)
+        altp2m.switch_to_view(view)
+        yield view, lambda: view.revert(elsewhere)
+
+
+@both
+def test_an_emulation_after_a_revert_is_not_late(events: EventsGuest) -> None:
+    events.put_word("scratch", 0x1111)
+    data = (0x12345678).to_bytes(4, "little")
+    last = events.vcpus - 1
+    with reverting(events) as (view, revert), events.dom.monitor(xa.MemAccess) as monitor:
+        view.set_access(events.gfn("scratch"), xa.Access.N)
+
+        def answer(event: xa.Event) -> xa.Response:
+            if view.remaps:
+                revert()
+            return xa.Response.emulate(read_data=data)
+
+        seen = watch(events, monitor, "read", "scratch", vcpu=last, answer=answer)
+        assert [type(event) for event in seen] == [xa.MemAccess]
+        assert events.boxes[last].answer() == 0x12345678
+
+
+@both
+def test_registers_after_a_revert_are_not_late(events: EventsGuest) -> None:
+    """Of an instruction that comes again, and of one that has been executed."""
+    last = events.vcpus - 1
+    for kind, command in ((xa.Cpuid, "cpuid"), (xa.GuestRequest, "guest_request")):
+        with reverting(events) as (view, revert), events.dom.monitor(kind) as monitor:
+
+            def answer(
+                event: xa.Event, view: xa.View = view, revert: Callable[[], None] = revert
+            ) -> xa.Response:
+                if view.remaps:
+                    revert()
+                length = 2 if isinstance(event, xa.Cpuid) else 3
+                after = event.registers.rip + length
+                return xa.Response.resume().with_registers(
+                    rax=0x51, rbx=0x52, rcx=0x53, rdx=0x54, rip=after
+                )
+
+            seen = watch(events, monitor, command, vcpu=last, answer=answer)
+            assert [type(event) for event in seen] == [kind]
+        if command == "cpuid":
+            assert events.boxes[last].results() == (0x51, 0x52, 0x53, 0x54)
+        else:
+            assert events.boxes[last].answer() == 0x51
+
+
+def test_an_exception_given_back_after_a_revert_is_not_late(events: EventsGuest) -> None:
+    with reverting(events) as (view, revert):
+        events.box.command("call", "breakpoint")  # so that what its handler uses is in the view
+        before = events.box.exceptions(BP)
+        with events.dom.monitor(xa.SoftwareBreakpoint) as monitor:
+
+            def answer(event: xa.Event) -> xa.Response:
+                if view.remaps:
+                    revert()
+                return xa.Response.reinject()
+
+            seen = watch(events, monitor, "call", "breakpoint", answer=answer)
+            assert [type(event) for event in seen] == [xa.SoftwareBreakpoint]
+            assert events.box.answer() == 11
+    assert events.box.exceptions(BP) == before + 1
+
+
 @both
 def test_a_single_step_is_one_event(events: EventsGuest) -> None:
     """Of the vCPU that was told to step, and of no other."""

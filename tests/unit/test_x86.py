@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import replace
+from typing import NoReturn
 
 import pytest
 
@@ -107,7 +108,7 @@ each_with_nx = pytest.mark.parametrize("mode", ["3", "4", "5"])
 
 
 def test_without_paging_addresses_are_physical() -> None:
-    def nothing(*_: int) -> int:
+    def nothing(*_: int) -> NoReturn:
         pytest.fail("there are no tables")
 
     assert OFF.translate(0xFFFF_F123, "w", nothing, nothing) == (0xFFFF_F000, "rwx")
@@ -304,7 +305,7 @@ def test_canonical(address: int, bits: int, expected: bool) -> None:
     ],
 )
 def test_descriptors(raw: int, expected: Segment) -> None:
-    """Base 63:56, 39:16; limit 51:48, 15:0, in pages where G (55) is set; attributes 55:52, 47:40."""
+    """Base 63:56, 39:16; limit 51:48, 15:0, where G (55) is set in pages; the rest 55:52, 47:40."""
     assert segment_of(raw) == expected
 
 

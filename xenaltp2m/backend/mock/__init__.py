@@ -15,7 +15,7 @@ import os
 import struct
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from errno import (
     EACCES,
@@ -299,6 +299,25 @@ class MockBackend:
         processors = simulator.processors(self._monitor_of(domid))
         images.load(self.domain(domid), content, name)
         self._processors[domid] = list(processors)
+
+    def execute(self, domid: int, registers: Mapping[str, int], vcpu: int = 0) -> None:
+        """Let a vCPU execute what is in memory, from the given registers on; see :meth:`boot`.
+
+        Args:
+            domid: The domain; :meth:`xenaltp2m.domain.Memory.write` puts code and tables into it.
+            registers: By the names of ``struct hvm_hw_cpu``. What is not given is as a PVH guest
+                begins; with ``msr_efer`` in long mode (LMA) segments are those of 64-bit code.
+            vcpu: The vCPU, which is brought up if it was down.
+
+        Raises:
+            ImportError: The package unicorn is missing: ``pip install 'xenaltp2m[sim]'``.
+            InvalidArgumentError: There is no such register.
+        """
+        from xenaltp2m.backend.mock import images, simulator  # an extra, which opens libraries
+
+        if not self._simulates(domid):
+            self._processors[domid] = list(simulator.processors(self._monitor_of(domid)))
+        images.begin(self.domain(domid).vcpus[vcpu], registers)
 
     def console(self, domid: int) -> str:
         """Return what a guest that :meth:`boot` started wrote to port 0xe9."""

@@ -36,6 +36,7 @@ _UNTIL = 1 << 63
 _HIDDEN = _UNTIL - (1 << 20)
 """Linear addresses from here to :data:`_UNTIL` are the core's own, and no guest's."""
 _LONGEST_INSTRUCTION = 15
+_LAST_ADDRESS = (1 << 64) - 1
 _INVALID_INSTRUCTION, _EXCEPTION = 10, 21
 """``UC_ERR_*``."""
 _KINDS = {16: "r", 17: "w", 18: "x"}
@@ -64,10 +65,18 @@ _HF_CPL, _HF_CS32, _HF_SS32, _HF_ADDSEG, _HF_PE, _HF_LMA, _HF_CS64 = (
 """``hflags``: what of the segments the translator looks at (QEMU, target/i386/cpu.h)."""
 _BIG, _LONG = 1 << 22, 1 << 21
 _ARITHMETIC, _CC_OP_EFLAGS = 0x8D5, 1
+_USABLE, _CODE_OR_DATA = 1 << 7, 1 << 4
 
 
 class GaveUp(RuntimeError):  # noqa: N818 - what it did
     """Unicorn ended for a reason that no guest should be able to cause."""
+
+
+class ReadsAhead(Exception):  # noqa: N818 - what it does
+    """Unicorn wants code of the next page, which it may not have, before it executes any here.
+
+    :meth:`Core.step` tells whether the instruction needs it.
+    """
 
 
 class Place(NamedTuple):
@@ -125,6 +134,8 @@ class Engine:
         self._interrupt: int | None = None
         self._no_code: tuple[int, BaseException] | None = None
         self._pages_are_wrong = False
+        self.reads_ahead = True
+        """Whether it may look at code behind the one instruction it is to execute."""
         self._broke_off = False
         """Whether the last run counted, and ended within an instruction."""
         self._flush_command = ctypes.c_int(const.UC_CTL_TLB_FLUSH | const.UC_CTL_IO_WRITE << 30)
@@ -217,11 +228,12 @@ class Engine:
         if self._raised is not None:
             raise self._raised
         if self._no_code is not None:
-            page, raised = self._no_code  # perhaps of the instruction after the last
+            page, raised = self._no_code  # perhaps of what comes after the end
             now = self.rip
-            came_to_it = page <= now + _LONGEST_INSTRUCTION - 1 and now < page + PAGE_SIZE
-            if came_to_it and not (limit == 1 and now != rip):
+            if page <= now < page + PAGE_SIZE and not (limit == 1 and now != rip):
                 raise raised
+            if now == rip and now < page:
+                raise ReadsAhead if self.reads_ahead else raised
         if self._interrupt is not None:
             return SoftwareInterrupt(self._interrupt)
         if errno == _INVALID_INSTRUCTION:
@@ -347,6 +359,7 @@ class State:
             ctypes.cast(self.saved.context, ctypes.c_void_p).value or 0
         )
         self._raw = memoryview(room).cast("B")
+        self._segments: list[tuple[int, ...]] = [()] * len(SEGMENTS)
 
     def put_general(self, vcpu: Vcpu) -> None:
         """Set the general registers and rip."""
@@ -358,12 +371,13 @@ class State:
         at = self._places.segments
         flags = {}
         bases = 0
-        for name in SEGMENTS:
+        for number, name in enumerate(SEGMENTS):
             base, limit, attributes = segment_in(vcpu, name)
             flags[name] = (attributes & 0xFF) << 8 | (attributes & 0xF00) << 12
             _SEGMENT.pack_into(
                 self._raw, at, vcpu.register(f"{name}_sel"), base, limit, flags[name]
             )
+            self._segments[number] = _SEGMENT.unpack_from(self._raw, at)
             at += _SEGMENT.size
             if name in ("ds", "es", "ss"):
                 bases |= base
@@ -398,16 +412,21 @@ class State:
         context[at : at + 128] = _WORDS.pack(*(values[number] for number in _ORDER))
         rip = self._places.rip
         context[_RIP] = self._raw[rip : rip + 8]
-        raw = bytes(self._raw[self._places.segments :][: 6 * _SEGMENT.size])
-        if raw != self._segments:
-            self._segments = raw
-            for name, (selector, base, limit, flags) in zip(
-                SEGMENTS, _SEGMENT.iter_unpack(raw), strict=True
-            ):
-                vcpu.set_register(f"{name}_sel", selector)
-                put_segment(vcpu, name, Segment(base, limit, _attributes(flags)))
-
-    _segments = b""
+        segments = self._places.segments
+        now = list(_SEGMENT.iter_unpack(self._raw[segments : segments + 6 * _SEGMENT.size]))
+        for name, here, before in zip(SEGMENTS, now, self._segments, strict=True):
+            if here == before:
+                continue
+            selector, base, limit, flags = here
+            segment = Segment(base, limit, _attributes(flags))
+            if name == "ss" and not selector & ~3 and vcpu.register("msr_efer") & EFER_LMA:
+                segment = null_stack(selector & 3)  # QEMU takes it for a flat one
+            elif not selector and not flags:  # null: the CPU keeps the rest, and forbids its use
+                kept = segment_in(vcpu, name)
+                segment = kept._replace(attributes=kept.attributes & ~_USABLE)
+            vcpu.set_register(f"{name}_sel", selector)
+            put_segment(vcpu, name, segment)
+        self._segments = now
 
 
 def _attributes(flags: int) -> int:
@@ -420,6 +439,11 @@ def _where(saved: Any, mark: int) -> int:
     if at < 0 or raw.find(mark.to_bytes(8, "little"), at + 1) >= 0:
         raise RuntimeError("this version of unicorn keeps registers where they are not found")
     return at
+
+
+def null_stack(privilege: int) -> Segment:
+    """What SS is in long mode when its selector is null, as after an interrupt of ring 3."""
+    return Segment(0, 0, _CODE_OR_DATA | privilege << 5)
 
 
 def segment_in(vcpu: Vcpu, name: str) -> Segment:
@@ -463,7 +487,9 @@ class Core:
         self.engine = Engine(frames, hidden)
         self.stepper = Engine(frames, hidden)
         const = _unicorn().unicorn_const
-        self.engine.uc.ctl_exits_enabled(True)
+        for engine in (self.engine, self.stepper):
+            engine.uc.ctl_exits_enabled(True)
+        self.stepper.reads_ahead = False
         self.stepper.uc.hook_add(const.UC_HOOK_MEM_READ | const.UC_HOOK_MEM_WRITE, self._accessed)
         self._on_access: Callable[[Seen], None] | None = None
         self._counts = False
@@ -540,11 +566,18 @@ class Core:
         return self.engine.run(rip, resolve, limit)
 
     def step(
-        self, rip: int, resolve: Resolve, on_access: Callable[[Seen], None] | None = None
+        self,
+        rip: int,
+        linear: int,
+        resolve: Resolve,
+        on_access: Callable[[Seen], None] | None = None,
     ) -> Fault | SoftwareInterrupt | None:
         """Execute one instruction, and tell what memory it uses before it does."""
         self.stepper.forget_code()
         self.stepper.forget_pages()
+        # Nothing behind the instruction is looked at.
+        ends = range(linear + 1, linear + _LONGEST_INSTRUCTION + 1)
+        self.stepper.uc.ctl_set_exits([_UNTIL, *(end & _LAST_ADDRESS for end in ends)])
         self._on_access = on_access
         try:
             return self.stepper.run(rip, resolve, 1)

@@ -131,6 +131,9 @@ def _vcpu_op(caller: Caller, command: int, number: int, pointer: int) -> int:
 def _initialise(vcpu: Vcpu, raw: bytes) -> None:
     """``arch_set_info_hvm_guest``."""
     mode = int.from_bytes(raw[:4], "little")
+    for segment in ("fs", "gs"):  # construct_vmcs
+        vcpu.set_register(f"{segment}_limit", 0xFFFF_FFFF)
+        vcpu.set_register(f"{segment}_arbytes", _FLAT_DATA)
     if mode == _MODE_32:
         values = _CONTEXT_32.unpack_from(raw, 8)
         for name, value in zip(_ORDER_32, values, strict=False):

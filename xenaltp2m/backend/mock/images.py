@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Mapping
 from typing import Any
 
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
+from xenaltp2m.abi.layouts import HVM_CPU
 from xenaltp2m.backend.mock.machine import Domain
 from xenaltp2m.backend.mock.p2m import ORDER_4K, RAM_TYPES
-from xenaltp2m.backend.mock.vcpu import CR0_ET, CR0_PE, DR6_DEFAULT
+from xenaltp2m.backend.mock.vcpu import CR0_ET, CR0_PE, DR6_DEFAULT, Vcpu
+from xenaltp2m.backend.mock.x86 import EFER_LMA
 from xenaltp2m.errors import InvalidArgumentError
 from xenaltp2m.types import PAGE_SIZE
 
@@ -30,7 +33,7 @@ _MAP_AT = 0x878
 _RAM, _RESERVED, _ACPI_TABLES = 1, 2, 3
 _ACPI, _SPECIAL_PAGES = 0xFC00_0000, 0xFEFF_8000
 _MOST_SEGMENTS = 256
-_FLAT_CODE, _FLAT_DATA, _TSS = 0xC9B, 0xC93, 0x8B
+_FLAT_CODE, _FLAT_CODE_64, _FLAT_DATA, _TSS = 0xC9B, 0xA9B, 0xC93, 0x8B
 
 
 def load(domain: Domain, content: bytes, name: str) -> None:
@@ -51,7 +54,7 @@ def load(domain: Domain, content: bytes, name: str) -> None:
         )
     start_info = -(-end // PAGE_SIZE) * PAGE_SIZE
     write(domain, start_info, _start_info(domain, start_info))
-    begin(domain, entry, start_info)
+    begin(domain.vcpus[0], {"rip": entry, "rbx": start_info})
 
 
 def _load_segments(domain: Domain, elf: Any) -> tuple[int | None, int]:
@@ -111,18 +114,25 @@ def write(domain: Domain, address: int, data: bytes) -> None:
         at += count
 
 
-def begin(domain: Domain, entry: int, start_info: int) -> None:
-    """Set the first vCPU's registers: flat 32-bit segments, paging off (``vcpu_hvm``)."""
-    vcpu = domain.vcpus[0]
+def begin(vcpu: Vcpu, registers: Mapping[str, int]) -> None:
+    """Set a vCPU's registers: those given, over flat segments with paging off (``vcpu_hvm``).
+
+    Raises:
+        InvalidArgumentError: There is no such register.
+    """
+    long = bool(registers.get("msr_efer", 0) & EFER_LMA)
+    kinds = {"cs": _FLAT_CODE_64 if long else _FLAT_CODE, "tr": _TSS}
+    values = {
+        "rflags": 2, "cr0": CR0_PE | CR0_ET, "dr6": DR6_DEFAULT, "dr7": 0x400,
+    }  # fmt: skip
     for segment in ("cs", "ds", "es", "ss", "tr"):
-        kinds = {"cs": _FLAT_CODE, "tr": _TSS}
-        vcpu.set_register(f"{segment}_base", 0)
-        vcpu.set_register(f"{segment}_limit", 0x67 if segment == "tr" else 0xFFFF_FFFF)
-        vcpu.set_register(f"{segment}_arbytes", kinds.get(segment, _FLAT_DATA))
-    for name, value in {
-        "rip": entry, "rbx": start_info, "rflags": 2, "cr0": CR0_PE | CR0_ET, "dr6": DR6_DEFAULT,
-        "dr7": 0x400,
-    }.items():  # fmt: skip
+        values[f"{segment}_base"] = 0
+        values[f"{segment}_limit"] = 0x67 if segment == "tr" else 0xFFFF_FFFF
+        values[f"{segment}_arbytes"] = kinds.get(segment, _FLAT_DATA)
+    for name in registers:
+        if name not in HVM_CPU.fields:
+            raise InvalidArgumentError(f"there is no register {name!r}")
+    for name, value in {**values, **registers}.items():
         vcpu.set_register(name, value)
     vcpu.initialised = vcpu.online = True
     vcpu.halted = False

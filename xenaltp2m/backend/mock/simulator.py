@@ -20,9 +20,11 @@ from xenaltp2m.backend.mock.core import (
     Core,
     GaveUp,
     Place,
+    ReadsAhead,
     Seen,
     SoftwareInterrupt,
     State,
+    null_stack,
     put_segment,
     segment_in,
 )
@@ -81,7 +83,6 @@ from xenaltp2m.backend.mock.x86 import (
     FLAG_RF,
     FLAG_TF,
     FLAG_VM,
-    UNUSABLE,
     Decoded,
     Fault,
     Gate,
@@ -96,6 +97,7 @@ from xenaltp2m.types import PAGE_SIZE
 
 _RIGHTS = {"r": R, "w": W, "x": X}
 _U16, _U32 = 0xFFFF, 0xFFFF_FFFF
+_IRET, _EMULATED_PREFIXES = b"\xcf", b"\x48\x66"
 _LONG, _BIG = 1 << 9, 1 << 10
 _INT3, _INT_N, _INTO, _ICEBP = 0xCC, 0xCD, 0xCE, 0xF1
 _RDMSR, _EFER = 0x0F32, 0xC0000080
@@ -349,7 +351,7 @@ class MachineCode(Processor):
         core = self.core
         self._enter(core.stepper)
         try:
-            return core.step(self.vcpu.register("rip"), resolve, on_access)
+            return core.step(self.vcpu.register("rip"), self._linear_rip, resolve, on_access)
         finally:
             self._leave(core.stepper)
             core.stepper.save_tables(self.vcpu)
@@ -372,8 +374,13 @@ class MachineCode(Processor):
             if self.core.exits_at(self._linear_rip):
                 done = yield from self._execute_exiting()
                 return done, int(done is not Done.HELD)
-            steps = self.vcpu.monitor_trap_flag
-            stopped = self._step_once() if steps else self._run_engine(limit)
+            if self.vcpu.monitor_trap_flag:
+                stopped = self._step_once()
+            else:
+                try:
+                    stopped = self._run_engine(limit)
+                except ReadsAhead:
+                    stopped = self._step_engine(self._resolve)
         except Fault as fault:
             stopped = fault
             if fault.vector == PF:
@@ -438,7 +445,7 @@ class MachineCode(Processor):
         core.stepper.save(self.vcpu, self._state)
         self._loaded = bytes(self.vcpu.context)
         with contextlib.suppress(Fault, GaveUp):
-            core.step(self.vcpu.register("rip"), resolve, on_access)
+            core.step(self.vcpu.register("rip"), self._linear_rip, resolve, on_access)
         return found[0] if found else page
 
     # Exceptions.
@@ -471,10 +478,14 @@ class MachineCode(Processor):
                 self._through_gate(trap)
             except _Denied as denied:
                 vcpu.pending = first
+                physical = denied.physical
+                if denied.flags == AT_PAGE:
+                    physical |= denied.linear % PAGE_SIZE
+                self._fault_like()
                 outcome = yield from access(
                     self.monitor,
                     vcpu,
-                    denied.physical,
+                    physical,
                     denied.kind,
                     denied.linear,
                     denied.flags,
@@ -500,6 +511,8 @@ class MachineCode(Processor):
     def _through_gate(self, trap: Trap) -> None:
         """What the CPU does to deliver an exception or interrupt; a Fault where it cannot."""
         vcpu = self.vcpu
+        if trap.vector == PF:
+            vcpu.set_register("cr2", trap.cr2)
         register, long = vcpu.register, bool(vcpu.register("msr_efer") & EFER_LMA)
         size = 16 if long else 8
         at = trap.vector * size
@@ -526,7 +539,7 @@ class MachineCode(Processor):
                 where = 0x24 + 8 * (gate.stack - 1) if gate.stack else 4 + 8 * inner
                 top = int.from_bytes(self._read(register("tr_base") + where, 8), "little")
             if changes:
-                stack, stack_selector = UNUSABLE._replace(attributes=inner << 5), inner
+                stack, stack_selector = null_stack(inner), inner
             top &= ~0xF
         elif changes:
             new = self._read(register("tr_base") + 4 + 8 * inner, 8)
@@ -546,9 +559,10 @@ class MachineCode(Processor):
         width = 8 if long else 4
         data = b"".join((word & ((1 << 8 * width) - 1)).to_bytes(width, "little") for word in frame)
         top = (top - len(data)) & ((1 << 64) - 1 if long else _U32)
-        self._write(top + (0 if long else stack.base), data)
-        if trap.vector == PF:
-            vcpu.set_register("cr2", trap.cr2)
+        base = top + (0 if long else stack.base)
+        for at in reversed(range(0, len(data), width)):  # pushed one after another
+            self._resolve(base + at, "w", user=False)
+        self._write(base, data)
         cleared = FLAG_TF | FLAG_NT | FLAG_RF | FLAG_VM | (FLAG_IF if gate.masks_interrupts else 0)
         vcpu.set_register("rflags", register("rflags") & ~cleared)
         vcpu.set_register("rip", gate.offset)
@@ -778,6 +792,9 @@ class MachineCode(Processor):
         code = replaced or self._host_bytes(self._linear_rip, _INSTRUCTION_BYTES)
         if code[0] == _INT3:
             vcpu.raise_trap(Trap(BP, SOFTWARE_EXCEPTION, NO_ERROR_CODE, 1, 0))
+            return False
+        if code.lstrip(_EMULATED_PREFIXES)[:1] == _IRET:  # x86_emulate: in real mode only
+            self._fault(UD)
             return False
         found = self._decode(code)
         if found is not None and found.opcode == _INT_N:

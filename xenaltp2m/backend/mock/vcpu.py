@@ -124,6 +124,17 @@ class Vcpu:
         self.context[offset : offset + width] = (value & mask).to_bytes(width, "little")
 
     def raise_trap(self, trap: Trap) -> None:
-        """``hvm_inject_event``; a second exception at once, which Xen combines, is left out."""
-        if self.pending is None:
-            self.pending = trap
+        """``vmx_inject_event``: what is pending already gives way, if not to a double fault."""
+        if self.pending is not None and self.pending.kind == HARDWARE_EXCEPTION:
+            vector = _combined(self.pending.vector, trap.vector)
+            if vector != trap.vector:
+                trap = Trap(vector, trap.kind, 0, trap.length, trap.cr2)
+        self.pending = trap
+
+
+def _combined(first: int, second: int) -> int:
+    """``hvm_combine_hw_exceptions``, but for triple faults."""
+    contributory = (0, 10, 11, 12, GP)
+    if first in (PF, VE) and second in (*contributory, PF, VE):
+        return DF
+    return DF if first in contributory and second in contributory else second

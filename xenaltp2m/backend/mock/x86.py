@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from xenaltp2m.backend.mock.vcpu import CR0_PG, CR0_WP, GP, NO_ERROR_CODE, NP, PF, VE
 from xenaltp2m.types import PAGE_SIZE
@@ -211,7 +211,6 @@ class Segment(NamedTuple):
 
 
 _CODE, _SEGMENT_PRESENT, _CODE_L, _BIG, _GRANULAR = 0x18, 1 << 7, 1 << 9, 1 << 10, 1 << 11
-UNUSABLE: Final = Segment(0, 0, 0)
 
 
 def segment_of(raw: int) -> Segment:

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""From 4.15 a removed page has each vCPU's next resume do nothing else: no answer comes late."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+import xenaltp2m as xa
+from xenaltp2m.backend.mock import Access, Cpuid, GuestRequest, Instruction, MockBackend
+
+RELEASES = [(4, 14), (4, 17), (4, 22)]
+CODE, DATA = 0x10000, 0x20000
+TRUTH = b"\x0d"
+
+
+class Agent:
+    """One that reverts a remap while an event waits for its answer."""
+
+    def __init__(self, xen: tuple[int, int]) -> None:
+        self.mock = MockBackend(xen)
+        self.domid = self.mock.add_domain("guest", max_kib=32 << 10)
+        self.xen = xa.Xen(self.mock)
+        self.dom = self.xen.domain("guest")
+        self.altp2m = self.dom.altp2m()
+        self.view = self.altp2m.create_view()
+        [self.shadow] = self.dom.add_pages(1)
+        self.heard: list[xa.Event] = []
+
+    def hear(
+        self,
+        program: list[Instruction],
+        answer: Callable[[xa.Event], xa.Response],
+        *kinds: type[xa.Event],
+    ) -> None:
+        """Run the program; the first event is answered after a revert."""
+        self.mock.load(self.domid, program)
+        self.view.remap(0x30, self.shadow)
+        self.altp2m.switch_to_view(self.view)
+        with self.dom.monitor(xa.MemAccess, *kinds) as monitor:
+
+            def handler(event: xa.Event) -> xa.Response:
+                self.heard.append(event)
+                if len(self.heard) == 1:
+                    self.view.revert(0x30)
+                return answer(event)
+
+            self.mock.domain_unpause(self.domid)
+            monitor.run(handler, timeout=0)
+
+    def register(self, name: str) -> int:
+        return self.mock.domain(self.domid).vcpus[0].register(name)
+
+
+@pytest.fixture(params=RELEASES, ids="{0[0]}.{0[1]}".format)
+def agent(request: pytest.FixtureRequest) -> Iterator[Agent]:
+    made = Agent(request.param)
+    yield made
+    made.dom.close()
+    made.xen.close()
+    made.mock.close()
+
+
+def test_the_mock_has_the_resume_that_does_nothing(agent: Agent) -> None:
+    """Without which the other tests would show nothing."""
+    agent.mock.domain_unpause(agent.domid)
+    agent.view.remap(0x30, agent.shadow)
+    agent.view.revert(0x30)
+    delays = agent.xen.release.removal_delays_answers
+    assert agent.mock.domain(agent.domid).vcpus[0].map_cache_stale is delays
+
+
+def test_an_emulated_instruction_is_heard_of_once(agent: Agent) -> None:
+    agent.view.set_access(DATA >> 12, xa.Access.N)
+    read = Instruction(CODE, 4, [Access("r", DATA, b"\0", "rbx")])
+    agent.hear([read], lambda event: xa.Response.emulate(read_data=TRUTH))
+    assert [type(event) for event in agent.heard] == [xa.MemAccess]
+    assert agent.register("rbx") == TRUTH[0]
+    assert agent.register("rip") == CODE + 4
+
+
+def test_registers_for_an_instruction_that_comes_again(agent: Agent) -> None:
+    after = {"rip": CODE + 2, "rax": 0x77}
+    agent.hear(
+        [Instruction(CODE, 2, effect=Cpuid())],
+        lambda event: xa.Response.resume().with_registers(**after),
+        xa.Cpuid,
+    )
+    assert [type(event) for event in agent.heard] == [xa.Cpuid]
+    assert (agent.register("rip"), agent.register("rax")) == (CODE + 2, 0x77)
+
+
+def test_registers_for_one_that_does_not(agent: Agent) -> None:
+    """It has been executed; the next event shows whether they came in time."""
+    agent.view.set_access(DATA >> 12, xa.Access.N)
+    program = [
+        Instruction(CODE, 3, effect=GuestRequest()),
+        Instruction(CODE + 3, 4, [Access("r", DATA)]),
+    ]
+
+    def answer(event: xa.Event) -> xa.Response:
+        if isinstance(event, xa.GuestRequest):
+            return xa.Response.resume().with_registers(rbx=0x99, rip=CODE + 3)
+        return event.default_response
+
+    agent.hear(program, answer, xa.GuestRequest)
+    assert [type(event) for event in agent.heard] == [xa.GuestRequest, xa.MemAccess]
+    assert agent.heard[1].registers.rbx == 0x99
+
+
+def test_an_exception_that_is_given_back(agent: Agent) -> None:
+    page = agent.dom.memory.read_page(CODE >> 12)
+    agent.dom.memory.write_page(CODE >> 12, b"\xcc" + page[1:])
+    agent.hear([Instruction(CODE, 1)], lambda event: xa.Response.reinject(), xa.SoftwareBreakpoint)
+    assert [type(event) for event in agent.heard] == [xa.SoftwareBreakpoint]
+    assert agent.mock.domain(agent.domid).vcpus[0].delivered == [(3, 6)]
