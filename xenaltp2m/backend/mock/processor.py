@@ -160,7 +160,7 @@ class Done(Enum):
     """It is not completed, and comes again."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Processor(ABC):
     """A vCPU and what it executes."""
 

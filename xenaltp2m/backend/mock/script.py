@@ -75,7 +75,7 @@ class Instruction:
     emulated: bool = True
 
 
-@dataclass
+@dataclass(eq=False)
 class Script(Processor):
     """A vCPU with its program."""
 

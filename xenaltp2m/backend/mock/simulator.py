@@ -111,7 +111,6 @@ _GENERAL = (
     "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
 )  # fmt: skip
 _CPUID_VENDOR = (0x756E6547, 0x6C65746E, 0x49656E69)
-_CPUID_FEATURES_EDX = 0x0789_A13F
 _CPUID = {
     0: (0xD, _CPUID_VENDOR[0], _CPUID_VENDOR[1], _CPUID_VENDOR[2]),
     1: (0x306C3, 0, 0x8000_0000, 0x1789_A17F),
@@ -146,7 +145,7 @@ class _Where(NamedTuple):
     generation: int
 
 
-@dataclass
+@dataclass(eq=False)
 class MachineCode(Processor):
     """A vCPU on a core."""
 
