@@ -480,7 +480,8 @@ class Core:
 
     def __init__(self, frames: Frames) -> None:
         self._frames = frames
-        hidden, self.scratch, self.marker, self.nothing = (self._frame() for _ in range(4))
+        self._own = [self._frame() for _ in range(4)]
+        hidden, self.scratch, self.marker, self.nothing = self._own
         """Frames of the core's own: segments, two for what leads nowhere, one for holes."""
         self.where: object = None
         """What the engine's pages depend on, as they were resolved."""
@@ -499,6 +500,11 @@ class Core:
         self._exits: dict[int, set[int]] = {}
         """By linear page."""
         self._set_exits()
+
+    def close(self) -> None:
+        """Give its frames back."""
+        while self._own:
+            self._frames.free(self._own.pop())
 
     def _frame(self) -> int:
         mfn = self._frames.allocate()

@@ -170,6 +170,9 @@ class Processor(ABC):
     monitor: Monitor
     vcpu: Vcpu
 
+    def close(self) -> None:  # noqa: B027 - most have nothing
+        """Give back what it took; it executes nothing any more."""
+
     @property
     def written(self) -> bytes:
         """What the domain wrote to its console."""

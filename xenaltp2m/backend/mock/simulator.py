@@ -162,6 +162,9 @@ class MachineCode(Processor):
         self._state = self.core.engine.new_state()
         self._loaded = bytes(len(self.vcpu.context))
 
+    def close(self) -> None:
+        self.core.close()
+
     @property
     def written(self) -> bytes:
         """What the domain wrote to port 0xe9."""
@@ -370,6 +373,8 @@ class MachineCode(Processor):
 
     def _execute(self, limit: int) -> Waits[tuple[Done, int]]:
         try:
+            if self.vcpu.monitor_trap_flag:  # the engine for that does not stop where it exits
+                self._fetch(self._linear_rip)
             if self.core.exits_at(self._linear_rip):
                 done = yield from self._execute_exiting()
                 return done, int(done is not Done.HELD)
