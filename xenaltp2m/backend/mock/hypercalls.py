@@ -203,7 +203,9 @@ _ALTP2M_OPERATIONS = {
         "<HBB", lambda domain, view, visible: domain.set_visibility(view, bool(visible)), (2,)
     ),
 }
-"""By ``HVMOP_altp2m_*``; the two for many gfns, which guests here do without, are left out."""
+"""By ``HVMOP_altp2m_*``."""
+_LEFT_OUT = {9, 15}
+"""Those on many gfns, which guests here do without."""
 
 
 def _altp2m_op(caller: Caller, pointer: int) -> int:
@@ -217,7 +219,7 @@ def _altp2m_op(caller: Caller, pointer: int) -> int:
         return -EINVAL
     operation = _ALTP2M_OPERATIONS.get(command)
     if operation is None:
-        return -EOPNOTSUPP
+        return -ENOSYS if command in _LEFT_OUT else -EOPNOTSUPP
     target = domain if domid == _SELF else domain.machine.domain(domid)
     if not target.hvm or (command > _SET_STATE and not target.active):
         return -EOPNOTSUPP
