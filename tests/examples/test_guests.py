@@ -20,6 +20,7 @@ PLACES = {
     "hello": ("_start", "target", "data", "counter"),
     "checker": ("_start", "target", "target2", "counter", "calls", "noticed", "holes"),
     "racer": ("_start", "hit", "total", "go", "vcpus", "made", "noticed", "done"),
+    "insider": ("_start", "secret", "information", "passes", "trips", "noticed"),
     "paged": (
         *("_start", "user_main", "user_stack", "run", "target64", "passes", "calls", "user_calls"),
         *("page_faults", "page_fault_errors", "noticed", "read_only"),

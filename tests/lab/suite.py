@@ -64,7 +64,8 @@ def foreign_libraries(target: Path) -> Path:
 def boot(xen: str, wheel: Path, results: Path, job: str, *more: str) -> int:
     """Boot once and run a job."""
     puts = ["tests/__init__.py", "tests/contract", "tests/live"]
-    puts += [f"examples/guest/{name}.elf" for name in ("hello", "checker", "racer", "paged")]
+    names = "hello", "checker", "racer", "paged", "insider"
+    puts += [f"examples/guest/{name}.elf" for name in names]
     puts += ["tests/lab/guest/events.elf"]
     command = [sys.executable, str(HERE / "run.py"), "--xen", xen, "--results", str(results)]
     command += ["--wheel", str(wheel), *more]

@@ -23,16 +23,17 @@ KINDS = ("checksum", "read", "scan", "modify", "calls")
 SELDOM = 16  # passes in which the checker does everything at least once
 LINE = 64
 CALLS = 50
+R, RWX = 1, 7  # XENMEM_access_*
 
 
 class Example:
     """A guest that runs one of examples/guest."""
 
-    def __init__(self, backend: Backend, name: str, vcpus: int = 1) -> None:
+    def __init__(self, backend: Backend, name: str, vcpus: int, mode: str) -> None:
         path = Path(f"examples/guest/{name}.elf").resolve()
         config = [f'kernel="{path}"', f'name="{name}"', 'on_crash="preserve"']
         subprocess.run(
-            ["xl", "create", "-q", "-e", f"/lab/external-{vcpus}.cfg", *config], check=True
+            ["xl", "create", "-q", "-e", f"/lab/{mode}-{vcpus}.cfg", *config], check=True
         )
         self.name = name
         self.vcpus = vcpus
@@ -70,8 +71,10 @@ class Example:
 
 
 @contextmanager
-def example(backend: Backend, name: str, vcpus: int = 1) -> Iterator[Example]:
-    guest = Example(backend, name, vcpus)
+def example(
+    backend: Backend, name: str, vcpus: int = 1, mode: str = "external"
+) -> Iterator[Example]:
+    guest = Example(backend, name, vcpus, mode)
     yield guest
     guest.destroy()
 
@@ -91,6 +94,12 @@ def racer(backend: Backend, shelf: Shelf) -> Iterator[Example]:  # the shelf lea
 @pytest.fixture(scope="module")
 def paged(backend: Backend) -> Iterator[Example]:
     with example(backend, "paged") as guest:
+        yield guest
+
+
+@pytest.fixture(scope="module")
+def insider(backend: Backend) -> Iterator[Example]:
+    with example(backend, "insider", mode="mixed") as guest:
         yield guest
 
 
@@ -232,3 +241,35 @@ def test_paged_notices(paged: Example, symbol: str, offset: int, old: int, new: 
         assert passes_of_paged(paged) > before
     passes_of_paged(paged)
     assert passes_of_paged(paged) == passes_of_paged(paged)
+
+
+def passes_of_insider(guest: Example) -> tuple[int, int, int]:
+    """Let it make a pass from its start to its end; return its counts: passes, trips, noticed."""
+    end = guest.words("passes", 1)[0] + 2
+    wait_until(lambda: guest.words("passes", 1)[0] >= end)
+    with guest.dom.paused():
+        [passes], [trips] = guest.words("passes", 1), guest.words("trips", 1)
+        [noticed] = guest.words("noticed", 1)
+    return passes, trips, noticed
+
+
+def test_the_insider_trips_once_in_each_pass_and_notices_nothing(insider: Example) -> None:
+    wait_until(lambda: insider.words("passes", 1)[0] > 100)
+    passes, trips, noticed = passes_of_insider(insider)
+    assert noticed == 0
+    assert 0 <= trips - passes <= 1
+
+
+def test_the_insider_notices_what_is_allowed_in_its_view(insider: Example) -> None:
+    backend, domid, gfn = (
+        insider.xen.backend,
+        int(insider.dom.domid),
+        insider.address("secret") >> 12,
+    )
+    assert backend.altp2m_get_mem_access(domid, 1, gfn) == R
+    _, _, before = passes_of_insider(insider)
+    backend.altp2m_set_mem_access(domid, 1, gfn, RWX)
+    assert passes_of_insider(insider)[2] > before
+    backend.altp2m_set_mem_access(domid, 1, gfn, R)
+    _, _, after = passes_of_insider(insider)
+    assert passes_of_insider(insider)[2] == after

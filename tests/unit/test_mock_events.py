@@ -1011,9 +1011,12 @@ def test_int3(new: Callable[..., Guest]) -> None:
     guest.switch("software_breakpoint", False)
     guest.load(Instruction(at(0), 1), Instruction(at(0) + 1, 3))
     guest.host.altp2m_switch_to_view(guest.domid, view)
-    assert guest.run() == 1
+    if guest.host.release.version >= (4, 17):
+        guest.switch("vmexit", True, True)
+    assert guest.run() == 2
     assert guest.vcpu.delivered == [(3, 6)]
     assert guest.register("rip") == at(1)
+    assert guest.take() == []  # it does not even exit (vmx_update_debug_state)
 
 
 def test_int3_is_emulated_as_the_instruction_that_is_given(new: Callable[..., Guest]) -> None:
@@ -1217,6 +1220,7 @@ def test_exits_that_come_again(newest: Guest) -> None:
     newest.page(OTHER)[0] = 0xCC
     newest.host.touch(newest.domid, OTHER, "x")
     newest.host.touch(newest.domid, CODE, "x")
+    newest.switch("software_breakpoint", True)
     newest.switch("descriptor_access", True)
     newest.switch("mov_to_msr", FS_BASE, True, False)
     newest.switch("vmexit", True, True)

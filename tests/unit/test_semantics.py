@@ -47,6 +47,7 @@ from xenaltp2m.abi.releases import SUPPORTED
 from xenaltp2m.backend.mock import Livelock, MockBackend, Outcome
 from xenaltp2m.backend.mock.machine import Domain
 from xenaltp2m.backend.mock.p2m import INVALID_MFN, ORDER_2M, ORDER_4K, PageType
+from xenaltp2m.backend.mock.vcpu import CR0_PE
 from xenaltp2m.errors import InvalidArgumentError, XenError
 from xenaltp2m.types import ALL_GFNS, Altp2mMode
 
@@ -1884,7 +1885,10 @@ def _(new: New) -> None:
     guest.altp2m_set_mem_access(view, A, RX)
     assert guest.touch(A, "w") is Outcome.EVENT  # suppressed
     guest.altp2m_set_suppress_ve(view, A, False)
+    assert guest.touch(A, "w") is Outcome.EVENT  # in real mode
+    guest.model.vcpus[0].set_register("cr0", CR0_PE)
     assert guest.touch(A, "w") is Outcome.VIRTUALISATION_EXCEPTION
+    assert guest.touch(A, "w") is Outcome.EVENT  # the guest has not done with the last
     assert guest.touch(A, "w", vcpu=1) is Outcome.EVENT  # has no page
     assert guest.touch(A, "r") is Outcome.DONE
 

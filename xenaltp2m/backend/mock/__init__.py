@@ -356,8 +356,10 @@ class MockBackend:
         """Forget a domain that is dead and that nobody holds on to."""
         held = any(mapping.domain is domain for mapping in self._mappings.values())
         if domain.dying and not held and self.machine.domains.get(domain.domid) is domain:
-            for table in (self.machine.domains, self._monitors, self._processors):
+            for table in (self.machine.domains, self._monitors):
                 table.pop(domain.domid, None)
+            for processor in self._processors.pop(domain.domid, []):
+                processor.close()
 
     def _monitor_of(self, domid: int) -> Monitor:
         monitor = self._monitors.get(domid)

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import functools
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xenaltp2m.abi.layouts import HVM_CPU
-from xenaltp2m.backend.mock.vcpu import CR0_PE, CR0_PG, REGISTERS, UD, Vcpu
+from xenaltp2m.backend.mock.vcpu import CR0_PE, CR0_PG, DB, REGISTERS, UD, Vcpu
 from xenaltp2m.backend.mock.x86 import (
     EFER_LMA,
     EFER_LME,
@@ -149,6 +148,7 @@ class Engine:
         self.uc.msr_write(_EFER, 0)
         self.uc.reg_write(x86.UC_X86_REG_CR4, 0)
         self.initial = self.uc.context_save()
+        self._places = self._find_places()
 
     # Memory.
 
@@ -187,7 +187,7 @@ class Engine:
     @property
     def _user(self) -> bool:
         """Whether the CPU is at privilege level 3; instructions change that while it runs."""
-        return bool(self._register(self._x86.UC_X86_REG_CS) & 3)
+        return self._register(self._x86.UC_X86_REG_CS) & 3 == 3
 
     def _register(self, register: int) -> int:
         """Read one of up to 64 bits; faster than what the package offers."""
@@ -226,7 +226,8 @@ class Engine:
             if self._pages_are_wrong:
                 self.forget_pages()
                 self._pages_are_wrong = False
-        self._broke_off = bool(limit) and (self._raised, self._interrupt) != (None, None)
+        faulted = self._raised is not None or self._interrupt not in (None, DB)
+        self._broke_off = bool(limit) and faulted
         if self._raised is not None:
             raise self._raised
         if self._no_code is not None:
@@ -253,10 +254,9 @@ class Engine:
 
     def new_state(self) -> State:
         """Return the state of a CPU that was reset, in protected mode."""
-        return State(self.initial, self._places())
+        return State(self.initial, self._places)
 
-    @functools.cache  # noqa: B019 - as long as the engine
-    def _places(self) -> Places:
+    def _find_places(self) -> Places:
         """Find where Unicorn keeps registers in what it saves of a CPU, by writing some."""
         uc, x86 = self.uc, self._x86
         marks = {"regs": x86.UC_X86_REG_RAX, "rip": x86.UC_X86_REG_RIP}
@@ -326,8 +326,9 @@ class Engine:
         vcpu.set_register("rflags", self._register(self._x86.UC_X86_REG_RFLAGS) & ~FLAG_RF)
 
     def save_tables(self, vcpu: Vcpu, state: State) -> None:
-        """Take back what only rare instructions change: descriptor tables, MSRs."""
+        """Take back what only rare instructions change: cr2, descriptor tables, MSRs."""
         uc, x86 = self.uc, self._x86
+        vcpu.set_register("cr2", self._register(x86.UC_X86_REG_CR2))
         if vcpu.register("msr_efer") & EFER_LMA:
             vcpu.set_register("shadow_gs", uc.msr_read(_SHADOW_GS))
         if not state.tables_changed():
@@ -489,7 +490,8 @@ class Core:
 
     def __init__(self, frames: Frames) -> None:
         self._frames = frames
-        hidden, self.scratch, self.marker, self.nothing = (self._frame() for _ in range(4))
+        self._own = [self._frame() for _ in range(4)]
+        hidden, self.scratch, self.marker, self.nothing = self._own
         """Frames of the core's own: segments, two for what leads nowhere, one for holes."""
         self.where: object = None
         """What the engine's pages depend on, as they were resolved."""
@@ -508,6 +510,11 @@ class Core:
         self._exits: dict[int, set[int]] = {}
         """By linear page."""
         self._set_exits()
+
+    def close(self) -> None:
+        """Give its frames back."""
+        while self._own:
+            self._frames.free(self._own.pop())
 
     def _frame(self) -> int:
         mfn = self._frames.allocate()
@@ -528,13 +535,24 @@ class Core:
         """Whether what is at a linear address may not be the core's to execute."""
         return address in self._exits.get(address // PAGE_SIZE, ())
 
-    def note_code(self, address: int, mfn: int, user: bool) -> None:
+    def has_code(self, mfn: int) -> bool:
+        """Whether a frame was executed: a write to it must be noted."""
+        return mfn in self._code
+
+    def note_write(self, mfn: int) -> None:
+        """A frame with code is about to be written to; where it is executed next is asked anew."""
+        self._frames.page(mfn)
+        self.engine.forget_pages()
+
+    def note_code(self, address: int, mfn: int) -> None:
         """Code in this frame is about to be executed at this linear page."""
         known = self._code.get(mfn)
         page = address // PAGE_SIZE
         if known is None:
+            self.engine.forget_pages()  # it may be writable at another address
+        if known is None or known[0] != self._frames.peek(mfn):
             content = bytes(self._frames.peek(mfn))
-            known = self._code[mfn] = content, frozenset(exiting_starts(content, user))
+            known = self._code[mfn] = content, frozenset(exiting_starts(content))
         wanted = {page * PAGE_SIZE + at for at in known[1]}
         exits = self._exits.setdefault(page, set())
         if not wanted <= exits:

@@ -8,6 +8,7 @@ Restates ``hvm_hap_nested_page_fault``, ``p2m_altp2m_get_or_propagate`` and
 from __future__ import annotations
 
 import enum
+import struct
 from typing import TypeVar
 
 from xenaltp2m.abi.vm_event import AccessFlag, Reason
@@ -28,7 +29,7 @@ from xenaltp2m.backend.mock.p2m import (
     access_rights,
     entry_rights,
 )
-from xenaltp2m.backend.mock.vcpu import Vcpu, Waits
+from xenaltp2m.backend.mock.vcpu import CR0_PE, Vcpu, Waits
 from xenaltp2m.types import PAGE_SIZE
 
 _T = TypeVar("_T")
@@ -44,6 +45,8 @@ AT_PAGE = AccessFlag.GLA_VALID | AccessFlag.FAULT_WITH_GLA
 _U64 = (1 << 64) - 1
 _ACCESS_RW = R | W
 _RETRIES = 8
+_VE_INFORMATION, _VE_BUSY = struct.Struct("<IIQQQH"), (1 << 32) - 1
+"""``ve_info_t`` (asm/hvm/vmx/vmx.h)."""
 _WRITES_EMULATED = frozenset({PageType.RAM_RO, PageType.GRANT_MAP_RO, PageType.IOREQ_SERVER})
 
 
@@ -94,13 +97,17 @@ def access(
     kind: str,
     linear: int | None = None,
     where: AccessFlag = AT_PAGE,
+    *,
+    delivers: bool = False,
 ) -> Waits[Outcome]:
     """One access of a page at a physical address; see :func:`touch`.
 
     ``linear`` is the linear address it is for, the same where paging is off; ``where`` tells
-    whether it is for the page itself or for a table on the way to it.
+    whether it is for the page itself or for a table on the way to it; ``delivers`` whether the CPU
+    is about to deliver an event.
     """
     domain = monitor.domain
+    linear = address if linear is None else linear & _U64
     gfn = address // PAGE_SIZE
     wanted = _KINDS[kind]
     for _ in range(_RETRIES):
@@ -119,6 +126,9 @@ def access(
         qualification = _QUALIFICATIONS[kind] | rights << _RIGHTS_SHIFT | _LINEAR_ADDRESS_VALID
         if where == AT_PAGE:
             qualification |= _FAULT_OF_LINEAR_ADDRESS
+        convertible = not (found.suppress_ve or misconfigured or delivers)
+        if convertible and _tell_guest(domain, vcpu, (qualification, linear, address)):
+            return Outcome.VIRTUALISATION_EXCEPTION
         if (yield from vm_exit(monitor, vcpu, reason, qualification)):
             return Outcome.EVENT
         outcome: Outcome | None
@@ -131,7 +141,7 @@ def access(
             _copy(domain, view, gfn, host)
             outcome = None
         elif wanted & ~access_rights(found.access):
-            fault = address, address if linear is None else linear, wanted | where
+            fault = address, linear, wanted | where
             outcome = yield from _violation(monitor, vcpu, view, table, found, fault)
         elif wanted & ~rights:
             outcome = _type_fault(domain, gfn, found.type, wanted)
@@ -142,6 +152,23 @@ def access(
         if vcpu.ring_blocked:
             return Outcome.EVENT  # tried again when the ring has room
     raise Livelock(f"gfn {gfn:#x}: the vCPU faults for ever")
+
+
+def _tell_guest(domain: Domain, vcpu: Vcpu, about: tuple[int, int, int]) -> bool:
+    """Fill the #VE page, unless the CPU leaves guest mode all the same.
+
+    SDM 3C, Convertible EPT Violations: it does in real mode, and while the page is in use.
+    ``about`` is exit qualification, linear and physical address.
+    """
+    if vcpu.veinfo is None or not vcpu.register("cr0") & CR0_PE:
+        return False
+    frames = domain.machine.frames
+    _, busy, *_ = _VE_INFORMATION.unpack_from(frames.peek(vcpu.veinfo))
+    if busy:
+        return False
+    page = frames.page(vcpu.veinfo)
+    _VE_INFORMATION.pack_into(page, 0, _EPT_VIOLATION, _VE_BUSY, *about, vcpu.view)
+    return True
 
 
 def vm_exit(monitor: Monitor, vcpu: Vcpu, reason: int, qualification: int = 0) -> Waits[bool]:
@@ -204,8 +231,6 @@ def _violation(
     domain = monitor.domain
     address, linear, flags = fault
     gfn, offset = divmod(address, PAGE_SIZE)
-    if view is not None and not found.suppress_ve and vcpu.veinfo is not None:
-        return Outcome.VIRTUALISATION_EXCEPTION
 
     def rewrite(access: int) -> None:
         if found.mfn != INVALID_MFN:
@@ -222,7 +247,7 @@ def _violation(
         fields = {
             "mem_access.gfn": gfn,
             "mem_access.offset": offset,
-            "mem_access.gla": linear & _U64,
+            "mem_access.gla": linear,
             "mem_access.flags": flags,
         }
         paused = yield from monitor.traps(vcpu, Reason.MEM_ACCESS, fields, sync=not promoted)

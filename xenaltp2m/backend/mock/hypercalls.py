@@ -9,10 +9,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from errno import EEXIST, EINVAL, ENOENT, ENOSYS, EOPNOTSUPP, EPERM
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 from xenaltp2m.abi.vm_event import Reason
-from xenaltp2m.backend.mock.machine import Refused
+from xenaltp2m.backend.mock.machine import Domain, Refused
 from xenaltp2m.backend.mock.monitor import Monitor
 from xenaltp2m.backend.mock.vcpu import DR6_DEFAULT, Vcpu, Waits
 from xenaltp2m.types import Altp2mMode
@@ -38,7 +38,8 @@ _SEGMENTS = ("cs", "ds", "ss", "es", "tr")
 _FLAT_CODE_64, _FLAT_DATA, _TSS = 0xA9B, 0xC93, 0x8B
 _ALTP2M_OP = struct.Struct("<IIHHI")
 _ALTP2M_VERSION = 1
-_ENABLE_NOTIFY = 3
+_ALTP2M_ARGUMENTS = 64
+_SET_STATE, _ENABLE_NOTIFY = 2, 3
 
 
 class Caller(Protocol):
@@ -55,11 +56,11 @@ class Caller(Protocol):
     def privilege(self) -> int:
         """The current privilege level."""
 
-    def peek(self, linear: int, size: int) -> bytes:
-        """Read the guest's memory."""
+    def copy_from(self, linear: int, size: int) -> bytes:
+        """Read the guest's memory; EFAULT where there is none."""
 
-    def poke(self, linear: int, data: bytes) -> None:
-        """Write the guest's memory."""
+    def copy_to(self, linear: int, data: bytes) -> None:
+        """Write the guest's memory; EFAULT where there is none."""
 
 
 def hypercall(caller: Caller) -> Waits[None]:
@@ -91,7 +92,7 @@ def _dispatch(caller: Caller, number: int, command: int, second: int, third: int
     domain = caller.monitor.domain
     if number == _SCHED_OP:
         if command == _SHUTDOWN:
-            domain.shut_down(int.from_bytes(caller.peek(second, 4), "little"))
+            domain.shut_down(int.from_bytes(caller.copy_from(second, 4), "little"))
             return 0
         # Nothing happens here that could be waited for: who blocks yields.
         return 0 if command in (_YIELD, _BLOCK, _POLL) else -ENOSYS
@@ -115,7 +116,7 @@ def _vcpu_op(caller: Caller, command: int, number: int, pointer: int) -> int:
     if command == _INITIALISE:
         if target.initialised:
             return -EEXIST
-        _initialise(target, caller.peek(pointer, 8 + _CONTEXT_32.size + 6))
+        _initialise(target, caller.copy_from(pointer, 8 + _CONTEXT_32.size + 6))
         return 0
     if command == _UP:
         if not target.initialised:
@@ -160,49 +161,82 @@ def _initialise(vcpu: Vcpu, raw: bytes) -> None:
 
 def _get_param(caller: Caller, pointer: int) -> int:
     """``HVMOP_get_param``: struct xen_hvm_param."""
-    domid, index = struct.unpack("<HxxI", caller.peek(pointer, 8))
+    domid, index = struct.unpack("<HxxI", caller.copy_from(pointer, 8))
     if domid != _SELF:
         return -EPERM
     value = caller.monitor.domain.get_param(index)
-    caller.poke(pointer + 8, value.to_bytes(8, "little"))
+    caller.copy_to(pointer + 8, value.to_bytes(8, "little"))
     return 0
 
 
+class _Operation(NamedTuple):
+    """One of altp2m's: how its arguments lie, which of them must be 0, what it answers where."""
+
+    shape: str
+    call: Callable[..., Any]
+    padding: tuple[int, ...] = ()
+    answer: str = ""
+    answer_at: int = 0
+
+
+_ALTP2M_OPERATIONS = {
+    1: _Operation("<", lambda domain: domain.active, answer="<B"),
+    2: _Operation("<B", lambda domain, state: domain.set_active(bool(state))),
+    _ENABLE_NOTIFY: _Operation("<IIQ", Domain.enable_notify, (1,)),
+    4: _Operation("<2xH", Domain.create_view, answer="<H"),
+    5: _Operation("<H", Domain.destroy_view),
+    6: _Operation("<H", Domain.switch_to_view),
+    7: _Operation(
+        "<HHIQ", lambda domain, view, access, gfn: domain.set_mem_access(view, gfn, access), (2,)
+    ),
+    8: _Operation("<HHIQQ", Domain.change_gfn, (1, 2)),
+    10: _Operation(
+        "<HBBIQ",
+        lambda domain, view, suppress, gfn: domain.set_suppress_ve(view, gfn, bool(suppress)),
+        (2, 3),
+    ),
+    11: _Operation("<HxBIQ", Domain.get_suppress_ve, (1, 2), "<B", 2),
+    12: _Operation("<HxxIQ", Domain.get_mem_access, (1,), "<H", 2),
+    13: _Operation("<I", Domain.disable_notify),
+    14: _Operation("<I", Domain.vcpu_view, answer="<H", answer_at=4),
+    16: _Operation(
+        "<HBB", lambda domain, view, visible: domain.set_visibility(view, bool(visible)), (2,)
+    ),
+}
+"""By ``HVMOP_altp2m_*``."""
+_LEFT_OUT = {9, 15}
+"""Those on many gfns, which guests here do without."""
+
+
 def _altp2m_op(caller: Caller, pointer: int) -> int:
-    """``do_altp2m_op`` for the guest itself, as its mode allows (``xsm_hvm_altp2mhvm_op``)."""
-    version, command, domid, _, _ = _ALTP2M_OP.unpack(caller.peek(pointer, _ALTP2M_OP.size))
-    if version != _ALTP2M_VERSION or domid != _SELF:
-        return -EINVAL
+    """``do_altp2m_op``, of a guest."""
     domain = caller.monitor.domain
-    body = pointer + _ALTP2M_OP.size
-    operations: dict[int, tuple[str, Callable[..., object]]] = {
-        2: ("<B", lambda state: domain.set_active(bool(state))),
-        _ENABLE_NOTIFY: ("<IIQ", lambda number, _, gfn: domain.enable_notify(number, gfn)),
-        5: ("<H", domain.destroy_view),
-        6: ("<H", domain.switch_to_view),
-        7: ("<HHIQ", lambda view, access, _, gfn: domain.set_mem_access(view, gfn, access)),
-        8: ("<HHIQQ", lambda view, _, __, old, new: domain.change_gfn(view, old, new)),
-        10: (
-            "<HBBIQ",
-            lambda view, suppress, _, __, gfn: domain.set_suppress_ve(view, gfn, bool(suppress)),
-        ),
-    }
-    if command not in (1, 4) and command not in operations:
-        return -ENOSYS
-    permitted = domain.mode == Altp2mMode.MIXED or (
-        domain.mode == Altp2mMode.LIMITED and command == _ENABLE_NOTIFY
-    )
-    if not permitted:
-        return -EPERM
-    if command not in (1, 2) and not domain.active:
+    if not domain.machine.altp2m_supported:
         return -EOPNOTSUPP
-    if command == 1:
-        caller.poke(body, bytes([domain.active]))
-        return 0
-    if command == 4:
-        [_, access] = struct.unpack("<HH", caller.peek(body, 4))
-        caller.poke(body, domain.create_view(access).to_bytes(2, "little"))
-        return 0
-    shape, operation = operations[command]
-    operation(*struct.unpack(shape, caller.peek(body, struct.calcsize(shape))))
+    raw = caller.copy_from(pointer, _ALTP2M_OP.size + _ALTP2M_ARGUMENTS)
+    version, command, domid, *padding = _ALTP2M_OP.unpack_from(raw)
+    if any(padding) or version != _ALTP2M_VERSION:
+        return -EINVAL
+    operation = _ALTP2M_OPERATIONS.get(command)
+    if operation is None:
+        return -ENOSYS if command in _LEFT_OUT else -EOPNOTSUPP
+    target = domain if domid == _SELF else domain.machine.domain(domid)
+    if not target.hvm or (command > _SET_STATE and not target.active):
+        return -EOPNOTSUPP
+    if target.mode == Altp2mMode.DISABLED:
+        return -EINVAL
+    if not target.views:
+        return -EOPNOTSUPP
+    mixed = target.mode == Altp2mMode.MIXED
+    limited = target.mode == Altp2mMode.LIMITED and command == _ENABLE_NOTIFY
+    if target is not domain or not (mixed or limited):  # xsm_hvm_altp2mhvm_op
+        return -EPERM
+    values = struct.unpack_from(operation.shape, raw, _ALTP2M_OP.size)
+    if any(values[at] for at in operation.padding):
+        return -EINVAL
+    arguments = [value for at, value in enumerate(values) if at not in operation.padding]
+    answer = operation.call(target, *arguments)
+    if operation.answer:
+        place = pointer + _ALTP2M_OP.size + operation.answer_at
+        caller.copy_to(place, struct.pack(operation.answer, answer))
     return 0

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from elftools.common.exceptions import ELFError
+from elftools.construct import ConstructError
 from elftools.elf.elffile import ELFFile
 
 from xenaltp2m.abi.layouts import HVM_CPU
@@ -44,7 +45,7 @@ def load(domain: Domain, content: bytes, name: str) -> None:
     """
     try:
         entry, end = _load_segments(domain, ELFFile(io.BytesIO(content)))
-    except (ELFError, ValueError, struct.error, UnicodeDecodeError) as error:
+    except (ELFError, ConstructError, ValueError, struct.error, UnicodeDecodeError) as error:
         raise InvalidArgumentError(
             f"{name} is not an ELF image that can be read: {error}"
         ) from None

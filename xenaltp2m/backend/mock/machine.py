@@ -117,6 +117,10 @@ class Frames:
             self._released[mfn] = owner
             return
         owner.pages -= 1
+        self.free(mfn)
+
+    def free(self, mfn: int) -> None:
+        """Take back a frame that nobody else knows of."""
         self.page(mfn)[:] = bytes(PAGE_SIZE)
         self._free.append(mfn)
 
@@ -457,6 +461,8 @@ class Domain:
         self.m2p.clear()
         for mfn in held:
             self.machine.frames.release(mfn, self)
+        while self.special_frames:
+            self.machine.frames.free(self.special_frames.pop())
 
     # altp2m. Arguments are those of the hypercall; the gate has been passed.
 
@@ -497,6 +503,7 @@ class Domain:
         self.active = False
         for vcpu in self.vcpus:
             vcpu.view = INVALID_VIEW
+            vcpu.vm_functions = False
             self._forget_veinfo(vcpu)
         for view in self.views:
             view.reset()
@@ -711,6 +718,7 @@ class Domain:
         ):
             raise Refused(EINVAL)
         vcpu.veinfo = found.mfn
+        vcpu.vm_functions = True  # vmx_vcpu_update_vmfunc_ve; disabling leaves it on
         self.machine.frames.pin(found.mfn)
 
     def disable_notify(self, number: int) -> None:

@@ -42,8 +42,9 @@ from xenaltp2m.backend.mock.vcpu import (
 from xenaltp2m.types import PAGE_SIZE
 
 # EXIT_REASON_* (asm/hvm/vmx/vmx.h).
-_EXCEPTION, _CPUID, EXIT_HLT, EXIT_VMCALL, _CR_ACCESS, _IO, _MSR_WRITE = 0, 10, 12, 18, 28, 30, 32
-_MONITOR_TRAP, _GDTR_OR_IDTR, _LDTR_OR_TR, _XSETBV = 37, 46, 47, 55
+_EXCEPTION, _CPUID, EXIT_HLT, EXIT_VMCALL, _CR_ACCESS, _IO = 0, 10, 12, 18, 28, 30
+EXIT_MSR_READ, _MSR_WRITE = 31, 32
+_MONITOR_TRAP, _GDTR_OR_IDTR, _LDTR_OR_TR, _XSETBV, EXIT_VMFUNC = 37, 46, 47, 55, 59
 
 _SLICE = 1000
 """Instructions of machine code in a turn, at most."""
@@ -56,7 +57,7 @@ _CR4_BITS = 0x770FFF & ~(1 << 12)
 _CR4_HOST_MASK = ~_CR4_BITS | 1 << 5 | 1 << 6 | 1 << 13 | 1 << 4 | 1 << 20 | 1 << 21 | 1 << 22
 """Which bits exit (``vmx_update_guest_cr``): PAE, MCE, VMXE, PKE, and while paging is off PSE,
 SMEP and SMAP; and all that the guest may not set."""
-_DR6_STEP = 1 << 14
+DR6_STEP = 1 << 14
 
 _MSR_REGISTERS = {
     0x10: "tsc", 0x174: "sysenter_cs", 0x175: "sysenter_esp", 0x176: "sysenter_eip",
@@ -64,7 +65,7 @@ _MSR_REGISTERS = {
     0xC0000083: "msr_cstar", 0xC0000084: "msr_syscall_mask", 0xC0000100: "fs_base",
     0xC0000101: "gs_base", 0xC0000102: "shadow_gs", 0xC0000103: "msr_tsc_aux",
 }  # fmt: skip
-_DIRECT_MSRS = {0x174, 0x175, 0x176, 0x277, 0xC0000100, 0xC0000101, 0xC0000102}
+DIRECT_MSRS = {0x174, 0x175, 0x176, 0x277, 0xC0000100, 0xC0000101, 0xC0000102}
 """Written without an exit until they are monitored (``construct_vmcs``)."""
 
 
@@ -169,6 +170,9 @@ class Processor(ABC):
 
     monitor: Monitor
     vcpu: Vcpu
+
+    def close(self) -> None:  # noqa: B027 - most have nothing
+        """Give back what it took; it executes nothing any more."""
 
     @property
     def written(self) -> bytes:
@@ -321,8 +325,11 @@ class Processor(ABC):
         return Done.HELD
 
     def _breakpoint(self) -> Waits[Done]:
-        """``X86_EXC_BP`` in ``vmx_vmexit_handler``."""
+        """``X86_EXC_BP`` in ``vmx_vmexit_handler``, where it exits (``vmx_do_resume``)."""
         vcpu, monitor = self.vcpu, self.monitor
+        trap = Trap(BP, SOFTWARE_EXCEPTION, NO_ERROR_CODE, 1, 0)
+        if not monitor.switches.keys() & {"software_breakpoint", "singlestep"}:
+            return (yield from self._deliver_natively(trap))
         if (yield from vm_exit(monitor, vcpu, _EXCEPTION)):
             return Done.HELD
         sent = False
@@ -334,8 +341,13 @@ class Processor(ABC):
             }
             sent = yield from monitor.traps(vcpu, Reason.SOFTWARE_BREAKPOINT, fields)
         if not sent:
-            vcpu.raise_trap(Trap(BP, SOFTWARE_EXCEPTION, NO_ERROR_CODE, 1, 0))
+            vcpu.raise_trap(trap)
         return Done.HELD
+
+    def _deliver_natively(self, trap: Trap) -> Waits[Done]:
+        """Deliver what the CPU raises, or have it delivered when memory that it needs is there."""
+        self.vcpu.raise_trap(trap)
+        return Done.NATIVE if (yield from self._deliver(trap)) else Done.HELD
 
     def _apply(self, effect: Effect | None, length: int) -> Waits[Done]:
         """The effect of the instruction at rip, and Xen's part in it."""
@@ -350,7 +362,7 @@ class Processor(ABC):
             case WriteControlRegister(index, value):
                 done = yield from self._move_to_control_register(index, value)
             case WriteMsr(msr, value):
-                if msr in _DIRECT_MSRS - monitor.intercepted_msrs:
+                if msr in DIRECT_MSRS - monitor.intercepted_msrs:
                     self._write_msr(msr, value)
                     done = Done.NATIVE
                 elif (yield from vm_exit(monitor, vcpu, _MSR_WRITE)):
@@ -565,12 +577,13 @@ class Processor(ABC):
         vcpu, monitor = self.vcpu, self.monitor
         traps = kind == HARDWARE_EXCEPTION
         if traps:
-            self._advance(length)
+            if length:
+                self._advance(length)
             length = 0
         done = Done.EXITED if traps else Done.HELD  # INT1 comes again, a trap does not
-        if (yield from vm_exit(monitor, vcpu, _EXCEPTION, _DR6_STEP if traps else 0)):
+        if (yield from vm_exit(monitor, vcpu, _EXCEPTION, DR6_STEP if traps else 0)):
             return done
-        vcpu.set_register("dr6", DR6_DEFAULT | (_DR6_STEP if traps else 0))
+        vcpu.set_register("dr6", DR6_DEFAULT | (DR6_STEP if traps else 0))
         options = monitor.switches.get("debug_exceptions")
         sent = False
         if options is not None:

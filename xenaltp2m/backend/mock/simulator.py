@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from errno import EFAULT
 from typing import Any, NamedTuple
 
 from xenaltp2m.abi.vm_event import AccessFlag, Flag, Reason
@@ -29,12 +30,16 @@ from xenaltp2m.backend.mock.core import (
 )
 from xenaltp2m.backend.mock.guest import AT_PAGE, Outcome, access, vm_exit
 from xenaltp2m.backend.mock.hypercalls import hypercall
-from xenaltp2m.backend.mock.machine import SHUTDOWN_POWEROFF, SHUTDOWN_REBOOT
+from xenaltp2m.backend.mock.machine import SHUTDOWN_POWEROFF, SHUTDOWN_REBOOT, Refused
 from xenaltp2m.backend.mock.monitor import CR0, CR3, CR4, XCR0, Monitor
 from xenaltp2m.backend.mock.p2m import R, W, X, entry_rights
 from xenaltp2m.backend.mock.processor import (
+    DIRECT_MSRS,
+    DR6_STEP,
     EXIT_HLT,
+    EXIT_MSR_READ,
     EXIT_VMCALL,
+    EXIT_VMFUNC,
     WRITES_DROPPED,
     Cpuid,
     DebugException,
@@ -59,6 +64,8 @@ from xenaltp2m.backend.mock.vcpu import (
     GP,
     HARDWARE_EXCEPTION,
     NO_ERROR_CODE,
+    NP,
+    OF,
     PF,
     SOFTWARE_EXCEPTION,
     SOFTWARE_INTERRUPT,
@@ -74,6 +81,7 @@ from xenaltp2m.backend.mock.x86 import (
     FLAG_AC,
     FLAG_IF,
     FLAG_NT,
+    FLAG_OF,
     FLAG_RF,
     FLAG_TF,
     FLAG_VM,
@@ -95,9 +103,12 @@ _IRET, _EMULATED_PREFIXES = b"\xcf", b"\x48\x66"
 _PAGE_OF_32_BITS = _U32 & ~(PAGE_SIZE - 1)
 _LONG, _BIG = 1 << 9, 1 << 10
 _INT3, _INT_N, _INTO, _ICEBP = 0xCC, 0xCD, 0xCE, 0xF1
+_RDMSR, _EFER = 0x0F32, 0xC0000080
 _DEBUG_PORT = 0xE9
 _IN_WALK = AccessFlag.GLA_VALID | AccessFlag.FAULT_IN_GPT
 _INSTRUCTION_BYTES = 15
+_VM_FUNCTIONS = 64
+"""From here on they raise #UD without an exit."""
 _GENERAL = (
     "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
     "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
@@ -156,6 +167,9 @@ class MachineCode(Processor):
         self._state = self.core.engine.new_state()
         self._loaded = bytes(len(self.vcpu.context))
 
+    def close(self) -> None:
+        self.core.close()
+
     @property
     def written(self) -> bytes:
         """What the domain wrote to port 0xe9."""
@@ -189,7 +203,7 @@ class MachineCode(Processor):
     def _gfn(self) -> int:
         """``gfn_of_rip``: by a walk that no view restricts."""
         try:
-            return self._walk_freely(self._linear_rip, "x") // PAGE_SIZE
+            return self._walk_freely(self._linear_rip, "x", self.privilege == 3) // PAGE_SIZE
         except Fault:
             return (1 << 64) - 1
 
@@ -204,6 +218,7 @@ class MachineCode(Processor):
             register("msr_efer"),
             user,
             alignment_check=bool(register("rflags") & FLAG_AC),
+            physical_bits=self.monitor.domain.machine.physical_address_bits,
         )
 
     def _check(
@@ -236,12 +251,16 @@ class MachineCode(Processor):
         if self._paged:
             physical, allowed = self._paging(user).translate(linear, kind, load, store)
         mfn, rights = self._check(physical, kind, linear, kind, AT_PAGE)
-        if kind == "x":
-            self.core.note_code(linear, mfn, user)
         granted = "".join(right for right in allowed if rights & _RIGHTS[right])
-        if kind != "x":
-            granted = granted.replace("x", "")
-        return Place(mfn, granted)
+        if kind == "x":
+            self.core.note_code(linear, mfn)
+            return Place(mfn, granted.replace("w", ""))
+        if self.core.has_code(mfn):
+            if kind == "w":
+                self.core.note_write(mfn)
+            else:
+                granted = granted.replace("w", "")
+        return Place(mfn, granted.replace("x", ""))
 
     def _walk_freely(self, linear: int, kind: str, user: bool = False) -> int:
         """Translate without the view's restrictions and without leaving marks; a Fault if none."""
@@ -256,27 +275,37 @@ class MachineCode(Processor):
         page, _ = paging.translate(linear, kind, load, lambda *_: None)
         return page + linear % PAGE_SIZE
 
-    def peek(self, linear: int, size: int) -> bytes:
-        """Read linear memory for the simulator itself; zeros where there is none."""
+    def copy_from(self, linear: int, size: int) -> bytes:
+        """``copy_from_guest``: what the host p2m has, whatever the view."""
         found = b""
         for start in pages(linear, size):
             count = min(PAGE_SIZE - start % PAGE_SIZE, linear + size - start)
-            try:
-                physical = self._walk_freely(start, "r")
-            except Fault:
-                found += bytes(count)
-                continue
-            frame = self._frame(self._find_in_view(physical // PAGE_SIZE))
-            found += frame[physical % PAGE_SIZE :][:count]
+            found += self._bytes_in_host(self._argument(start, "r"), count)
         return found
 
-    def poke(self, linear: int, data: bytes) -> None:
-        """Write linear memory for the hypervisor; dropped where there is none."""
+    def copy_to(self, linear: int, data: bytes) -> None:
+        """``copy_to_guest``."""
         at = 0
         for start in pages(linear, len(data)):
             count = min(PAGE_SIZE - start % PAGE_SIZE, len(data) - at)
-            self._store_in_host(self._walk_freely(start, "w"), data[at : at + count])
+            self._store_in_host(self._argument(start, "w"), data[at : at + count])
             at += count
+
+    def _argument(self, linear: int, kind: str) -> int:
+        """Translate an address that the guest gave to Xen."""
+        try:
+            physical = self._walk_freely(linear, kind)
+        except Fault:
+            raise Refused(EFAULT) from None
+        if not self.monitor.domain.host_lookup(physical // PAGE_SIZE, populate=True).valid:
+            raise Refused(EFAULT)
+        return physical
+
+    def _fetch(self, linear: int) -> bytes:
+        """Fetch as many bytes as an instruction may have, up to the page's end."""
+        mfn, _ = self._resolve(linear, "x", self.privilege == 3)
+        at = linear % PAGE_SIZE
+        return bytes(self.monitor.domain.machine.frames.peek(mfn)[at : at + _INSTRUCTION_BYTES])
 
     def _read(self, linear: int, size: int) -> bytes:
         """Read linear memory as the CPU does for itself, as a supervisor."""
@@ -350,13 +379,26 @@ class MachineCode(Processor):
             if self._paged:
                 core.where = None  # it may have changed what the other engine has cached
 
+    def _step_once(self) -> Fault | SoftwareInterrupt | None:
+        """One instruction, or one repetition (SDM 3C, Monitor Trap Flag)."""
+        register = self.vcpu.register
+        rip, count = register("rip"), register("rcx")
+        stopped = self._step_engine(self._resolve)
+        mask = -1 if self.long else _U32
+        was_last = register("rip") == rip and count & mask == 1 and not register("rcx") & mask
+        if stopped is None and was_last:  # Unicorn goes on when it comes to the next, only
+            stopped = self._step_engine(self._resolve)
+        return stopped
+
     def _execute(self, limit: int) -> Waits[tuple[Done, int]]:
         try:
+            if self.vcpu.monitor_trap_flag:  # the engine for that does not stop where it exits
+                self._fetch(self._linear_rip)
             if self.core.exits_at(self._linear_rip):
                 done = yield from self._execute_exiting()
                 return done, int(done is not Done.HELD)
             if self.vcpu.monitor_trap_flag:
-                stopped = self._step_engine(self._resolve)
+                stopped = self._step_once()
             else:
                 try:
                     stopped = self._run_engine(limit)
@@ -394,7 +436,7 @@ class MachineCode(Processor):
                 completed = yield from self._emulate_here(Flag(0), b"", answered=False)
                 return Done.EXITED if completed else Done.HELD
         if outcome is Outcome.VIRTUALISATION_EXCEPTION:
-            self._fault(VE)
+            return (yield from self._raise(Fault(VE)))
         return Done.HELD
 
     def _fault_like(self) -> None:
@@ -437,11 +479,10 @@ class MachineCode(Processor):
         trap = Trap(fault.vector, HARDWARE_EXCEPTION, code, 0, fault.address)
         if fault.vector == UD and self._has_breakpoint():
             return (yield from self._breakpoint())
-        delivered = yield from self._deliver_or_keep(trap)
-        return Done.NATIVE if delivered else Done.HELD
+        return (yield from self._deliver_natively(trap))
 
     def _has_breakpoint(self) -> bool:
-        return self.peek(self._linear_rip, 1)[0] == _INT3
+        return self._fetch(self._linear_rip)[0] == _INT3
 
     def _interrupted(self, vector: int) -> Waits[Done]:
         """Unicorn tells of exceptions, with rip at the instruction."""
@@ -451,11 +492,6 @@ class MachineCode(Processor):
 
     def _apply_trap_flag(self) -> Waits[Done]:
         return (yield from self._debug_exception(HARDWARE_EXCEPTION, 0))
-
-    def _deliver_or_keep(self, trap: Trap) -> Waits[bool]:
-        """Deliver it, or have it delivered when memory that the delivery needs is there."""
-        self.vcpu.raise_trap(trap)
-        return (yield from self._deliver(trap))
 
     def _deliver(self, trap: Trap) -> Waits[bool]:
         vcpu = self.vcpu
@@ -470,7 +506,13 @@ class MachineCode(Processor):
                     physical |= denied.linear % PAGE_SIZE
                 self._fault_like()
                 outcome = yield from access(
-                    self.monitor, vcpu, physical, denied.kind, denied.linear, denied.flags
+                    self.monitor,
+                    vcpu,
+                    physical,
+                    denied.kind,
+                    denied.linear,
+                    denied.flags,
+                    delivers=True,
                 )
                 if outcome is not Outcome.DONE:
                     return False
@@ -508,8 +550,10 @@ class MachineCode(Processor):
             raise Fault(GP, gate.selector & ~3 | external)
         raw = self._read(register("gdtr_base") + (gate.selector & ~7), 8)
         code = segment_of(int.from_bytes(raw, "little"))
-        if code.privilege > self.privilege or not code.attributes & 0x80:
+        if not code.is_code or code.privilege > self.privilege or (long and not code.is_64_bit):
             raise Fault(GP, gate.selector & ~3 | external)
+        if not code.is_present:
+            raise Fault(NP, gate.selector & ~3 | external)
         inner = code.privilege if not code.attributes & 4 else self.privilege
         stack, stack_selector, top = segment_in(vcpu, "ss"), register("ss_sel"), register("rsp")
         changes = inner < self.privilege
@@ -554,22 +598,33 @@ class MachineCode(Processor):
 
     # Instructions that exit.
 
-    def _advance(self, length: int) -> None:
+    def _go_behind(self, length: int) -> None:
         rip = self.vcpu.register("rip") + length
         self.vcpu.set_register("rip", rip if self.long else rip & _U32)
         self.vcpu.set_register("rflags", self.vcpu.register("rflags") & ~FLAG_RF)
 
+    def _advance(self, length: int) -> None:
+        vcpu = self.vcpu
+        self._go_behind(length)
+        if vcpu.register("rflags") & FLAG_TF:  # vmx_inject_event sets dr6, too
+            vcpu.set_register("dr6", vcpu.register("dr6") | DR6_STEP)
+            vcpu.raise_trap(Trap(DB, HARDWARE_EXCEPTION, NO_ERROR_CODE, 0, 0))
+
+    def _complete(self, length: int) -> Waits[Done]:
+        """The CPU itself completes the instruction at rip."""
+        self._go_behind(length)
+        if self.vcpu.register("rflags") & FLAG_TF:
+            return (yield from self._apply_trap_flag())
+        return Done.NATIVE
+
     def _execute_exiting(self) -> Waits[Done]:
         """An instruction that the core must not execute alone, or bytes that look like one."""
         linear = self._linear_rip
-        for start in pages(linear, 1):
-            self._resolve(start, "x", self.privilege == 3)
         room = PAGE_SIZE - linear % PAGE_SIZE
-        code = self.peek(linear, min(_INSTRUCTION_BYTES, room))
+        code = self._fetch(linear)
         found = self._decode(code)
         if found is None and room < _INSTRUCTION_BYTES:
-            self._resolve(linear + room, "x", self.privilege == 3)
-            found = self._decode(self.peek(linear, _INSTRUCTION_BYTES))
+            found = self._decode(code + self._fetch(linear + room))
         if found is None:
             return (yield from self._execute_alone())
         return (yield from self._dispatch(found))
@@ -594,13 +649,15 @@ class MachineCode(Processor):
         if opcode == _INT_N:
             return (yield from self._software_interrupt(found.immediate, length))
         if opcode == _INTO:
-            return (yield from self._execute_alone())
+            return (yield from self._check_overflow(length))
         if self.privilege and is_privileged(opcode, found.modrm):
             return (yield from self._raise(Fault(GP, 0)))
         if opcode == 0x0F01 and found.modrm == 0xC1:
             return (yield from self._vmcall(length))
         if opcode == 0x0F01 and found.modrm == 0xD4:
             return (yield from self._vmfunc(length))
+        if opcode == _RDMSR:
+            return (yield from self._read_msr_at_rip(length))
         effect = self._effect(found)
         if effect is None:
             return (yield from self._execute_alone())
@@ -614,7 +671,9 @@ class MachineCode(Processor):
         done = yield from self._apply(effect, length)
         if isinstance(effect, DescriptorAccess) and done is Done.NATIVE:
             return (yield from self._execute_alone())
-        if done is not Done.HELD and not moves_itself(effect):
+        if done is Done.NATIVE:
+            return (yield from self._complete(length))
+        if done is Done.EXITED and not moves_itself(effect):
             self._advance(length)
         return done
 
@@ -669,6 +728,21 @@ class MachineCode(Processor):
             values["rcx"] = self.vcpu.register("msr_tsc_aux") & _U32
         return SetRegisters(values)
 
+    def _read_msr_at_rip(self, length: int) -> Waits[Done]:
+        msr = self.vcpu.register("rcx") & _U32
+        if msr in DIRECT_MSRS or msr == _EFER:  # construct_vmcs, vmx_update_guest_efer
+            self._load_msr(msr)
+            return (yield from self._complete(length))
+        if (yield from vm_exit(self.monitor, self.vcpu, EXIT_MSR_READ)):
+            return Done.HELD
+        self._load_msr(msr)
+        self._advance(length)
+        return Done.EXITED
+
+    def _load_msr(self, msr: int) -> None:
+        value = self._read_msr(msr)
+        self._set_registers({"rax": value & _U32, "rdx": value >> 32})
+
     def _cpuid(self, leaf: int) -> tuple[int, int, int, int]:
         return _CPUID.get(leaf, (0, 0, 0, 0))
 
@@ -693,15 +767,18 @@ class MachineCode(Processor):
         elif effect.port == _DEBUG_PORT:
             self.console.append(effect.value & 0xFF)
 
+    def _check_overflow(self, length: int) -> Waits[Done]:
+        """INTO."""
+        if self.long:
+            return (yield from self._raise(Fault(UD)))
+        if not self.vcpu.register("rflags") & FLAG_OF:
+            return (yield from self._complete(length))
+        trap = Trap(OF, SOFTWARE_EXCEPTION, NO_ERROR_CODE, length, 0)
+        return (yield from self._deliver_natively(trap))
+
     def _software_interrupt(self, vector: int, length: int) -> Waits[Done]:
         trap = Trap(vector, SOFTWARE_INTERRUPT, NO_ERROR_CODE, length, 0)
-        delivered = yield from self._deliver_native(trap)
-        return Done.NATIVE if delivered else Done.HELD
-
-    def _deliver_native(self, trap: Trap) -> Waits[bool]:
-        """Deliver what comes again if it cannot be delivered now."""
-        delivered = yield from self._deliver_or_keep(trap)
-        return delivered
+        return (yield from self._deliver_natively(trap))
 
     def _vmcall(self, length: int) -> Waits[Done]:
         if (yield from vm_exit(self.monitor, self.vcpu, EXIT_VMCALL)):
@@ -712,21 +789,17 @@ class MachineCode(Processor):
         return Done.EXITED
 
     def _vmfunc(self, length: int) -> Waits[Done]:
-        """EPTP switching (``vmx_vmfunc_intercept``, ``p2m_switch_vcpu_altp2m_by_id``)."""
-        domain, vcpu = self.monitor.domain, self.vcpu
-        index = vcpu.register("rcx") & _U32
-        usable = (
-            vcpu.veinfo is not None
-            and not vcpu.register("rax") & _U32
-            and index < len(domain.views)
-            and domain.views[index].exists
-            and domain.views[index].visible
-        )
-        if not usable:
+        """SDM 3C, VM Functions: the one there is switches views; ``vmx_vmfunc_intercept``."""
+        views, vcpu = self.monitor.domain.views, self.vcpu
+        function, view = vcpu.register("rax") & _U32, vcpu.register("rcx") & _U32
+        if not vcpu.vm_functions or function >= _VM_FUNCTIONS:
             return (yield from self._raise(Fault(UD)))
-        domain.switch_vcpu(vcpu, index)
-        self._advance(length)
-        return Done.NATIVE
+        if function or view >= len(views) or not views[view].visible:
+            if not (yield from vm_exit(self.monitor, vcpu, EXIT_VMFUNC)):
+                self._fault(UD)
+            return Done.HELD
+        vcpu.view = view
+        return (yield from self._complete(length))
 
     def _set_control_register(self, index: int, value: int) -> None:
         super()._set_control_register(index, value)
@@ -736,7 +809,7 @@ class MachineCode(Processor):
             self.vcpu.set_register("msr_efer", efer | EFER_LMA if paged else efer & ~EFER_LMA)
 
     def _write_msr(self, msr: int, value: int) -> None:
-        if msr == 0xC0000080:
+        if msr == _EFER:
             value = value & ~EFER_LMA | self.vcpu.register("msr_efer") & EFER_LMA
         super()._write_msr(msr, value)
 
@@ -763,7 +836,10 @@ class MachineCode(Processor):
             trap = Trap(found.immediate, SOFTWARE_INTERRUPT, NO_ERROR_CODE, found.length, 0)
             vcpu.raise_trap(trap)
             return False
-        if found is not None and found.opcode == 0x0F01 and found.modrm in (0xC1, 0xD4):
+        if found is not None and (found.opcode, found.modrm) == (0x0F01, 0xD4):
+            self._fault(UD)  # vmx_vcpu_emulate_vmfunc, where the CPU has it
+            return False
+        if found is not None and (found.opcode, found.modrm) == (0x0F01, 0xC1):
             if not answered:
                 return False
             if "emul_unimplemented" in monitor.switches and (
@@ -791,9 +867,10 @@ class MachineCode(Processor):
         for start in pages(linear, size):
             count = min(PAGE_SIZE - start % PAGE_SIZE, linear + size - start)
             try:
-                found += self._bytes_in_host(self._walk_freely(start, "x"), count)
+                physical = self._walk_freely(start, "x", self.privilege == 3)
             except Fault:
                 break
+            found += self._bytes_in_host(physical, count)
         return found or b"\0"
 
     def _step_in_host(self, kind: Flag, data: bytes, code: bytes) -> Fault | None:

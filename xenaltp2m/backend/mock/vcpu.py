@@ -11,7 +11,7 @@ from xenaltp2m.abi.layouts import HVM_CPU
 
 INVALID_VIEW = 0xFFFF
 
-DB, BP, UD, DF, GP, PF, VE = 1, 3, 6, 8, 13, 14, 20
+DB, BP, OF, UD, DF, NP, GP, PF, VE = 1, 3, 4, 6, 8, 11, 13, 14, 20
 """Exception vectors."""
 HARDWARE_EXCEPTION, SOFTWARE_INTERRUPT, SOFTWARE_EXCEPTION = 3, 4, 6
 """``X86_ET_*``."""
@@ -73,6 +73,8 @@ class Vcpu:
     view: int = INVALID_VIEW
     veinfo: int | None = None
     """The frame of its #VE information page."""
+    vm_functions: bool = False
+    """Whether it may use VMFUNC (``SECONDARY_EXEC_ENABLE_VM_FUNCTIONS``)."""
     single_step: bool = False
     fast_step_view: int | None = None
     event_pauses: int = 0

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from xenaltp2m.backend.mock.vcpu import CR0_PG, CR0_WP, GP, NO_ERROR_CODE, PF
+from xenaltp2m.backend.mock.vcpu import CR0_PG, CR0_WP, GP, NO_ERROR_CODE, NP, PF, VE
 from xenaltp2m.types import PAGE_SIZE
 
 CR4_TSD, CR4_PSE, CR4_PAE, CR4_LA57, CR4_SMEP, CR4_SMAP = (
@@ -24,14 +24,8 @@ CR4_TSD, CR4_PSE, CR4_PAE, CR4_LA57, CR4_SMEP, CR4_SMAP = (
     1 << 21,
 )
 EFER_SCE, EFER_LME, EFER_LMA, EFER_NXE = 1 << 0, 1 << 8, 1 << 10, 1 << 11
-FLAG_TF, FLAG_IF, FLAG_NT, FLAG_RF, FLAG_VM, FLAG_AC = (
-    1 << 8,
-    1 << 9,
-    1 << 14,
-    1 << 16,
-    1 << 17,
-    1 << 18,
-)
+FLAG_TF, FLAG_IF, FLAG_OF, FLAG_NT = 1 << 8, 1 << 9, 1 << 11, 1 << 14
+FLAG_RF, FLAG_VM, FLAG_AC = 1 << 16, 1 << 17, 1 << 18
 
 _PRESENT, _WRITABLE, _USER, _ACCESSED, _DIRTY, _LARGE = 1, 2, 4, 1 << 5, 1 << 6, 1 << 7
 _NO_EXECUTE = 1 << 63
@@ -76,6 +70,8 @@ class Paging:
     user: bool
     alignment_check: bool = False
     """EFLAGS.AC, with which supervisors may use users' pages despite SMAP."""
+    physical_bits: int = 39
+    """MAXPHYADDR."""
 
     @property
     def levels(self) -> list[tuple[int, int, int]]:
@@ -126,15 +122,15 @@ class Paging:
                     raise self._fault(address, kind, _ERROR_PRESENT | _ERROR_RESERVED)
                 base = entry & _FRAME
                 continue
-            if size == 8 and entry & _NO_EXECUTE:
-                if not self.efer & EFER_NXE:
-                    raise self._fault(address, kind, _ERROR_PRESENT | _ERROR_RESERVED)
-                no_execute = True
+            large = shift in (21, 30) or (shift == 22 and self.cr4 & CR4_PSE)
+            last = shift == 12 or bool(large and entry & _LARGE)
+            if entry & self._reserved(shift, last):
+                raise self._fault(address, kind, _ERROR_PRESENT | _ERROR_RESERVED)
+            no_execute = no_execute or bool(entry & _NO_EXECUTE)
             writable = writable and bool(entry & _WRITABLE)
             user = user and bool(entry & _USER)
             path.append((where, size, entry))
-            large = shift in (21, 30) or (shift == 22 and self.cr4 & CR4_PSE)
-            if shift == 12 or (large and entry & _LARGE):
+            if last:
                 frame = entry & _FRAME
                 if shift == 22:
                     frame = entry & 0xFFC0_0000 | (entry & 0x1F_E000) << 19
@@ -152,6 +148,18 @@ class Paging:
                 dirty |= marks & _DIRTY
         return Translation(physical, rights if dirty else rights.replace(_WRITE, ""))
 
+    def _reserved(self, shift: int, last: bool) -> int:
+        """The bits of an entry that must be 0 (SDM 3A, tables 4-4, 4-9 and 4-15)."""
+        if not self.cr4 & CR4_PAE:
+            return 0x3F_E000 & -1 << min(self.physical_bits, 40) - 19 if last and shift > 12 else 0
+        highest = 51 if self.efer & EFER_LMA else 62
+        reserved = (1 << highest + 1) - (1 << self.physical_bits)
+        if not self.efer & EFER_NXE:
+            reserved |= _NO_EXECUTE
+        if last:
+            return reserved | (1 << shift) - 1 & ~0x1FFF
+        return reserved | (_LARGE if shift > 30 else 0)
+
     def _rights(self, writable: bool, user: bool, no_execute: bool) -> str:
         if self.user:
             rights = "" if not user else "rwx" if writable else "rx"
@@ -166,7 +174,8 @@ class Paging:
     def _fault(self, address: int, kind: str, code: int) -> Fault:
         code |= _ERROR_WRITE if kind == _WRITE else 0
         code |= _ERROR_USER if self.user else 0
-        if kind == _FETCH and (self.efer & EFER_NXE or self.cr4 & CR4_SMEP):
+        no_execute = self.cr4 & CR4_PAE and self.efer & EFER_NXE
+        if kind == _FETCH and (no_execute or self.cr4 & CR4_SMEP):
             code |= _ERROR_FETCH
         return Fault(PF, code, address, kind)
 
@@ -192,8 +201,23 @@ class Segment(NamedTuple):
         """DPL."""
         return self.attributes >> 5 & 3
 
+    @property
+    def is_code(self) -> bool:
+        """Whether it is code, and no data or system segment."""
+        return self.attributes & _CODE == _CODE
 
-_GRANULAR = 1 << 11
+    @property
+    def is_64_bit(self) -> bool:
+        """Whether it is 64-bit code."""
+        return self.attributes & (_CODE_L | _BIG) == _CODE_L
+
+    @property
+    def is_present(self) -> bool:
+        """P."""
+        return bool(self.attributes & _SEGMENT_PRESENT)
+
+
+_CODE, _SEGMENT_PRESENT, _CODE_L, _BIG, _GRANULAR = 0x18, 1 << 7, 1 << 9, 1 << 10, 1 << 11
 
 
 def segment_of(raw: int) -> Segment:
@@ -220,7 +244,7 @@ def has_error_code(vector: int) -> bool:
 
 def doubled(first: int, second: int) -> bool:
     """Whether a second exception, while the first is delivered, makes a double fault."""
-    if first == PF:
+    if first in (PF, VE):  # SDM 3A, table 6-4
         return second in _CONTRIBUTORY or second == PF
     return first in _CONTRIBUTORY and second in _CONTRIBUTORY
 
@@ -253,7 +277,7 @@ class Gate(NamedTuple):
         if kind not in (_INTERRUPT_GATE, _TRAP_GATE):
             raise Fault(GP, code)
         if not low >> 47 & 1:
-            raise Fault(11, code)
+            raise Fault(NP, code)
         offset = (low & 0xFFFF) | (low >> 48) << 16
         if len(raw) == 16:
             offset |= int.from_bytes(raw[8:12], "little") << 32
@@ -268,23 +292,20 @@ _PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3") | frozens
     range(0x40, 0x50)
 )
 _EXITING = re.compile(
-    rb"(?=[\x6c-\x6f\xcc-\xce\xe4-\xe7\xec-\xef\xf1\xf4]"
+    rb"(?=[\x6c-\x6f\xcc-\xce\xe4-\xe7\xec-\xef\xf1\xf4\xfa\xfb]"
     rb"|\x0f(?:[\x00\x01\x06-\x09\x20-\x23\x30-\x33\x35\xa2]|\Z))",
     re.DOTALL,
 )
-_PRIVILEGED_ONLY = re.compile(rb"(?=[\xfa\xfb])")
-"""CLI and STI: no exit, but the simulating CPU does not check who executes them."""
 
 
-def exiting_starts(page: bytes, user: bool) -> Iterator[int]:
+def exiting_starts(page: bytes) -> Iterator[int]:
     """Yield the offsets in a page where an instruction may begin that the CPU must not run alone.
 
     Too many rather than too few: bytes within instructions are among them. An instruction that
     begins in the page before is found by its prefixes or its first byte.
     """
-    for pattern in (_EXITING, _PRIVILEGED_ONLY) if user else (_EXITING,):
-        for found in pattern.finditer(page):
-            yield from _with_prefixes(page, found.start())
+    for found in _EXITING.finditer(page):
+        yield from _with_prefixes(page, found.start())
     if page[-1] in _PREFIXES:
         yield from _with_prefixes(page, PAGE_SIZE - 1)
 
@@ -374,8 +395,6 @@ def decode(code: bytes, long: bool, default_size: int) -> Decoded | None:
             return None
         immediate = code[at]
         at += 1
-    if not _EXITING.match(bytes([opcode]) if opcode < 0x0F00 else opcode.to_bytes(2, "big")) and (
-        opcode not in (0xFA, 0xFB)
-    ):
+    if not _EXITING.match(bytes([opcode]) if opcode < 0x0F00 else opcode.to_bytes(2, "big")):
         return None
     return Decoded(opcode, at, modrm, immediate, rex, size, repeats)

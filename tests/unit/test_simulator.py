@@ -1,0 +1,1286 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""vCPUs of the mock that execute machine code: what they do, what leaves guest mode, who hears.
+
+What is expected is from the SDM (volume 3A for exceptions, 3C for exits) and Xen's ``vmx.c``,
+``hvm.c``, ``hvm/monitor.c`` and ``hvm/emulate.c``, 4.14.0 to 4.22.0.
+"""
+
+from __future__ import annotations
+
+import gc
+import struct
+import sys
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from xenaltp2m.abi.vm_event import Flag, Reason
+from xenaltp2m.backend.mock import MockBackend
+from xenaltp2m.backend.mock.machine import SHUTDOWN_POWEROFF, SHUTDOWN_REBOOT
+from xenaltp2m.errors import InvalidArgumentError
+from xenaltp2m.types import Altp2mMode
+
+from .machinecode import (
+    CF,
+    CODE,
+    DATA,
+    FOREVER,
+    GDT,
+    HALT,
+    HOLE,
+    HOLE_32,
+    IDT,
+    IF,
+    IST_STACK,
+    KERNEL_CODE,
+    KERNEL_DATA,
+    OTHER,
+    PAE,
+    PE,
+    PG,
+    PRESENT,
+    RF,
+    SMAP,
+    SMEP,
+    STACK,
+    STOP,
+    TF,
+    USER,
+    USER_CODE,
+    USER_DATA,
+    USER_STACK,
+    WRITABLE,
+    Computer,
+    elf,
+    gate,
+)
+from .test_mock_events import Request
+
+DE, DB, BP, OF, UD, DF, NP, GP, PF, VE = 0, 1, 3, 4, 6, 8, 11, 13, 14, 20
+R, RW, X, RX, RWX = 1, 3, 4, 5, 7
+PAUSED, TOGGLE, FAST, SWITCH = (
+    Flag.VCPU_PAUSED, Flag.TOGGLE_SINGLESTEP, Flag.FAST_SINGLESTEP, Flag.ALTERNATE_P2M,
+)  # fmt: skip
+EMULATE, NOWRITE, READ_DATA, INSN_DATA, SET = (
+    Flag.EMULATE, Flag.EMULATE_NOWRITE, Flag.SET_EMUL_READ_DATA, Flag.SET_EMUL_INSN_DATA,
+    Flag.SET_REGISTERS,
+)  # fmt: skip
+NOP, INT3, UD2, IRET = b"\x90", b"\xcc", b"\x0f\x0b", b"\xcf"
+STEP_DR6 = 1 << 14
+LSTAR, PAT, EFER = 0xC0000082, 0x277, 0xC0000080
+
+
+def int32(value: int) -> bytes:
+    return value.to_bytes(4, "little")
+
+
+def load_eax(address: int) -> bytes:
+    return b"\xa1" + int32(address)
+
+
+def store_eax(address: int) -> bytes:
+    return b"\xa3" + int32(address)
+
+
+def store(address: int, value: int) -> bytes:
+    """MOV dword [address], value, paging off."""
+    return b"\xc7\x05" + int32(address) + int32(value)
+
+
+@pytest.fixture
+def ring_3() -> Computer:
+    """In 64-bit mode, where everybody may do everything that pages forbid."""
+    computer = Computer(NOP)
+    computer.go_long(PRESENT | WRITABLE | USER)
+    computer.describe(ring=3)
+    return computer
+
+
+# The machine.
+
+
+def test_it_computes_and_writes_to_the_debug_port() -> None:
+    computer = Computer(b"\xb0A\xe6\xe9\x40\xe6\xe9" + STOP)
+    computer.run()
+    assert computer.host.console(computer.domid) == "AB"
+    assert computer.vcpu.halted
+    assert computer.register("rip") == CODE + 9
+
+
+def test_halting_for_good_powers_the_domain_off() -> None:
+    computer = Computer(HALT)
+    computer.run()
+    assert computer.model.shutdown_code == SHUTDOWN_POWEROFF
+    assert not computer.vcpu.online
+
+
+def test_a_guest_begins_as_xen_has_it_begin() -> None:
+    computer = Computer(STOP)
+    vcpu = computer.vcpu
+    for segment, kind in (("cs", 0xC9B), ("ds", 0xC93), ("es", 0xC93), ("ss", 0xC93)):
+        assert vcpu.register(f"{segment}_arbytes") == kind
+        assert vcpu.register(f"{segment}_limit") == 0xFFFF_FFFF
+    assert vcpu.register("rip") == CODE
+    assert vcpu.register("rflags") == 2
+    info = vcpu.register("rbx")
+    assert struct.unpack("<II", computer.read(info, 8)) == (0x336EC578, 1)
+
+
+def test_a_run_ends_after_its_turns() -> None:
+    computer = Computer(b"\x40" + b"\xeb\xfd")  # INC EAX; JMP back
+    computer.run(1)
+    first = computer.register("rax")
+    assert 0 < first <= 1000
+    computer.run(3)
+    assert first < computer.register("rax") <= 4000
+
+
+def test_a_hole_gives_ones_and_takes_anything() -> None:
+    computer = Computer(load_eax(HOLE) + store(HOLE, 5) + b"\x8b\x1d" + HOLE_32 + STOP)
+    computer.run()
+    assert computer.register("rax") == computer.register("rbx") == 0xFFFF_FFFF
+    assert computer.vcpu.halted
+
+
+def test_code_in_a_hole_faults() -> None:
+    computer = Computer(b"\xb8" + HOLE_32 + b"\xff\xe0")  # JMP EAX
+    computer.describe()
+    assert computer.handled()[:2] == [0, HOLE]  # hvm_hap_nested_page_fault: #GP(0)
+    assert computer.vector == GP
+
+
+# Exceptions.
+
+
+def test_an_exception_in_32_bit_mode() -> None:
+    computer = Computer(b"\xf9" + UD2)
+    computer.describe()
+    assert computer.handled()[:3] == [CODE + 1, KERNEL_CODE, RF | 2 | CF]
+    assert computer.vector == UD
+    assert computer.register("rsp") == STACK - 12
+    assert computer.register("rflags") & (RF | TF) == 0
+
+
+def test_an_error_code_in_32_bit_mode() -> None:
+    computer = Computer(b"\xcd\x80")  # behind the IDT's limit
+    computer.describe()
+    assert computer.handled()[:4] == [0x80 * 8 + 2, CODE, KERNEL_CODE, RF | 2]
+    assert computer.vector == GP
+
+
+def test_an_exception_in_64_bit_mode() -> None:
+    computer = Computer(UD2)
+    computer.go_long()
+    computer.set(rsp=STACK + 8)
+    computer.describe()
+    assert computer.handled()[:5] == [CODE, KERNEL_CODE, RF | 2, STACK + 8, KERNEL_DATA]
+    assert computer.register("rsp") == STACK - 40  # aligned before it pushes
+
+
+def test_a_page_fault() -> None:
+    computer = Computer(b"\x48\xa1" + (DATA + 0x123).to_bytes(8, "little"))
+    computer.go_long()
+    computer.describe()
+    computer.map(DATA, 0)
+    assert computer.handled()[:2] == [0, CODE]
+    assert computer.vector == PF
+    assert computer.register("cr2") == DATA + 0x123
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("kind", [0xE, 0xF])
+def test_interrupt_gates_mask_interrupts(wide: bool, kind: int) -> None:
+    computer = Computer(UD2)
+    if wide:
+        computer.go_long()
+    computer.describe(kind=kind)
+    computer.set(rflags=IF | 2)
+    computer.write(CODE + 0x100, FOREVER)
+    entry = gate(CODE + 0x100, wide=wide, kind=kind)
+    computer.write(IDT + UD * len(entry), entry)
+    computer.run(3)
+    assert computer.register("rip") == CODE + 0x100
+    assert bool(computer.register("rflags") & IF) is (kind == 0xF)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_stack_changes_with_the_privilege_level(wide: bool) -> None:
+    computer = Computer(UD2)
+    if wide:
+        computer.go_long(PRESENT | WRITABLE | USER)
+    computer.describe(ring=3)
+    assert computer.handled()[:5] == [CODE, USER_CODE, RF | 2, USER_STACK, USER_DATA]
+    assert computer.vector == UD
+    assert computer.register("rsp") == STACK - (40 if wide else 20)
+    assert computer.register("cs_sel") == KERNEL_CODE
+    assert computer.register("ss_sel") == (0 if wide else KERNEL_DATA)  # SDM 3A, 6.14.4
+    assert computer.processor.privilege == 0
+
+
+def test_a_handler_returns_to_ring_3(ring_3: Computer) -> None:
+    ring_3.write(CODE, UD2 + b"\xb0\x07" + FOREVER)
+    ring_3.write(CODE + 0x100, b"\x48\x83\x04\x24\x02\x48" + IRET)  # rip += 2
+    ring_3.write(IDT + 16 * UD, gate(CODE + 0x100, wide=True))
+    ring_3.run(10)
+    assert ring_3.register("rax") & 0xFF == 7
+    assert (ring_3.register("cs_sel"), ring_3.register("ss_sel")) == (USER_CODE, USER_DATA)
+    assert ring_3.register("rsp") == USER_STACK
+    assert ring_3.processor.privilege == 3
+
+
+def test_a_stack_of_the_interrupt_stack_table() -> None:
+    computer = Computer(UD2)
+    computer.go_long()
+    computer.describe(at=[UD], stack=1)
+    assert computer.handled()[3:5] == [STACK, KERNEL_DATA]
+    assert computer.register("rsp") == IST_STACK - 40
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_double_fault(wide: bool) -> None:
+    """#NP for the gate of #GP."""
+    computer = Computer(b"\xcd\x80")
+    if wide:
+        computer.go_long()
+    computer.describe(at=[GP], present=False)
+    assert computer.handled()[:2] == [0, CODE]
+    assert computer.vector == DF
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_triple_fault_is_a_reboot(wide: bool) -> None:
+    computer = Computer(b"\xcd\x80")
+    if wide:
+        computer.go_long()
+    computer.describe(at=[GP, DF], present=False)
+    computer.run()
+    assert computer.model.shutdown_code == SHUTDOWN_REBOOT
+    assert computer.run() == 0
+
+
+def test_a_benign_exception_whose_gate_faults_is_no_double_fault() -> None:
+    computer = Computer(UD2)
+    computer.describe(at=[UD], present=False)
+    assert computer.handled()[:2] == [UD * 8 + 2 + 1, CODE]
+    assert computer.vector == NP
+
+
+@pytest.mark.parametrize(
+    ("descriptor", "vector"),
+    [
+        (0x00CF93000000FFFF, GP),  # data
+        (0x00CF1B000000FFFF, NP),  # not present
+        (0x00CFFB000000FFFF, GP),  # of ring 3, while in ring 0
+    ],
+)
+def test_gates_to_bad_code_segments(descriptor: int, vector: int) -> None:
+    """The error code is the selector, and that it came of an exception."""
+    computer = Computer(UD2)
+    computer.describe()
+    computer.write(GDT + 32, struct.pack("<Q", descriptor))
+    entry = bytearray(gate(0, wide=False))
+    entry[2:4] = b"\x20\x00"
+    computer.write(IDT + 8 * UD, bytes(entry))
+    assert computer.handled()[0] == 0x20 | 1
+    assert computer.vector == vector
+
+
+def test_64_bit_mode_wants_64_bit_handlers() -> None:
+    computer = Computer(UD2)
+    computer.go_long()
+    computer.describe()
+    computer.write(GDT + 32, struct.pack("<Q", 0x00CF9B000000FFFF))
+    entry = bytearray(gate(0, wide=True))
+    entry[2:4] = b"\x20\x00"
+    computer.write(IDT + 16 * UD, bytes(entry))
+    assert computer.handled()[0] == 0x20 | 1
+    assert computer.vector == GP
+
+
+@pytest.mark.parametrize("code", ["cd20", "cc", "6690cd20"])
+def test_software_interrupts_push_what_follows(code: str) -> None:
+    raw = bytes.fromhex(code)
+    computer = Computer(raw)
+    computer.describe()
+    assert computer.handled()[:3] == [CODE + len(raw), KERNEL_CODE, 2]
+    assert computer.vector == (BP if code == "cc" else 0x20)
+
+
+@pytest.mark.parametrize(("code", "vector"), [("cd20", 0x20), ("cc", BP), ("cd06", UD)])
+@pytest.mark.parametrize("ring", [0, 3])
+def test_software_interrupts_of_ring_3_want_a_gate_for_it(
+    ring_3: Computer, code: str, vector: int, ring: int
+) -> None:
+    ring_3.write(CODE, bytes.fromhex(code))
+    ring_3.describe(ring=3, at=[vector])
+    handler = ring_3.read(IDT + 16 * vector, 16)
+    kind = bytearray(handler)
+    kind[5] = 0x8E | ring << 5
+    ring_3.write(IDT + 16 * vector, bytes(kind))
+    found = ring_3.handled()
+    if ring:
+        assert ring_3.vector == vector
+        assert found[0] == CODE + len(code) // 2
+    else:
+        assert ring_3.vector == GP
+        assert found[:2] == [vector * 8 + 2, CODE]
+
+
+def test_exceptions_of_ring_3_need_no_gate_for_it(ring_3: Computer) -> None:
+    ring_3.write(CODE, UD2)
+    ring_3.handled()
+    assert ring_3.vector == UD
+
+
+def test_into() -> None:
+    """Software as INT n, and a trap; in 64-bit mode there is none."""
+    overflow = b"\xb0\x7f\x04\x01"
+    computer = Computer(b"\xce" + overflow + b"\xce")
+    computer.describe()
+    assert computer.handled()[0] == CODE + 6
+    assert computer.vector == OF
+
+    computer = Computer(b"\xce")
+    computer.go_long()
+    computer.describe()
+    assert computer.handled()[0] == CODE
+    assert computer.vector == UD
+
+
+def test_int1() -> None:
+    """It exits as any #DB; told nobody, the guest gets it, and behind the instruction."""
+    computer = Computer(b"\xf1")
+    computer.describe()
+    assert computer.handled()[:3] == [CODE + 1, KERNEL_CODE, 2]
+    assert computer.vector == DB
+
+
+def test_division_by_zero() -> None:
+    computer = Computer(b"\xf9\xf7\xf1", rcx=0)
+    computer.describe()
+    assert computer.handled()[:3] == [CODE + 1, KERNEL_CODE, RF | 2 | CF]
+    assert computer.vector == DE
+
+
+PRIVILEGED = [
+    "f4", "fa", "fb", "0f30", "0f32", "0f22d8", "0f20d8", "0f06", "0f08", "0f09", "0f0118",
+    "0f0110", "0f00d8", "0f00d0", "0f0138", "0f01d1", "0f01f8", "0f21f8", "0f23f8", "ec", "e6e9",
+    "6e", "6c", "0f33",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("code", PRIVILEGED)
+def test_privileged_instructions(ring_3: Computer, code: str) -> None:
+    ring_3.write(CODE, bytes.fromhex(code))
+    ring_3.set(rax=DATA, rcx=0, rsi=DATA, rdi=DATA)
+    assert ring_3.handled()[:3] == [0, CODE, USER_CODE]
+    assert ring_3.vector == GP
+    assert ring_3.host.console(ring_3.domid) == ""
+
+
+def test_code_that_ring_0_executed_before(ring_3: Computer) -> None:
+    """What is privileged is so in the same page, too."""
+    ring_3.write(CODE, b"\xfa" + FOREVER)
+    ring_3.describe()
+    ring_3.run(2)
+    assert ring_3.vector is None
+    ring_3.describe(ring=3)
+    ring_3.set(rip=CODE)
+    assert ring_3.handled()[:3] == [0, CODE, USER_CODE]
+    assert ring_3.vector == GP
+
+
+@pytest.mark.parametrize("cr4", [0, SMEP, SMAP, SMEP | SMAP])
+def test_instructions_of_ring_3_under_smep_and_smap(cr4: int) -> None:
+    """Nobody but ring 3 itself is kept from its pages."""
+    computer = Computer(b"\xcd\x20")
+    computer.go_long(PRESENT | WRITABLE, cr4=cr4)
+    user = PRESENT | WRITABLE | USER
+    computer.map(CODE, CODE | user)
+    computer.describe(ring=3)
+    kind = bytearray(computer.read(IDT + 16 * 0x20, 16))
+    kind[5] |= 3 << 5
+    computer.write(IDT + 16 * 0x20, bytes(kind))
+    assert computer.handled()[:2] == [CODE + 2, USER_CODE]
+    assert computer.vector == 0x20
+
+
+# The trap flag.
+
+SET_TF = b"\x9c\x81\x0c\x24" + int32(TF) + b"\x9d"
+
+
+@pytest.mark.parametrize(
+    ("code", "flags"),
+    [
+        ("83c0ff", 0x84),  # ADD EAX, -1: 0xffffffff: SF, PF
+        ("f9", CF),
+        ("90", 0),
+        ("0fa2", 0),  # Xen does this one
+        ("e6e9", 0),
+        ("0f20c1", 0),
+        ("0f06", 0),  # CLTS: nothing changes, no exit
+        ("b90b010000", 0),
+    ],
+)
+def test_a_guest_steps_itself(code: str, flags: int) -> None:
+    raw = bytes.fromhex(code)
+    computer = Computer(SET_TF + raw + NOP * 3, rax=0, rflags=2)
+    computer.describe()
+    found = computer.handled()
+    assert computer.vector == DB
+    assert found[0] == CODE + len(SET_TF) + len(raw)
+    assert found[2] & ~RF == flags | TF | 2
+    assert computer.register("dr6") & STEP_DR6
+    assert computer.vcpu.delivered == [(DB, 3)]
+
+
+def test_steps_of_the_guest_are_heard() -> None:
+    computer = Computer(SET_TF + NOP + NOP + STOP, listen=True)
+    computer.describe()
+    computer.switch("debug_exceptions", True, True)
+    computer.run()
+    request = computer.event(Reason.DEBUG_EXCEPTION)
+    assert request.register("rip") == CODE + len(SET_TF) + 1
+    assert request["debug_exception.type"] == 3
+    assert request["debug_exception.insn_length"] == 0
+    computer.answer(request)
+    computer.run()
+    assert computer.event(Reason.DEBUG_EXCEPTION).register("rip") == CODE + len(SET_TF) + 2
+
+
+# What leaves guest mode.
+
+
+def heard(computer: Computer, reason: Reason) -> Request:
+    computer.run()
+    return computer.event(reason)
+
+
+def test_control_registers_are_heard() -> None:
+    computer = Computer(b"\x0f\x22\xd8\x0f\x22\xe1" + STOP, listen=True, rax=0x5000, rcx=PAE)
+    computer.ctrlreg(1)
+    computer.ctrlreg(2)
+    request = heard(computer, Reason.WRITE_CTRLREG)
+    assert request["write_ctrlreg.index"] == 1
+    assert (request["write_ctrlreg.old_value"], request["write_ctrlreg.new_value"]) == (0, 0x5000)
+    assert request.register("rip") == CODE
+    computer.answer(request)
+    request = heard(computer, Reason.WRITE_CTRLREG)
+    assert request["write_ctrlreg.index"] == 2
+    assert request["write_ctrlreg.new_value"] == PAE
+    computer.answer(request)
+    computer.run()
+    assert computer.vcpu.halted
+    assert (computer.register("cr3"), computer.register("cr4")) == (0x5000, PAE)
+
+
+@pytest.mark.parametrize(
+    ("code", "registers"),
+    [
+        ("0f22c0", {"rax": PG}),  # paging without protection
+        ("0f22e0", {"rax": 1 << 31}),
+    ],
+)
+def test_bad_control_registers_fault(code: str, registers: dict[str, int]) -> None:
+    computer = Computer(bytes.fromhex(code))
+    computer.set(**registers)
+    computer.describe()
+    assert computer.handled()[:2] == [0, CODE]
+    assert computer.vector == GP
+
+
+def test_cr2_is_the_guests_own() -> None:
+    computer = Computer(b"\x0f\x22\xd0\x0f\x20\xd1" + STOP, rax=0x123450)
+    computer.run()
+    assert computer.register("cr2") == computer.register("rcx") == 0x123450
+
+
+def test_going_into_long_mode() -> None:
+    """EFER.LMA follows CR0.PG where LME is set (SDM 3A, 9.8.5)."""
+    computer = Computer(
+        b"\xb9" + int32(EFER) + b"\xb8" + int32(1 << 8) + b"\x31\xd2\x0f\x30"
+        b"\xb8" + int32(PG | PE | 0x10) + b"\x0f\x22\xc0\x0f\x32" + STOP
+    )  # fmt: skip
+    computer.go_long()
+    computer.wide = False
+    computer.set(cs_arbytes=0xC9B, msr_efer=0, cr0=PE | 0x10)
+    computer.run()
+    assert computer.vcpu.halted
+    assert computer.register("rax") == computer.register("msr_efer") == 1 << 8 | 1 << 10
+
+
+@pytest.mark.parametrize("msr", [PAT, LSTAR, 0xC0000100, 0x174])
+def test_model_specific_registers_keep_what_is_written(msr: int) -> None:
+    write = b"\xb9" + int32(msr) + b"\xb8" + int32(0x4433) + b"\x31\xd2\x0f\x30"
+    computer = Computer(write + b"\x31\xc0\xba\x01\x00\x00\x00\x0f\x32" + STOP)
+    computer.run()
+    assert (computer.register("rax"), computer.register("rdx")) == (0x4433, 0)
+
+
+def test_msr_writes_are_heard() -> None:
+    code = b"\xb9" + int32(LSTAR) + b"\xb8\x01\x00\x00\x00\xba\x02\x00\x00\x00\x0f\x30" + STOP
+    computer = Computer(code, listen=True)
+    computer.switch("mov_to_msr", LSTAR, True, False)
+    request = heard(computer, Reason.MOV_TO_MSR)
+    assert request["mov_to_msr.msr"] == LSTAR
+    assert request["mov_to_msr.new_value"] == 2 << 32 | 1
+    assert request.register("rip") == CODE + 15
+
+
+def test_cpuid_is_heard_once_its_results_are_there() -> None:
+    computer = Computer(b"\x0f\xa2" + STOP, listen=True, rax=0x4000_0000, rcx=7)
+    computer.switch("cpuid", True)
+    request = heard(computer, Reason.CPUID)
+    assert request["cpuid.insn_length"] == 2
+    assert (request["cpuid.leaf"], request["cpuid.subleaf"]) == (0x4000_0000, 7)
+    assert request.register("rip") == CODE
+    words = [request.register(name) for name in ("rbx", "rcx", "rdx")]
+    assert struct.pack("<3I", *words) == b"XenVMMXenVMM"
+
+
+@pytest.mark.parametrize(
+    ("code", "port", "size", "is_in"),
+    [("e6e9", 0xE9, 1, 0), ("e5e9", 0xE9, 4, 1), ("66ef", 0x3F8, 2, 0), ("ec", 0x3F8, 1, 1)],
+)
+def test_port_io_is_heard(code: str, port: int, size: int, is_in: int) -> None:
+    computer = Computer(
+        bytes.fromhex(code) + STOP, listen=True, xen=(4, 20), rdx=0x3F8, rax=0x11223344
+    )
+    computer.switch("io", True)
+    request = heard(computer, Reason.IO_INSTRUCTION)
+    assert (request["io.port"], request["io.bytes"], request["io.in"]) == (port, size, is_in)
+    assert request["io.str"] == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "rax"), [("ec", 0x112233FF), ("66ed", 0x1122FFFF), ("ed", 0xFFFFFFFF)]
+)
+def test_a_port_where_nobody_is(code: str, rax: int) -> None:
+    computer = Computer(bytes.fromhex(code) + STOP, rax=0x11223344, rdx=0x3F8)
+    computer.run()
+    assert computer.register("rax") == rax
+
+
+def test_a_guest_request() -> None:
+    computer = Computer(b"\x0f\x01\xc1" + STOP, listen=True, rax=34, rbx=24)
+    computer.switch("guest_request", True, True, False)
+    request = heard(computer, Reason.GUEST_REQUEST)
+    assert request.register("rip") == CODE
+    computer.answer(request)
+    computer.run()
+    assert computer.vcpu.halted
+    assert computer.register("rax") == 0
+
+
+def test_a_breakpoint_with_a_listener() -> None:
+    computer = Computer(NOP + INT3 + NOP + STOP, listen=True)
+    computer.describe()
+    computer.switch("software_breakpoint", True)
+    request = heard(computer, Reason.SOFTWARE_BREAKPOINT)
+    assert request["software_breakpoint.gfn"] == CODE >> 12
+    assert request["software_breakpoint.insn_length"] == 1
+    assert request["software_breakpoint.type"] == 6
+    assert request.register("rip") == CODE + 1
+    computer.answer(request, SET, data__regs__x86__rip=CODE + 2)
+    computer.run()
+    assert computer.vcpu.halted
+    assert computer.vcpu.delivered == []
+
+
+EXITS = [
+    (b"\xcc", {}, False), (b"\xcc", {"software_breakpoint": True}, True),
+    (b"\xcc", {"singlestep": True}, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("code", "switches", "exits"), EXITS)
+def test_when_breakpoints_exit(code: bytes, switches: dict[str, bool], exits: bool) -> None:
+    """vmx_do_resume, vmx_update_debug_state: where somebody hears of them, or of single steps."""
+    computer = Computer(code, listen=True)
+    computer.describe()
+    for name, on in switches.items():
+        computer.switch(name, on)
+    computer.switch("vmexit", True, True)
+    computer.run()
+    found = computer.take()
+    if exits:
+        assert [request.reason for request in found] == [Reason.VMEXIT]
+        assert found[0]["vmexit.arch.vmx.reason"] == 0
+    else:
+        assert [request["vmexit.arch.vmx.reason"] for request in found] == [12]  # its handler's HLT
+        assert computer.vcpu.delivered == [(BP, 6)]
+
+
+def test_int1_with_a_listener() -> None:
+    computer = Computer(b"\xf1" + STOP, listen=True)
+    computer.describe()
+    computer.switch("debug_exceptions", True, True)
+    request = heard(computer, Reason.DEBUG_EXCEPTION)
+    assert request["debug_exception.type"] == 5
+    assert request["debug_exception.insn_length"] == 1
+    assert request.register("rip") == CODE
+    computer.answer(request, SET, data__regs__x86__rip=CODE + 1)
+    computer.run()
+    assert computer.vcpu.halted
+
+
+@pytest.mark.parametrize(
+    ("code", "descriptor", "is_write"),
+    [
+        ("0f010d" + (DATA).to_bytes(4, "little").hex(), 1, 0),  # SIDT
+        ("0f0105" + (DATA).to_bytes(4, "little").hex(), 2, 0),
+        ("0f00c0", 3, 0),
+        ("0f00c8", 4, 0),
+        ("0f011d" + (DATA).to_bytes(4, "little").hex(), 1, 1),  # LIDT
+        ("0f0115" + (DATA).to_bytes(4, "little").hex(), 2, 1),
+    ],
+)
+def test_descriptor_tables_are_heard(code: str, descriptor: int, is_write: int) -> None:
+    computer = Computer(bytes.fromhex(code) + STOP, listen=True)
+    computer.switch("descriptor_access", True)
+    request = heard(computer, Reason.DESCRIPTOR_ACCESS)
+    assert request["desc_access.descriptor"] == descriptor
+    assert request["desc_access.is_write"] == is_write
+    assert request.register("rip") == CODE
+    computer.answer(request, EMULATE)
+    computer.run()
+    assert computer.vcpu.halted
+
+
+def test_sidt_and_lidt() -> None:
+    computer = Computer(b"\x0f\x01\x1d" + int32(DATA) + b"\x0f\x01\x0d" + int32(OTHER) + STOP)
+    computer.write(DATA, struct.pack("<HI", 0x7F, 0x1234))
+    computer.run()
+    assert (computer.register("idtr_limit"), computer.register("idtr_base")) == (0x7F, 0x1234)
+    assert computer.read(OTHER, 6) == struct.pack("<HI", 0x7F, 0x1234)
+
+
+VMEXITS = [
+    ("0fa2", 10, 0), ("f4", 12, 0), ("0f01c1", 18, 0), ("0f22e0", 28, 4), ("0f30", 32, 0),
+    ("0f32", 31, 0), ("e6e9", 30, 0xE9 << 16), ("66ed", 30, 1 | 1 << 3 | 0x3F8 << 16),
+    ("0f01d1", 55, 0), ("f1", 0, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("code", "reason", "qualification"), VMEXITS)
+def test_exits(code: str, reason: int, qualification: int) -> None:
+    """SDM 3C, appendix C; qualifications of 27.2.1. With a sync vmexit nothing of it is done."""
+    computer = Computer(
+        bytes.fromhex(code) + STOP, listen=True, rax=PAE, rcx=LSTAR, rdx=0x3F8, rbx=24
+    )
+    computer.switch("vmexit", True, True)
+    request = heard(computer, Reason.VMEXIT)
+    assert request["vmexit.arch.vmx.reason"] == reason
+    assert request["vmexit.arch.vmx.qualification"] == qualification
+    assert computer.register("rip") == CODE
+
+
+@pytest.mark.parametrize("code", ["0f22d8", "0f20d8", "0f06", "cd20", "0f0105" + "00000200"])
+def test_what_does_not_exit(code: str) -> None:
+    """CR3 and descriptor tables while nobody hears of them, INT n, CLTS that changes nothing."""
+    computer = Computer(bytes.fromhex(code) + FOREVER, listen=True)
+    computer.describe()
+    computer.write(0x30000 + 16 * 0x20, FOREVER)
+    computer.switch("vmexit", True, True)
+    computer.run(3)
+    assert computer.take() == []
+    assert computer.register("rip") != CODE
+
+
+def test_prefixes_hide_nothing() -> None:
+    computer = Computer(b"\x2e\x66\xf3\x0f\xa2" + STOP, listen=True)
+    computer.switch("cpuid", True)
+    assert heard(computer, Reason.CPUID)["cpuid.insn_length"] == 5
+
+
+@pytest.mark.parametrize("before", [1, 2])
+def test_an_instruction_across_pages(before: int) -> None:
+    at = DATA + 0x1000 - before
+    computer = Computer(b"\xe9" + int32(at - CODE - 5), {at: b"\x66\x0f\xa2" + STOP}, listen=True)
+    computer.switch("cpuid", True)
+    request = heard(computer, Reason.CPUID)
+    assert request["cpuid.insn_length"] == 3
+    assert request.register("rip") == at
+
+
+def test_an_instruction_across_pages_whose_second_is_missing() -> None:
+    at = DATA + 0xFFF
+    computer = Computer(b"\xe9" + int32(at - CODE - 5), {at: b"\x0f\xa2"})
+    computer.go_long()
+    computer.describe()
+    computer.map(DATA + 0x1000, 0)
+    computer.handled()
+    assert computer.vector == PF
+    assert computer.register("cr2") == DATA + 0x1000
+    assert computer.words(computer.register("rsp"), 2)[1] == at
+
+
+# Views.
+
+
+def test_a_write_that_a_view_forbids() -> None:
+    computer = Computer(store(DATA + 0x123, 5) + STOP, listen=True, views=True)
+    view = computer.view((DATA >> 12, R))
+    request = heard(computer, Reason.MEM_ACCESS)
+    assert request.view == view
+    assert request["mem_access.gfn"] == DATA >> 12
+    assert request["mem_access.offset"] == 0x123
+    assert request["mem_access.gla"] == DATA + 0x123
+    assert request["mem_access.flags"] == 1 | 2 | 8 | 16  # R, W; GLA_VALID, FAULT_WITH_GLA
+    assert request.register("rip") == CODE
+    computer.answer(request, SWITCH, view=0)
+    computer.run()
+    assert computer.words(DATA + 0x123, 1) == [5]
+
+
+def test_a_fetch_that_a_view_forbids() -> None:
+    computer = Computer(b"\xe9" + int32(OTHER - CODE - 5), {OTHER: STOP}, listen=True, views=True)
+    computer.view((OTHER >> 12, RW))
+    request = heard(computer, Reason.MEM_ACCESS)
+    assert (request["mem_access.gfn"], request["mem_access.flags"]) == (OTHER >> 12, 4 | 8 | 16)
+    assert request.register("rip") == OTHER
+
+
+def test_a_page_walk_that_a_view_forbids() -> None:
+    computer = Computer(load_eax(DATA) + STOP, listen=True, views=True)
+    computer.go_long()
+    computer.set(cs_arbytes=0xC9B)  # compatibility mode
+    computer.view((0x62, 0))  # the third table
+    request = heard(computer, Reason.MEM_ACCESS)
+    assert request["mem_access.gfn"] == 0x62
+    assert request["mem_access.offset"] == 0  # of the first 2 MiB
+    assert request["mem_access.gla"] == CODE
+    assert request["mem_access.flags"] == 1 | 8 | 32  # R; GLA_VALID, FAULT_IN_GPT
+
+
+def test_steps_of_an_agent() -> None:
+    code = b"\x40\x40\xeb\x00\x40" + STOP
+    computer = Computer(code, listen=True, views=True)
+    computer.switch("singlestep", True)
+    computer.vcpu.single_step = True
+    seen = []
+    for _ in range(4):
+        request = heard(computer, Reason.SINGLESTEP)
+        assert request["singlestep.gfn"] == CODE >> 12
+        seen.append((request.register("rip") - CODE, request.register("rax")))
+        computer.answer(request)
+    assert seen == [(1, 1), (2, 2), (4, 2), (5, 3)]
+    computer.answer(heard(computer, Reason.SINGLESTEP), TOGGLE)
+    computer.run()
+    assert computer.vcpu.halted
+
+
+@pytest.mark.parametrize(
+    ("code", "left"),
+    [
+        ("f3a4", [2, 1, 0]),  # REP MOVSB
+        ("f2ae", [2, 1, 0]),  # REPNE SCASB, which does not find it
+        ("f3a6", [2]),  # REPE CMPSB, of which the first differs
+    ],
+)
+def test_a_repetition_is_a_step(code: str, left: list[int]) -> None:
+    """SDM 3C, Monitor Trap Flag: after each iteration; the last one ends the instruction."""
+    computer = Computer(
+        bytes.fromhex(code) + NOP + STOP, {DATA: b"abc", OTHER: b"xyz"},
+        listen=True, views=True, rsi=DATA, rdi=OTHER, rcx=3, rax=0,
+    )  # fmt: skip
+    computer.switch("singlestep", True)
+    computer.vcpu.single_step = True
+    seen = []
+    for _ in range(len(left) + 1):
+        request = heard(computer, Reason.SINGLESTEP)
+        seen.append((request.register("rip") - CODE, request.register("rcx")))
+        computer.answer(request)
+    assert seen == [*((0, count) for count in left[:-1]), (2, left[-1]), (3, left[-1])]
+
+
+def test_a_fast_step_goes_through_another_view_and_back() -> None:
+    computer = Computer(store(DATA, 5) + store(DATA, 6) + STOP, listen=True, views=True)
+    view = computer.view((DATA >> 12, R))
+    computer.switch("singlestep", True)
+    computer.run()
+    for value, at in ((5, CODE), (6, CODE + 10)):
+        request = computer.event(Reason.MEM_ACCESS)
+        assert request.register("rip") == at
+        assert computer.vcpu.view == view
+        computer.answer(request, SWITCH | FAST, view=0, u__fast_singlestep__p2midx=view)
+        computer.run()
+        assert computer.words(DATA, 1) == [value]
+    assert computer.vcpu.halted
+    assert computer.vcpu.view == view
+
+
+def test_an_instruction_that_xen_completes_is_no_step() -> None:
+    computer = Computer(b"\x0f\xa2" + NOP + NOP + STOP, listen=True, views=True)
+    computer.switch("singlestep", True)
+    computer.vcpu.single_step = True
+    assert heard(computer, Reason.SINGLESTEP).register("rip") == CODE + 3
+
+
+def test_emulation() -> None:
+    computer = Computer(b"\xff\x05" + int32(DATA) + STOP, {DATA: b"\x07"}, listen=True, views=True)
+    computer.view((DATA >> 12, R))
+    computer.answer(heard(computer, Reason.MEM_ACCESS), EMULATE)
+    computer.run()
+    assert computer.vcpu.halted
+    assert computer.words(DATA, 1) == [8]
+
+
+def test_emulation_without_its_writes() -> None:
+    computer = Computer(b"\xff\x05" + int32(DATA) + STOP, {DATA: b"\x07"}, listen=True, views=True)
+    computer.view((DATA >> 12, R))
+    computer.answer(heard(computer, Reason.MEM_ACCESS), EMULATE | NOWRITE)
+    computer.run()
+    assert computer.vcpu.halted
+    assert computer.words(DATA, 1) == [7]
+
+
+def test_emulation_with_other_data() -> None:
+    computer = Computer(load_eax(DATA) + STOP, {DATA: b"\x07"}, listen=True, views=True)
+    computer.view((DATA >> 12, X))
+    data = struct.pack("<I4s", 4, b"abcd")
+    computer.answer(heard(computer, Reason.MEM_ACCESS), EMULATE | READ_DATA, data=data)
+    computer.run()
+    assert computer.register("rax") == int.from_bytes(b"abcd", "little")
+    assert computer.read(DATA, 4) == b"\x07\0\0\0"
+
+
+def test_emulation_of_another_instruction() -> None:
+    computer = Computer(INT3 + NOP + STOP, listen=True)
+    computer.switch("software_breakpoint", True)
+    request = heard(computer, Reason.SOFTWARE_BREAKPOINT)
+    computer.answer(request, EMULATE | INSN_DATA, data=b"\xb0\x07".ljust(16, NOP))
+    computer.run()
+    assert computer.register("rax") & 0xFF == 7
+    assert computer.vcpu.halted
+    assert computer.read(CODE, 1) == INT3
+
+
+def test_registers_are_set() -> None:
+    computer = Computer(b"\x0f\xa2" + STOP, {OTHER: STOP}, listen=True)
+    computer.switch("cpuid", True)
+    values = {"rax": 1, "rbx": 2, "rip": OTHER, "rflags": 0x87, "rsp": USER_STACK}
+    changed: dict[str, Any] = {f"data__regs__x86__{name}": value for name, value in values.items()}
+    computer.answer(heard(computer, Reason.CPUID), SET, **changed)
+    computer.run()
+    assert computer.vcpu.halted
+    for name, value in values.items():
+        after = {"rip": OTHER + 2, "rflags": 0x87 | IF}.get(name, value)
+        assert computer.register(name) == after
+
+
+def test_a_shadow_with_a_breakpoint_in_it() -> None:
+    """Executed in the view, and never seen where the page is read."""
+    code = b"\xe8" + int32(OTHER - CODE - 5) + load_eax(OTHER) + STOP
+    computer = Computer(code, {OTHER: b"\x41\xc3"}, listen=True, views=True)
+    shadow = 0x100
+    computer.page(shadow)[:] = computer.page(OTHER >> 12)
+    computer.page(shadow)[0] = 0xCC
+    view = computer.view(enter=False)
+    computer.host.altp2m_change_gfn(computer.domid, view, OTHER >> 12, shadow)
+    computer.host.altp2m_set_mem_access(computer.domid, view, OTHER >> 12, X)
+    computer.host.altp2m_switch_to_view(computer.domid, view)
+    computer.switch("software_breakpoint", True)
+    computer.switch("singlestep", True)
+    request = heard(computer, Reason.SOFTWARE_BREAKPOINT)
+    assert request.register("rip") == OTHER
+    assert request.view == view
+    computer.answer(request, SWITCH | FAST, view=0, u__fast_singlestep__p2midx=view)
+    request = heard(computer, Reason.MEM_ACCESS)
+    assert request["mem_access.flags"] & 7 == 1
+    computer.answer(request, SWITCH, view=0)
+    computer.run()
+    assert computer.register("rcx") == 1  # INC ECX was executed
+    assert computer.register("rax") & 0xFFFF == 0xC341
+
+
+# Code that changes.
+
+
+def test_code_that_a_guest_writes_exits_as_other_code() -> None:
+    patched = CODE + 16
+    code = store(patched, 0x9090_A20F).ljust(16, NOP) + NOP * 4 + STOP
+    computer = Computer(code, listen=True)
+    computer.switch("cpuid", True)
+    assert heard(computer, Reason.CPUID).register("rip") == patched
+
+
+def test_code_that_a_guest_writes_elsewhere_in_its_address_space() -> None:
+    """The page is mapped twice; it was written to there before it was executed here."""
+    call = b"\xe8" + int32(OTHER - CODE - 5 - 10)
+    code = store(DATA, 0x90C3_9090) + call + store(DATA, 0x90C3_A20F)
+    code += b"\xe8" + int32(OTHER - CODE - len(code) - 5) + STOP
+    computer = Computer(code, listen=True)
+    computer.go_long()
+    computer.set(cs_arbytes=0xC9B)
+    computer.map(DATA, OTHER | PRESENT | WRITABLE)
+    computer.switch("cpuid", True)
+    assert heard(computer, Reason.CPUID).register("rip") == OTHER
+
+
+def test_code_that_is_written_while_an_agent_steps() -> None:
+    """The engine that steps is not the one that had translated the code."""
+    call = b"\xe8" + int32(OTHER - CODE - 5)
+    code = call + store(OTHER + 1, 7) + b"\xe8" + int32(OTHER - CODE - 20) + STOP
+    computer = Computer(code, {OTHER: b"\xb8\x05\0\0\0\xc3"}, listen=True, views=True)
+    computer.view((OTHER >> 12, RX))
+    computer.switch("singlestep", True)
+    request = heard(computer, Reason.MEM_ACCESS)
+    assert request.register("rip") == CODE + 5
+    computer.answer(request, SWITCH | FAST, view=0, u__fast_singlestep__p2midx=0)
+    computer.run()
+    assert computer.register("rax") == 7
+
+
+def test_code_that_dom0_patches() -> None:
+    computer = Computer(b"\x40" + FOREVER + NOP, listen=True)
+    computer.run(3)
+    mapped = computer.host.foreignmemory_map(computer.domid, True, [CODE >> 12])
+    mapped[0][1:3] = b"\x0f\xa2"
+    computer.switch("cpuid", True)
+    request = heard(computer, Reason.CPUID)
+    assert request.register("rip") == CODE + 1
+    computer.host.foreignmemory_unmap(mapped)
+
+
+def test_pages_whose_frame_changes() -> None:
+    """The host p2m shows another frame, with other code, at the same address."""
+    computer = Computer(b"\xe9" + int32(OTHER - CODE - 5), {OTHER: b"\xb0\x05" + FOREVER})
+    computer.run(3)
+    assert computer.register("rax") & 0xFF == 5
+    assert computer.model.remove_page(OTHER >> 12)
+    assert computer.model.add_page(OTHER >> 12, 0)
+    computer.write(OTHER, b"\xb0\x06" + FOREVER)
+    computer.set(rip=OTHER)
+    computer.run(3)
+    assert computer.register("rax") & 0xFF == 6
+
+
+# Several vCPUs, several domains.
+
+
+COUNT = b"\xff\x04\x9d" + int32(DATA) + b"\xeb\xf7"
+"""Adds to the word of the number in EBX, for ever."""
+
+
+def racing(seed: int, vcpus: int = 3) -> list[list[int]]:
+    """What the vCPUs have counted after each turn of all."""
+    host = MockBackend(memory_pages=1 << 13, seed=seed)
+    computer = Computer(COUNT, host=host, vcpus=vcpus)
+    for vcpu in computer.vcpus:
+        vcpu.context[:] = computer.vcpu.context
+        vcpu.set_register("rbx", vcpu.number)
+        vcpu.initialised = vcpu.online = True
+    counted = []
+    for _ in range(10):
+        computer.run(vcpus)
+        counted.append(computer.words(DATA, vcpus))
+    return counted
+
+
+def test_how_vcpus_take_turns_is_a_matter_of_the_seed() -> None:
+    first = racing(1)
+    assert first == racing(1)
+    assert first != racing(2)
+    assert all(1 <= count <= 10 * 500 for count in first[-1])
+
+
+def test_code_that_another_vcpu_writes() -> None:
+    """The second waits in a loop, whose JMP the first overwrites."""
+    computer = Computer(
+        store(OTHER, 0x9090_9090) + FOREVER, {OTHER: FOREVER + NOP * 2 + STOP}, vcpus=2
+    )
+    second = computer.vcpus[1]
+    second.context[:] = computer.vcpu.context
+    second.set_register("rip", OTHER)
+    second.initialised = second.online = True
+    computer.vcpu.event_pauses = 1
+    computer.run(4)
+    assert second.register("rip") == OTHER
+    computer.vcpu.event_pauses = 0
+    computer.run(20)
+    assert second.halted
+
+
+def test_two_domains_on_a_host() -> None:
+    host = MockBackend(memory_pages=1 << 13)
+    one = Computer(b"\xb0\x01" + store_eax(DATA) + b"\xe6\xe9" + STOP, host=host)
+    two = Computer(b"\xb0\x02" + store_eax(DATA) + b"\xe6\xe9" + STOP, host=host)
+    for computer in (two, one):
+        computer.run()
+    assert [computer.words(DATA, 1)[0] & 0xFF for computer in (one, two)] == [1, 2]
+    assert [host.console(computer.domid) for computer in (one, two)] == ["\x01", "\x02"]
+    host.destroy(one.domid)
+    two.set(rip=CODE, rax=0)
+    two.vcpu.halted = False
+    two.run()
+    assert two.words(DATA, 1)[0] & 0xFF == 2
+
+
+def test_a_domain_that_is_destroyed_while_somebody_holds_a_page() -> None:
+    computer = Computer(b"\x40\xeb\xfd")
+    mapped = computer.host.foreignmemory_map(computer.domid, True, [DATA >> 12])
+    computer.run(2)
+    computer.host.destroy(computer.domid)
+    assert computer.run(2) == 0
+    computer.host.foreignmemory_unmap(mapped)
+    with pytest.raises(KeyError):
+        computer.host.domain(computer.domid)
+
+
+def test_a_dead_domain_leaves_nothing() -> None:
+    """Neither engines nor frames: a suite boots many."""
+    host = MockBackend(memory_pages=1 << 13)
+    before = free(host)
+    computer = Computer(STOP, host=host)
+    computer.run()
+    core = weakref.ref(computer.processor.core)
+    host.destroy(computer.domid)
+    del computer
+    gc.collect()
+    assert core() is None
+    assert free(host) == before
+
+
+def free(host: MockBackend) -> int:
+    """How many frames there are to be had."""
+    frames, found = host.machine.frames, []
+    while (mfn := frames.allocate()) is not None:
+        found.append(mfn)
+    frames._free.extend(found)
+    return len(found)
+
+
+# Interruptions of the simulator itself.
+
+
+def test_an_exception_of_the_simulators_own_ends_the_run_between_instructions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As Ctrl-C does, in the middle of a page's lookup; what was done is not done twice."""
+    computer = Computer(b"\x40" + store_eax(DATA) + b"\x40" + STOP)
+    processor = computer.processor
+    find = type(processor)._find_in_view
+
+    def interrupt(self: Any, gfn: int) -> Any:
+        if gfn == DATA >> 12:
+            raise KeyboardInterrupt
+        return find(self, gfn)
+
+    monkeypatch.setattr(type(processor), "_find_in_view", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        computer.run()
+    assert computer.register("rip") == CODE + 1
+    monkeypatch.undo()
+    computer.run()
+    assert computer.words(DATA, 1) == [1]
+    assert computer.register("rax") == 2
+
+
+# VMFUNC and #VE.
+
+VMFUNC = b"\x0f\x01\xd4"
+
+
+def insider(code: bytes, **registers: int) -> Computer:
+    """A vCPU that may use VMFUNC; view 1 has DATA read-only, and its #VE page is OTHER."""
+    computer = Computer(code, mode=Altp2mMode.MIXED, views=True)
+    computer.describe()
+    computer.set(**registers)
+    computer.view((DATA >> 12, R), enter=False)
+    computer.host.altp2m_set_suppress_ve(computer.domid, 1, DATA >> 12, False)
+    computer.host.altp2m_set_vcpu_enable_notify(computer.domid, 0, OTHER >> 12)
+    return computer
+
+
+@pytest.mark.parametrize("ring", [0, 3])
+def test_vmfunc_switches_the_view(ring: int) -> None:
+    computer = insider(VMFUNC + FOREVER, rax=0, rcx=1)
+    computer.describe(ring=ring)
+    computer.run(9)
+    assert computer.vcpu.view == 1
+    assert computer.register("rip") == CODE + 3
+
+
+@pytest.mark.parametrize(
+    ("rax", "rcx", "exits"),
+    [(0, 9, True), (0, 10, True), (0, 512, True), (1, 1, True), (63, 1, True), (64, 1, False)],
+)
+def test_what_vmfunc_cannot_do(rax: int, rcx: int, exits: bool) -> None:
+    """SDM 3C, VM Functions: from 64 on it is #UD, other failures are exits, which Xen makes #UD."""
+    computer = insider(VMFUNC, rax=rax, rcx=rcx)
+    computer.listen()
+    computer.switch("vmexit", True, False)
+    computer.run()
+    assert computer.vector == UD
+    assert computer.words(computer.register("rsp"), 1) == [CODE]
+    assert computer.vcpu.view == 0
+    reasons = [request["vmexit.arch.vmx.reason"] for request in computer.take()]
+    assert [reason for reason in reasons if reason != 48] == ([59, 12] if exits else [12])
+
+
+def test_vmfunc_wants_a_visible_view() -> None:
+    computer = insider(VMFUNC, rax=0, rcx=1)
+    computer.host.altp2m_set_visibility(computer.domid, 1, False)
+    computer.run()
+    assert computer.vector == UD
+
+
+def test_vmfunc_is_there_from_enabling_the_page_to_switching_altp2m_off() -> None:
+    """vmx_vcpu_update_vmfunc_ve: that the page goes takes #VE away, and leaves VMFUNC."""
+    computer = Computer(VMFUNC, mode=Altp2mMode.MIXED, views=True, rax=0, rcx=0)
+    computer.describe()
+    computer.run()
+    assert computer.vector == UD
+
+    computer = insider(VMFUNC + FOREVER, rax=0, rcx=1)
+    computer.host.altp2m_set_vcpu_disable_notify(computer.domid, 0)
+    computer.run(9)
+    assert computer.vcpu.view == 1
+
+    computer = insider(VMFUNC, rax=0, rcx=0)
+    computer.host.altp2m_set_domain_state(computer.domid, False)
+    computer.host.altp2m_set_domain_state(computer.domid, True)
+    computer.run()
+    assert computer.vector == UD
+
+
+def test_emulated_vmfunc_is_undefined() -> None:
+    """vmx_vcpu_emulate_vmfunc does it only where the CPU cannot."""
+    computer = insider(INT3, rax=0, rcx=1)
+    computer.listen()
+    computer.switch("software_breakpoint", True)
+    computer.switch("emul_unimplemented", True)
+    request = heard(computer, Reason.SOFTWARE_BREAKPOINT)
+    computer.answer(request, EMULATE | INSN_DATA, data=VMFUNC.ljust(16, NOP))
+    computer.run()
+    assert computer.take() == []
+    assert (computer.vector, computer.vcpu.view) == (UD, 0)
+
+
+def information(computer: Computer) -> tuple[int, ...]:
+    return struct.unpack("<IIQQQH", computer.read(OTHER, 34))
+
+
+def test_virtualisation_exceptions() -> None:
+    computer = insider(VMFUNC + store(DATA + 0x10, 5), rax=0, rcx=1)
+    computer.listen()
+    computer.switch("vmexit", True, False)
+    assert computer.handled()[:3] == [CODE + 3, KERNEL_CODE, RF | 2]  # no error code
+    assert computer.vector == VE
+    # EPT violation; in use; a write, readable, the address is known and the page's; in view 1
+    where = DATA + 0x10
+    assert information(computer) == (48, 0xFFFF_FFFF, 2 | 1 << 3 | 3 << 7, where, where, 1)
+    assert computer.words(where, 1) == [0]
+    reasons = [request["vmexit.arch.vmx.reason"] for request in computer.take()]
+    assert 48 in reasons[:-1]  # what view 1 had no entry for
+    assert reasons[-1] == 12
+    assert computer.model.views[1].table.lookup(DATA >> 12).access == R
+
+
+def test_linear_and_physical_addresses_of_virtualisation_exceptions() -> None:
+    computer = insider(store(OTHER + 0x1000, 5))
+    computer.go_long()
+    computer.describe()
+    computer.set(cs_arbytes=0xC9B)
+    computer.map(OTHER + 0x1000, DATA | PRESENT | WRITABLE)
+    computer.vcpu.view = 1
+    computer.run()
+    assert computer.vector == VE
+    assert information(computer)[3:5] == (OTHER + 0x1000, DATA)
+
+
+def test_no_second_virtualisation_exception_before_the_guest_is_done_with_the_first() -> None:
+    computer = insider(store(DATA, 5) + STOP)
+    computer.vcpu.view = 1
+    computer.write(OTHER + 4, int32(1))
+    computer.listen()
+    request = heard(computer, Reason.MEM_ACCESS)
+    assert request["mem_access.gfn"] == DATA >> 12
+    assert computer.vcpu.delivered == []
+
+
+@pytest.mark.parametrize("suppressed", [True, False])
+def test_suppressed_virtualisation_exceptions(suppressed: bool) -> None:
+    computer = insider(store(DATA, 5) + STOP)
+    computer.host.altp2m_set_suppress_ve(computer.domid, 1, DATA >> 12, suppressed)
+    computer.vcpu.view = 1
+    computer.listen()
+    computer.run()
+    assert [request.reason for request in computer.take()] == [Reason.MEM_ACCESS] * suppressed
+    assert computer.vector == (None if suppressed else VE)
+
+
+def test_events_are_delivered_without_virtualisation_exceptions() -> None:
+    """The stack is in the page: the CPU cannot tell of that by another event."""
+    computer = insider(UD2)
+    computer.set(rsp=DATA + 0x100)
+    computer.vcpu.view = 1
+    computer.listen()
+    request = heard(computer, Reason.MEM_ACCESS)
+    assert request["mem_access.gfn"] == DATA >> 12
+    assert computer.vcpu.delivered == []
+
+
+# Hostile images.
+
+GOOD = elf({CODE: STOP})
+
+
+def images() -> Iterator[tuple[str, bytes]]:
+    yield "empty", b""
+    yield "not ELF", b"MZ" + bytes(100)
+    for size in (4, 16, 51, 52, 60, 84, 115):
+        yield f"cut to {size}", GOOD[:size]
+    yield "no note", elf({CODE: STOP}, note=b"")
+    yield "another note", elf({CODE: STOP}, note=struct.pack("<III4sI", 4, 4, 17, b"Xen\0", CODE))
+    yield "not RAM", elf({HOLE: STOP})
+    yield "partly RAM", elf({(2 << 20) - 1: STOP})
+    yield "at the end of the address space", elf({0xFFFF_FFFF: STOP})
+    yield "no such class", GOOD[:4] + b"\x07" + GOOD[5:]
+    yield "64-bit, beyond all memory", elf({1 << 63: STOP}, bits=64)
+
+
+HOSTILE = dict(images())
+
+
+@pytest.mark.parametrize(
+    "image", [image for _, image in images()], ids=[name for name, _ in images()]
+)
+def test_hostile_images(image: bytes) -> None:
+    host = MockBackend(memory_pages=1 << 13)
+    domid = host.add_domain(memory_kib=2048)
+    with pytest.raises(InvalidArgumentError):
+        host.boot(domid, image)
+
+
+@pytest.mark.parametrize("at", range(len(GOOD)))
+def test_any_byte_of_an_image_may_be_wrong(at: int) -> None:
+    """It is refused as it should be, or boots."""
+    host = MockBackend(memory_pages=1 << 12)
+    domid = host.add_domain(memory_kib=256, superpages=False)
+    for value in (0, 0x7F, 0xFF):
+        image = GOOD[:at] + bytes([value]) + GOOD[at + 1 :]
+        try:
+            host.boot(domid, image)
+        except InvalidArgumentError:
+            continue
+
+
+def test_a_64_bit_image_boots() -> None:
+    host = MockBackend(memory_pages=1 << 13)
+    domid = host.add_domain(memory_kib=2048)
+    host.boot(domid, elf({CODE: b"\xb0A\xe6\xe9" + STOP}, bits=64))
+    host.domain_unpause(domid)
+    assert host.console(domid) == "A"
+
+
+def test_without_unicorn_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "unicorn", None)
+    host = MockBackend(memory_pages=1 << 13)
+    domid = host.add_domain(memory_kib=2048)
+    with pytest.raises(ImportError, match=r"pip install 'xenaltp2m\[sim\]'"):
+        host.boot(domid, GOOD)
