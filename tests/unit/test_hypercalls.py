@@ -63,7 +63,7 @@ class Caller(Computer):
         )
         return self.call(HVM_OP, ALTP2M, DATA)
 
-    def answered(self, shape: str, at: int = 0) -> int:
+    def result(self, shape: str, at: int = 0) -> int:
         size = struct.calcsize(shape)
         [value] = struct.unpack(shape, self.read(DATA + 16 + at, size))
         return int(value)
@@ -81,20 +81,20 @@ def test_a_guest_makes_use_of_altp2m(caller: Caller) -> None:
     """Every operation of one page, by a guest in mixed mode."""
     model = caller.model
     assert caller.altp2m(GET_STATE) == 0
-    assert caller.answered("<B") == 0
+    assert caller.result("<B") == 0
     assert caller.altp2m(SET_STATE, b"\1") == 0
     assert caller.altp2m(GET_STATE) == 0
-    assert caller.answered("<B") == 1
+    assert caller.result("<B") == 1
     assert caller.altp2m(CREATE, struct.pack("<HH", 0, RWX)) == 0
-    assert caller.answered("<H") == 1
+    assert caller.result("<H") == 1
     assert caller.altp2m(SET_ACCESS, struct.pack("<HHIQ", 1, R, 0, GFN)) == 0
     assert model.views[1].table.lookup(GFN).access == R
     assert caller.altp2m(GET_ACCESS, struct.pack("<HHIQ", 1, 0, 0, GFN)) == 0
-    assert caller.answered("<H", 2) == R
+    assert caller.result("<H", 2) == R
     assert caller.altp2m(SET_SUPPRESS, struct.pack("<HBBIQ", 1, 0, 0, 0, GFN)) == 0
     assert model.views[1].table.lookup(GFN).suppress_ve is False
     assert caller.altp2m(GET_SUPPRESS, struct.pack("<HBBIQ", 1, 1, 0, 0, GFN)) == 0
-    assert caller.answered("<B", 2) == 0
+    assert caller.result("<B", 2) == 0
     assert caller.altp2m(CHANGE_GFN, struct.pack("<HHIQQ", 1, 0, 0, GFN, PAGE)) == 0
     assert model.views[1].table.lookup(GFN).mfn == model.host.lookup(PAGE).mfn
     assert caller.altp2m(ENABLE_NOTIFY, struct.pack("<IIQ", 0, 0, PAGE)) == 0
@@ -104,7 +104,7 @@ def test_a_guest_makes_use_of_altp2m(caller: Caller) -> None:
     assert caller.altp2m(SWITCH, struct.pack("<H", 1)) == 0
     assert caller.vcpu.view == 1
     assert caller.altp2m(GET_VIEW, struct.pack("<I", 0)) == 0
-    assert caller.answered("<H", 4) == 1
+    assert caller.result("<H", 4) == 1
     assert caller.altp2m(SET_VISIBILITY, struct.pack("<HBB", 1, 0, 0)) == 0
     assert model.views[1].visible is False
     assert caller.altp2m(SWITCH, struct.pack("<H", 0)) == 0
@@ -118,7 +118,7 @@ def test_arguments_are_read_and_answered_whatever_the_view(caller: Caller) -> No
     caller.altp2m(SET_STATE, b"\1")
     caller.view((DATA >> 12, 0))
     assert caller.altp2m(GET_STATE) == 0
-    assert caller.answered("<B") == 1
+    assert caller.result("<B") == 1
 
 
 Refusal = Callable[[Caller], int]
@@ -197,7 +197,7 @@ def test_of_another_domain() -> None:
 def test_parameters(caller: Caller) -> None:
     caller.write(DATA, struct.pack("<HxxIQ", SELF, 35, 0))
     assert caller.call(HVM_OP, GET_PARAM, DATA) == 0
-    assert caller.answered("<Q", -8) == Altp2mMode.MIXED
+    assert caller.result("<Q", -8) == Altp2mMode.MIXED
     caller.write(DATA, struct.pack("<HxxIQ", SELF, 39, 0))
     assert caller.call(HVM_OP, GET_PARAM, DATA) == -EINVAL
     assert caller.call(HVM_OP, GET_PARAM, HOLE & ~0xFFF) == -EFAULT
