@@ -168,6 +168,7 @@ class MachineCode(Processor):
         self._loaded = bytes(len(self.vcpu.context))
 
     def close(self) -> None:
+        """Give the core's frames back."""
         self.core.close()
 
     @property
