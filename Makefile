@@ -3,11 +3,11 @@
 
 PYTHON ?= python3
 VENV := .venv
+comma := ,
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 SOURCES := xenaltp2m cdefs tests examples setup.py
 XEN ?= 4.17
-IMAGE := examples/guest/hello.elf
 
 # Networks fail now and then: three tries, each after a longer pause.
 retry = for pause in 5 20 0; do $(1) && break; \
@@ -16,15 +16,15 @@ retry = for pause in 5 20 0; do $(1) && break; \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint format types ffi ffi-check abi bench bench-xen fuzz guest dist clean headers \
+.PHONY: help demo test check lint format types ffi ffi-check abi bench bench-sim bench-xen fuzz guest dist clean headers \
 	lab lab-shell test-xen test-xen-all conformance support demo-xen
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | \
 	while IFS='|' read -r name text; do printf '%-12s %s\n' "$$name" "$$text"; done
 
-demo: $(READY) ## protect a function of a real guest image, on the mock hypervisor
-	$(RUN) -m xenaltp2m --connect mock protect guest --image $(IMAGE) --symbol target --hold 1
+demo: $(READY) ## trace a function of a guest that checks itself, in the simulator
+	$(RUN) examples/trace_calls.py
 
 test: $(READY) headers ## run every test that needs no Xen
 	$(RUN) -m pytest -rfEs $(PYTEST)
@@ -53,6 +53,9 @@ abi: $(READY) headers ## prove cdefs/ against Xen's headers; without them it fai
 
 bench: $(READY) ## measure what calls cost against C
 	$(RUN) tests/bench/bench.py
+
+bench-sim: $(READY) ## measure the simulator against Unicorn alone
+	$(RUN) tests/bench/bench_sim.py
 
 bench-xen: $(READY) ## measure the monitor against xen-access and C on real Xen in the lab
 	$(RUN) tests/bench/bench_xen.py
@@ -94,11 +97,10 @@ conformance: $(READY) ## compare simulated guests with real Xen in the lab, even
 support: $(READY) ## write docs/support.md from what `make test-xen-all` left in results/
 	PYTHONPATH=. $(RUN) tests/lab/support.py
 
-demo-xen: ## the demo on real Xen in the lab, as a dom0 user runs it
+demo-xen: ## the same script, the same guest and the same table on real Xen in the lab
 	$(PYTHON) tests/lab/run.py --install --xen $(firstword $(XEN)) --put xenaltp2m \
-		--put $(IMAGE) --put $(IMAGE:.elf=.cfg) -- \
-		'xl create -q -e hello.cfg && python3 -m xenaltp2m list && \
-		python3 -m xenaltp2m protect hello --image hello.elf --symbol target --hold 1'
+		--put examples/trace_calls.py --put examples/guest -- \
+		'cd guest && xl create -p -q -e checker.cfg && python3 ../trace_calls.py --connect libxc'
 
 clean: ## remove what these targets made
 	rm -rf $(VENV) build dist results *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -110,7 +112,7 @@ $(READY): pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(call retry,$(RUN) -m pip install -qq 'pip>=25.1',pip)
-	@$(call retry,$(RUN) -m pip install -qq --editable '.[cli,sim]' --group dev,pip)
+	@$(call retry,$(RUN) -m pip install -qq --editable '.[cli$(comma)sim]' --group dev,pip)
 	@touch $@
 
 # The ABI proofs and the guest want more than Python; where it is not there, they skip.

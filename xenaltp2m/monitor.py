@@ -210,6 +210,7 @@ class Monitor(Handle):
         self._domid = int(domain.domid)
         self._release = domain.xen.release
         self.version = self._known_version()
+        self._vcpus = domain.info().max_vcpu_id + 1
         super().__init__()
         self._enabled: dict[tuple[object, ...], Subscription] = {}
         self._has_stepped = False
@@ -303,7 +304,7 @@ class Monitor(Handle):
         or done by other means.
         """
         if self._release.removal_delays_answers:
-            for vcpu in range(self.domain.info().max_vcpu_id + 1):
+            for vcpu in range(self._vcpus):
                 self._delayed.setdefault(vcpu, None)
 
     def _in_time(self, event: Event, response: Response) -> Response:
@@ -948,7 +949,7 @@ class Monitor(Handle):
                 self._flush()
         except RingError:
             if not self._damaged:
-                for vcpu in range(self.domain.info().max_vcpu_id + 1):
+                for vcpu in range(self._vcpus):
                     self._ring.force(self.version, vcpu, _PAUSED)
                     self._flush()
             self._damaged = True

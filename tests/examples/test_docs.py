@@ -25,7 +25,8 @@ def test_there_is_code_to_run() -> None:
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_code_runs(block: str) -> None:
+def test_code_runs(block: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(TREE)
     exec(compile(block, "docs", "exec"), {})
 
 

@@ -55,6 +55,9 @@ class WatchedMock(MockBackend):
     def add_domain(self, name: str = "guest", **options: Any) -> int:
         return super().add_domain(name, **(options | self.options))
 
+    def boot(self, *_: object) -> None:
+        raise ImportError("as without the simulator; with it: test_cli_simulated.py")
+
     def close(self) -> None:
         self._faults.clear()
         self.target = self.read(TARGET)

@@ -16,7 +16,7 @@ from xenaltp2m.symbols import Image
 from xenaltp2m.view import Progress
 
 if TYPE_CHECKING:
-    from xenaltp2m.backend.mock import Instruction
+    from xenaltp2m.backend.mock import Instruction, MockBackend
 
 Script: TypeAlias = Callable[[int], "list[Instruction]"]
 """Makes what the mock's guest does, given how many pages it has."""
@@ -39,11 +39,13 @@ def connect(
 ) -> Iterator[xa.Xen]:
     """Open what ``--connect`` names; on the mock, with a guest that the image is loaded into.
 
+    The mock's guest executes the image, if it is a PVH guest's and the simulator is installed.
+
     Args:
         options: The arguments.
         console: Gets the progress.
         image: The guest's image.
-        script: What the mock's guest does, on each vCPU, for ever; nothing if None.
+        script: What the mock's guest does otherwise, on each vCPU, for ever; nothing if None.
     """
     if options.connect == "libxc":
         with xa.connect("libxc") as xen:
@@ -63,10 +65,11 @@ def connect(
     )
     domid = backend.add_domain(MOCK_DOMAIN, vcpus=_MOCK_VCPUS, memory_kib=memory // 1024)
     with xa.connect(backend) as xen:
+        executes = False
         if image is not None:
             with xen.domain(domid) as domain:
-                _load(domain, image, console.progress("loading the image"))
-        if script is not None:
+                executes = _load(backend, domain, image, console.progress("loading the image"))
+        if script is not None and not executes:
             for vcpu in range(_MOCK_VCPUS):
                 backend.load(domid, script(memory // xa.PAGE_SIZE), vcpu, loop=True)
         backend.domain_unpause(domid)
@@ -84,7 +87,11 @@ def is_altp2m_active(domain: xa.Domain, console: Console) -> bool:
     return active
 
 
-def _load(domain: xa.Domain, image: Image, progress: Progress) -> None:
+def _load(backend: MockBackend, domain: xa.Domain, image: Image, progress: Progress) -> bool:
+    """Put the image into the guest's memory; tell whether the guest executes it."""
+    with contextlib.suppress(ImportError, xa.InvalidArgumentError):
+        backend.boot(domain.domid, image.name)
+        return True
     total, done = sum(len(part.data) for part in image.segments), 0
     for part in image.segments:
         for at in range(0, len(part.data), _MIB):
@@ -92,6 +99,7 @@ def _load(domain: xa.Domain, image: Image, progress: Progress) -> None:
             domain.memory.write(part.address + at, piece)
             done += len(piece)
             progress(done, total)
+    return False
 
 
 class Signals:

@@ -47,7 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Say what the command takes."""
     parser.add_argument("domain", metavar="DOMAIN", help="a domid, a name or a uuid")
     parser.add_argument(
-        "--image", required=True, metavar="ELF", help="the guest's image, for its symbols"
+        "--image",
+        required=True,
+        metavar="ELF",
+        help="the guest's image, for its symbols; the mock's guest executes it",
     )
     parser.add_argument(
         "--symbol",

@@ -102,7 +102,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="watch all pages of a symbol of the image; may be given again",
     )
-    parser.add_argument("--image", metavar="ELF", help="the guest's image, for its symbols")
+    parser.add_argument(
+        "--image",
+        metavar="ELF",
+        help="the guest's image, for its symbols; the mock's guest executes it",
+    )
     parser.add_argument(
         "--access",
         type=access_among(_ACCESSES),

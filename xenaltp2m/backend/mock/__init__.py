@@ -135,9 +135,12 @@ def _operation(
     @functools.wraps(method)
     def call(self: MockBackend, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         self._check_open()
-        bound = signature.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        named = bound.arguments
+        if len(args) == len(names) and not kwargs:
+            named: dict[str, Any] = dict(zip(names, args, strict=True))
+        else:
+            bound = signature.bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            named = bound.arguments
         arguments.check(op, named)
         logged = tuple(_logged(named[name]) for name in names)
         try:
@@ -168,7 +171,7 @@ class MockBackend:
         machine: The modelled host, with its domains; tests may look and reach into it.
         calls: The calls made so far, oldest first; the oldest fall out past 100 000.
         steps_at_once: How many instructions a domain's vCPUs execute at most, together, when a
-            call lets them go on.
+            call lets them go on; None: until they cannot, see :meth:`run`.
     """
 
     name = "mock"
@@ -215,7 +218,7 @@ class MockBackend:
         self.calls: deque[Call] = deque(maxlen=_LOG_LENGTH)
         self._faults: list[_Fault] = []
         self._chance = Random(seed)  # noqa: S311 - chance, not secrets
-        self.steps_at_once = _STEPS_AT_ONCE
+        self.steps_at_once: int | None = _STEPS_AT_ONCE
         self._monitors: dict[int, Monitor] = {}
         self._processors: dict[int, list[Processor]] = {}
         self._channels: dict[int, Channel] = {}
@@ -324,11 +327,16 @@ class MockBackend:
         [first, *_] = self._processors_of(domid)
         return first.written.decode(errors="replace")
 
-    def run(self, domid: int, steps: int) -> int:
+    def run(self, domid: int, steps: int | None = None) -> int:
         """Let a domain's vCPUs execute, in turn, up to ``steps`` attempts of an instruction.
 
+        Without a number they execute until each of them waits for something. This is the fastest
+        way for machine code, for then nothing counts its instructions; a guest that never stops
+        is never come back from.
+
         Returns:
-            How many were executed: an attempt that causes an event or a fault does not count.
+            How many were executed and counted: an attempt that causes an event or a fault does
+            not count.
         """
         return run(self._processors_of(domid), steps, self._chance)
 

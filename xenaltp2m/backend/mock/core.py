@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xenaltp2m.abi.layouts import HVM_CPU
-from xenaltp2m.backend.mock.vcpu import CR0_PE, CR0_PG, DB, UD, Vcpu
+from xenaltp2m.backend.mock.vcpu import CR0_PE, CR0_PG, DB, REGISTERS, UD, Vcpu
 from xenaltp2m.backend.mock.x86 import (
     EFER_LMA,
     EFER_LME,
@@ -141,8 +141,7 @@ class Engine:
         self._flush_command = ctypes.c_int(const.UC_CTL_TLB_FLUSH | const.UC_CTL_IO_WRITE << 30)
         self.uc.hook_add(const.UC_HOOK_TLB_FILL, self._fill)
         self.uc.hook_add(const.UC_HOOK_INTR, self._interrupted)
-        self._flags = x86.UC_X86_REG_RFLAGS
-        self._code_segment, self._selector = x86.UC_X86_REG_CS, ctypes.c_uint64()
+        self._value = ctypes.c_uint64()
         # Unicorn begins in long mode; a PC begins without.
         self.uc.reg_write(x86.UC_X86_REG_CR0, CR0_PG | CR0_PE | 0x10)
         self.uc.reg_write(x86.UC_X86_REG_CR0, CR0_PE | 0x10)
@@ -188,8 +187,12 @@ class Engine:
     @property
     def _user(self) -> bool:
         """Whether the CPU is at privilege level 3; instructions change that while it runs."""
-        self._library.uc_reg_read(self.uc._uch, self._code_segment, ctypes.byref(self._selector))
-        return self._selector.value & 3 == 3
+        return self._register(self._x86.UC_X86_REG_CS) & 3 == 3
+
+    def _register(self, register: int) -> int:
+        """Read one of up to 64 bits; faster than what the package offers."""
+        self._library.uc_reg_read(self.uc._uch, register, ctypes.byref(self._value))
+        return self._value.value
 
     def forget_pages(self) -> None:
         """Ask again for each page."""
@@ -245,7 +248,7 @@ class Engine:
     @property
     def rip(self) -> int:
         """The instruction pointer."""
-        return int(self.uc.reg_read(self._x86.UC_X86_REG_RIP))
+        return self._register(self._x86.UC_X86_REG_RIP)
 
     # Registers.
 
@@ -275,19 +278,19 @@ class Engine:
         self._broke_off = False
 
         def changed(*names: str) -> bool:
-            return any(now[place] != held[place] for place in map(_slice, names))
+            return any(now[place] != held[place] for place in map(REGISTERS.__getitem__, names))
 
-        if now == held:
-            uc.context_restore(state.saved)
-            return
         if now[_GENERAL] != held[_GENERAL]:
             state.put_general(vcpu)
-        segments = changed(*_SEGMENT_FIELDS)
-        if segments:
+        rest_changed = now[_REST] != held[_REST]
+        if rest_changed and changed(*_SEGMENT_FIELDS):
             state.put_segments(vcpu)
         uc.context_restore(state.saved)
         if changed("rflags"):
-            uc.reg_write(self._flags, vcpu.register("rflags") & ~FLAG_RF)  # over with the next
+            self._value.value = vcpu.register("rflags") & ~FLAG_RF  # which is over with the next
+            self._library.uc_reg_write(uc._uch, x86.UC_X86_REG_RFLAGS, ctypes.byref(self._value))
+        if not rest_changed:
+            return
         if changed("cr0", "cr3", "cr4", "msr_efer"):
             efer = vcpu.register("msr_efer")
             uc.reg_write(x86.UC_X86_REG_CR4, vcpu.register("cr4"))
@@ -320,12 +323,16 @@ class Engine:
             state.mend_flags()
             self.uc.context_restore(state.saved)
         state.take(vcpu)
-        vcpu.set_register("rflags", self.uc.reg_read(self._flags) & ~FLAG_RF)
+        vcpu.set_register("rflags", self._register(self._x86.UC_X86_REG_RFLAGS) & ~FLAG_RF)
 
-    def save_tables(self, vcpu: Vcpu) -> None:
+    def save_tables(self, vcpu: Vcpu, state: State) -> None:
         """Take back what only rare instructions change: cr2, descriptor tables, MSRs."""
         uc, x86 = self.uc, self._x86
-        vcpu.set_register("cr2", uc.reg_read(x86.UC_X86_REG_CR2))
+        vcpu.set_register("cr2", self._register(x86.UC_X86_REG_CR2))
+        if vcpu.register("msr_efer") & EFER_LMA:
+            vcpu.set_register("shadow_gs", uc.msr_read(_SHADOW_GS))
+        if not state.tables_changed():
+            return
         for name, register in (("gdtr", x86.UC_X86_REG_GDTR), ("idtr", x86.UC_X86_REG_IDTR)):
             _, base, limit, _ = uc.reg_read(register)
             vcpu.set_register(f"{name}_base", base)
@@ -335,8 +342,6 @@ class Engine:
             if selector != vcpu.register(f"{name}_sel"):
                 vcpu.set_register(f"{name}_sel", selector)
                 put_segment(vcpu, name, Segment(base, limit, _attributes(flags)))
-        if vcpu.register("msr_efer") & EFER_LMA:
-            vcpu.set_register("shadow_gs", uc.msr_read(_SHADOW_GS))
 
 
 class Places(NamedTuple):
@@ -428,6 +433,15 @@ class State:
             put_segment(vcpu, name, segment)
         self._segments = now
 
+    _tables = b""
+
+    def tables_changed(self) -> bool:
+        """Whether LDTR, TR, GDTR or IDTR, which follow the segments, did since this was asked."""
+        at = self._places.segments + len(SEGMENTS) * _SEGMENT.size
+        raw = bytes(self._raw[at : at + 4 * _SEGMENT.size])
+        changed, self._tables = raw != self._tables, raw
+        return changed
+
 
 def _attributes(flags: int) -> int:
     return (flags >> 8 & 0xFF) | (flags >> 12 & 0xF00)
@@ -457,18 +471,14 @@ def put_segment(vcpu: Vcpu, name: str, segment: Segment) -> None:
         vcpu.set_register(f"{name}_{part}", value)
 
 
-def _slice(name: str) -> slice:
-    offset, width = HVM_CPU.fields[name]
-    return slice(offset, offset + width)
-
-
 _SEGMENT_FIELDS = [
     f"{name}_{part}" for name in SEGMENTS for part in ("sel", "base", "limit", "arbytes")
 ]
 _ORDER = [_NAMES.index(name) for name in ("rax", "rbx", "rcx", "rdx", "rbp", "rsi", "rdi", "rsp")]
 _ORDER += range(8, 16)
 """Of the context's registers, where the CPU numbers them."""
-_RIP = _slice("rip")
+_RIP = REGISTERS["rip"]
+_REST = slice(REGISTERS["rflags"].stop, HVM_CPU.size)
 
 
 class Core:
@@ -529,9 +539,8 @@ class Core:
         """Whether a frame was executed: a write to it must be noted."""
         return mfn in self._code
 
-    def note_write(self, mfn: int) -> None:
-        """A frame with code is about to be written to; where it is executed next is asked anew."""
-        self._frames.page(mfn)
+    def note_write(self) -> None:
+        """Where a frame that is about to be written to is executed next, have it asked for anew."""
         self.engine.forget_pages()
 
     def note_code(self, address: int, mfn: int) -> None:

@@ -515,7 +515,8 @@ class Domain:
             raise Refused(ENOMEM)
         view.default_access = default_access
         view.min_remapped = ALL_GFNS
-        view.max_remapped = view.table.max_mapped = 0
+        view.max_remapped = 0
+        view.table.restart()
         view.exists = view.visible = True
 
     def create_view(self, access: int) -> int:

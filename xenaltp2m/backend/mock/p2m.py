@@ -22,6 +22,7 @@ ORDER_4K, ORDER_2M, ORDER_1G = 0, 9, 18
 _TABLE_ORDER = 9
 _TOP_LEVEL = 3
 _INDEX_MASK = (1 << _TABLE_ORDER) - 1
+_MOST_KNOWN = 256
 MAX_GFN_BITS = (_TOP_LEVEL + 1) * _TABLE_ORDER
 
 
@@ -151,9 +152,22 @@ class P2m:
         """The highest gfn ever written; it never shrinks."""
         self.generation = 0
         """Counts what was written, for those who remember lookups."""
+        self._known: dict[int, Lookup] = {}
 
     def lookup(self, gfn: int) -> Lookup:
         """Return the entry at ``gfn``, or a hole (``ept_get_entry``)."""
+        found = self._known.get(gfn)
+        if found is None:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            found = self._known[gfn] = self._lookup(gfn)
+        return found
+
+    def _changes(self) -> None:
+        self.generation += 1
+        self._known.clear()
+
+    def _lookup(self, gfn: int) -> Lookup:
         if gfn > self.max_mapped:
             return _hole(self._order_beyond(gfn))
         table = self._root
@@ -206,7 +220,7 @@ class P2m:
         Returns:
             0, EINVAL for a misaligned or too high gfn, ENOMEM for an exhausted pool.
         """
-        self.generation += 1
+        self._changes()
         aligned = gfn if mfn == INVALID_MFN else gfn | mfn
         if aligned & ((1 << order) - 1) or gfn >> MAX_GFN_BITS:
             return EINVAL
@@ -252,9 +266,14 @@ class P2m:
             error = self.write(part, frame, size, kind, access) or error
         return error
 
+    def restart(self) -> None:
+        """As if nothing had ever been written to it, empty as it is."""
+        self._changes()
+        self.max_mapped = 0
+
     def flush(self) -> None:
         """Forget every entry and give the tables back to the pool."""
-        self.generation += 1
+        self._changes()
         self._pool.used -= _count_tables(self._root) - 1  # the root itself is kept
         self._root.clear()
 

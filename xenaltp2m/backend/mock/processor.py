@@ -10,6 +10,7 @@ Xen causes no monitor trap, its successor does; so it is on the CPU, too.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -221,6 +222,8 @@ class Processor(ABC):
 
     def step(self, limit: int = 1) -> int:
         """Let the vCPU run until it has executed ``limit`` instructions, or is kept from it.
+
+        With a limit of 0 machine code runs on until it is kept from it.
 
         Returns:
             How many it has executed.
@@ -673,25 +676,27 @@ class Processor(ABC):
 WRITES_DROPPED = {PageType.RAM_RO, PageType.GRANT_MAP_RO}
 
 
-def run(processors: Sequence[Processor], turns: int, chance: Random) -> int:
-    """Let vCPUs run in turn, until none can or there were so many turns.
+def run(processors: Sequence[Processor], turns: int | None, chance: Random) -> int:
+    """Let vCPUs run in turn, until none can or there were so many turns (None: however many).
 
     A turn is one instruction of a script. Of machine code it is more; where several vCPUs can
-    run, how many is a matter of chance.
+    run, how many is a matter of chance. Where one can, and turns are not counted, its
+    instructions are not either: it is then several times as fast.
 
     Returns:
-        How many instructions were executed.
+        How many instructions were executed, of those that were counted.
     """
     executed = 0
-    while turns > 0:
+    left = math.inf if turns is None else turns
+    while left > 0:
         ready = [processor for processor in processors if processor.ready]
         if not ready:
             break
-        for processor in ready[:turns]:
+        for processor in ready if turns is None else ready[: int(left)]:
             if processor.ready:
                 limit = _SLICE if len(ready) == 1 else chance.randint(1, _SLICE)
-                executed += processor.step(limit)
-        turns -= len(ready)
+                executed += processor.step(0 if turns is None and len(ready) == 1 else limit)
+        left -= len(ready)
     return executed
 
 

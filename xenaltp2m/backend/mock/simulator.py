@@ -49,6 +49,7 @@ from xenaltp2m.backend.mock.processor import (
     Halt,
     PortIo,
     Processor,
+    SetRegisters,
     WriteControlRegister,
     WriteMsr,
     moves_itself,
@@ -74,6 +75,7 @@ from xenaltp2m.backend.mock.vcpu import (
     Waits,
 )
 from xenaltp2m.backend.mock.x86 import (
+    CR4_TSD,
     EFER_LMA,
     EFER_LME,
     FLAG_AC,
@@ -98,6 +100,7 @@ from xenaltp2m.types import PAGE_SIZE
 _RIGHTS = {"r": R, "w": W, "x": X}
 _U16, _U32 = 0xFFFF, 0xFFFF_FFFF
 _IRET, _EMULATED_PREFIXES = b"\xcf", b"\x48\x66"
+_PAGE_OF_32_BITS = _U32 & ~(PAGE_SIZE - 1)
 _LONG, _BIG = 1 << 9, 1 << 10
 _INT3, _INT_N, _INTO, _ICEBP = 0xCC, 0xCD, 0xCE, 0xF1
 _RDMSR, _EFER = 0x0F32, 0xC0000080
@@ -110,6 +113,8 @@ _GENERAL = (
     "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
     "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
 )  # fmt: skip
+_TICKS = 2
+"""Of the time stamp counter, in a nanosecond."""
 _CPUID_VENDOR = (0x756E6547, 0x6C65746E, 0x49656E69)
 _CPUID = {
     0: (0xD, _CPUID_VENDOR[0], _CPUID_VENDOR[1], _CPUID_VENDOR[2]),
@@ -182,6 +187,10 @@ class MachineCode(Processor):
         )
 
     @property
+    def _paged(self) -> bool:
+        return bool(self.vcpu.register("cr0") & CR0_PG)
+
+    @property
     def privilege(self) -> int:
         """The current privilege level."""
         return self.vcpu.register("ss_arbytes") >> 5 & 3
@@ -212,42 +221,43 @@ class MachineCode(Processor):
             physical_bits=self.monitor.domain.machine.physical_address_bits,
         )
 
-    def _check(self, physical: int, kind: str, linear: int, wanted: str, flags: AccessFlag) -> int:
-        """Return the frame at a physical address, which the vCPU may use so in its view."""
+    def _check(
+        self, physical: int, kind: str, linear: int, wanted: str, flags: AccessFlag
+    ) -> tuple[int, int]:
+        """Return the frame at a physical address, which the vCPU may use so in its view; rights."""
         found = self._find_in_view(physical // PAGE_SIZE)
         rights = entry_rights(found.type, found.access) if found.mapped else 0
         big = found.order and not self.monitor.domain.machine.executable_superpages
         if not rights & _RIGHTS[kind] or (kind == "x" and big) or (rights & W and not rights & R):
             raise _Denied(physical, kind, linear, wanted, flags)
-        return found.mfn
+        return found.mfn, rights
 
     def _resolve(self, linear: int, kind: str, user: bool) -> Place:
         """Find a page for the engine; a Fault or _Denied where it may not be used so."""
-        paging = self._paging(user)
 
         def load(physical: int, size: int) -> int:
-            mfn = self._check(physical, "r", linear, kind, _IN_WALK)
+            mfn, _ = self._check(physical, "r", linear, kind, _IN_WALK)
             at = physical % PAGE_SIZE
             frame = self.monitor.domain.machine.frames.peek(mfn)
             return int.from_bytes(frame[at : at + size], "little")
 
         def store(physical: int, size: int, value: int) -> None:
-            mfn = self._check(physical, "w", linear, kind, _IN_WALK)
+            mfn, _ = self._check(physical, "w", linear, kind, _IN_WALK)
             at = physical % PAGE_SIZE
             frame = self.monitor.domain.machine.frames.page(mfn)
             frame[at : at + size] = value.to_bytes(size, "little")
 
-        physical, allowed = paging.translate(linear, kind, load, store)
-        mfn = self._check(physical, kind, linear, kind, AT_PAGE)
-        found = self._find_in_view(physical // PAGE_SIZE)
-        rights = entry_rights(found.type, found.access)
+        physical, allowed = linear & _PAGE_OF_32_BITS, "rwx"
+        if self._paged:
+            physical, allowed = self._paging(user).translate(linear, kind, load, store)
+        mfn, rights = self._check(physical, kind, linear, kind, AT_PAGE)
         granted = "".join(right for right in allowed if rights & _RIGHTS[right])
         if kind == "x":
             self.core.note_code(linear, mfn)
             return Place(mfn, granted.replace("w", ""))
         if self.core.has_code(mfn):
             if kind == "w":
-                self.core.note_write(mfn)
+                self.core.note_write()
             else:
                 granted = granted.replace("w", "")
         return Place(mfn, granted.replace("x", ""))
@@ -337,7 +347,8 @@ class MachineCode(Processor):
         core, where = self.core, self._where()
         if core.where != where:
             core.engine.forget_pages()
-        core.where = None  # the pages are forgotten where the vCPU leaves guest mode
+        # Where the guest has tables of its own, pages are forgotten when it leaves guest mode.
+        core.where = None if self._paged else where
         core.check_code()
         self._enter(core.engine)
         try:
@@ -350,15 +361,23 @@ class MachineCode(Processor):
         resolve: Callable[[int, str, bool], Place],
         on_access: Callable[[Seen], None] | None = None,
     ) -> Fault | SoftwareInterrupt | None:
-        core = self.core
+        core, frames = self.core, self.monitor.domain.machine.frames
+
+        def noting(linear: int, kind: str, user: bool) -> Place:
+            place = resolve(linear, kind, user)
+            if "w" in place.rights:
+                frames.page(place.mfn)  # the other engine may have translated it
+            return place
+
         self._enter(core.stepper)
         try:
-            return core.step(self.vcpu.register("rip"), self._linear_rip, resolve, on_access)
+            return core.step(self.vcpu.register("rip"), self._linear_rip, noting, on_access)
         finally:
             self._leave(core.stepper)
-            core.stepper.save_tables(self.vcpu)
+            core.stepper.save_tables(self.vcpu, self._state)
             self._loaded = bytes(self.vcpu.context)
-            core.where = None  # it may have changed what the other engine has cached
+            if self._paged:
+                core.where = None  # it may have changed what the other engine has cached
 
     def _step_once(self) -> Fault | SoftwareInterrupt | None:
         """One instruction, or one repetition (SDM 3C, Monitor Trap Flag)."""
@@ -677,6 +696,8 @@ class MachineCode(Processor):
             return WriteMsr(register("rcx") & _U32, wide)
         if opcode == 0x0F01 and found.modrm == 0xD1:
             return WriteControlRegister(XCR0, wide)
+        if opcode == 0x0F31 or (opcode == 0x0F01 and found.modrm == 0xF9):
+            return self._read_time(with_number=opcode == 0x0F01)
         if opcode == 0x0FA2:
             return Cpuid(self._cpuid(register("rax") & _U32))
         if opcode == _ICEBP:
@@ -711,6 +732,16 @@ class MachineCode(Processor):
     def _load_msr(self, msr: int) -> None:
         value = self._read_msr(msr)
         self._set_registers({"rax": value & _U32, "rdx": value >> 32})
+
+    def _read_time(self, *, with_number: bool) -> Effect | None:
+        """RDTSC, RDTSCP: the vCPU's own time, for the core would tell the host's."""
+        if self.privilege and self.vcpu.register("cr4") & CR4_TSD:
+            return None
+        time = self.vcpu.cpu_time * _TICKS
+        values = {"rax": time & _U32, "rdx": time >> 32 & _U32}
+        if with_number:
+            values["rcx"] = self.vcpu.register("msr_tsc_aux") & _U32
+        return SetRegisters(values)
 
     def _cpuid(self, leaf: int) -> tuple[int, int, int, int]:
         return _CPUID.get(leaf, (0, 0, 0, 0))
@@ -865,7 +896,6 @@ class MachineCode(Processor):
                 return Place(found.mfn, "rx")
             if kind is Flag.EMULATE_NOWRITE or found.type in WRITES_DROPPED:
                 kept.setdefault(found.mfn, bytes(frames.peek(found.mfn)))
-            frames.page(found.mfn)  # the other engine may have translated it
             return Place(found.mfn, "rw")
 
         patched: dict[int, bytes] = {}

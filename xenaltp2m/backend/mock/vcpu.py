@@ -19,6 +19,10 @@ NO_ERROR_CODE = 0xFFFF_FFFF
 
 CR0_PE, CR0_ET, CR0_WP, CR0_PG = 1 << 0, 1 << 4, 1 << 16, 1 << 31
 DR6_DEFAULT = 0xFFFF0FF0
+REGISTERS = {
+    name: slice(offset, offset + width) for name, (offset, width) in HVM_CPU.fields.items()
+}
+"""Where they lie in a vCPU's context."""
 _T = TypeVar("_T")
 
 Waits: TypeAlias = Generator[None, None, _T]
@@ -115,13 +119,14 @@ class Vcpu:
 
     def register(self, name: str) -> int:
         """Return a register of the context."""
-        return HVM_CPU.number(self.context, name)
+        return int.from_bytes(self.context[REGISTERS[name]], "little")
 
     def set_register(self, name: str, value: int) -> None:
         """Set a register of the context; what it has no room for is cut off."""
-        offset, width = HVM_CPU.fields[name]
+        place = REGISTERS[name]
+        width = place.stop - place.start
         mask = (1 << 8 * width) - 1
-        self.context[offset : offset + width] = (value & mask).to_bytes(width, "little")
+        self.context[place] = (value & mask).to_bytes(width, "little")
 
     def raise_trap(self, trap: Trap) -> None:
         """``vmx_inject_event``: what is pending already gives way, if not to a double fault."""

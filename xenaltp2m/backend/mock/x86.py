@@ -15,7 +15,14 @@ from typing import NamedTuple
 from xenaltp2m.backend.mock.vcpu import CR0_PG, CR0_WP, GP, NO_ERROR_CODE, NP, PF, VE
 from xenaltp2m.types import PAGE_SIZE
 
-CR4_PSE, CR4_PAE, CR4_LA57, CR4_SMEP, CR4_SMAP = 1 << 4, 1 << 5, 1 << 12, 1 << 20, 1 << 21
+CR4_TSD, CR4_PSE, CR4_PAE, CR4_LA57, CR4_SMEP, CR4_SMAP = (
+    1 << 2,
+    1 << 4,
+    1 << 5,
+    1 << 12,
+    1 << 20,
+    1 << 21,
+)
 EFER_SCE, EFER_LME, EFER_LMA, EFER_NXE = 1 << 0, 1 << 8, 1 << 10, 1 << 11
 FLAG_TF, FLAG_IF, FLAG_OF, FLAG_NT = 1 << 8, 1 << 9, 1 << 11, 1 << 14
 FLAG_RF, FLAG_VM, FLAG_AC = 1 << 16, 1 << 17, 1 << 18

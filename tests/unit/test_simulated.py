@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Guests that the mock executes: how they are run, and that single steps leave no trace."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+
+import xenaltp2m as xa
+from xenaltp2m.backend.mock import MockBackend
+from xenaltp2m.symbols import Image
+
+pytest.importorskip("unicorn")
+
+CHECKER = Path(__file__).parents[2] / "examples" / "guest" / "checker.elf"
+HLT, JMP_SELF = b"\xf4", b"\xeb\xfe"
+TURN = 1000
+
+
+def beginning_with(code: bytes) -> bytes:
+    """The checker, with something else as its first instructions."""
+    content, image = CHECKER.read_bytes(), Image.open(CHECKER)
+    first = image.segment(image.symbol("_start")).data
+    assert content.count(first) == 1
+    return content.replace(first, code + first[len(code) :])
+
+
+def booted(mock: MockBackend, image: bytes | Path) -> int:
+    domid = mock.add_domain("guest")
+    mock.boot(domid, image)
+    return domid
+
+
+def test_it_runs_until_nothing_can() -> None:
+    mock = MockBackend()
+    mock.steps_at_once = 0
+    domid = booted(mock, beginning_with(HLT))
+    mock.domain_unpause(domid)
+    mock.run(domid)
+    [info] = mock.domain_getinfolist(domid, 1)
+    assert info.shutdown
+    assert info.shutdown_reason == 0
+
+
+def test_it_runs_so_many_turns() -> None:
+    mock = MockBackend()
+    mock.steps_at_once = 0
+    domid = booted(mock, beginning_with(JMP_SELF))
+    mock.domain_unpause(domid)
+    assert mock.run(domid, 1) == 0  # the p2m gets an entry for the page
+    assert mock.run(domid, 3) == 3 * TURN
+    assert mock.domain(domid).vcpus[0].register("rip") == Image.open(CHECKER).address("_start")
+
+
+def test_time_is_the_vcpu_s_own() -> None:
+    """RDTSC, MOV, RDTSCP, HLT: the same in every run, and it goes on."""
+    program = b"\x0f\x31" + b"\x89\xc6" + b"\x0f\x01\xf9" + HLT
+    times = []
+    for _ in range(2):
+        mock = MockBackend()
+        domid = booted(mock, beginning_with(program))
+        mock.domain_unpause(domid)
+        mock.run(domid)
+        register = mock.domain(domid).vcpus[0].register
+        assert register("rax") > register("rsi") > 0
+        assert (register("rdx"), register("rcx")) == (0, 0)
+        times.append(register("rax"))
+    assert len(set(times)) == 1
+
+
+def test_no_number_of_steps_means_until_the_next_event() -> None:
+    mock, image = MockBackend(), Image.open(CHECKER)
+    mock.steps_at_once = None
+    domid = booted(mock, CHECKER)
+    with (
+        xa.connect(mock) as xen,
+        xen.domain(domid) as dom,
+        dom.altp2m() as altp2m,
+        dom.monitor(xa.MemAccess) as monitor,
+    ):
+        view = altp2m.create_view()
+        view.set_access(image.gfns("target2"), xa.Access.RW)
+        altp2m.switch_to_view(view)
+        mock.domain_unpause(domid)
+        event = next(monitor.events(timeout=1.0))
+        assert event.registers.rip == image.address("target2")
+        mock.steps_at_once = 0
+
+
+@pytest.mark.parametrize(
+    "access", [xa.Access.RX, xa.Access.R, xa.Access.RW, xa.Access.X, xa.Access.N]
+)
+@pytest.mark.parametrize("fast", [True, False])
+def test_single_steps_through_code_that_changes(access: xa.Access, fast: bool) -> None:
+    """The guest writes its code, in a single step or not, and executes what it has written."""
+    mock, image = MockBackend(), Image.open(CHECKER)
+    domid = booted(mock, CHECKER)
+    left = 150
+    with (
+        xa.connect(mock) as xen,
+        xen.domain(domid) as dom,
+        dom.altp2m() as altp2m,
+        dom.monitor(xa.MemAccess, xa.Singlestep) as monitor,
+    ):
+        view = altp2m.create_view()
+        view.set_access(image.gfns("target"), access)
+        altp2m.switch_to_view(view)
+        step = xa.Response.fast_singlestep(through=0, back_to=view)
+        if not fast:
+            step = xa.Response.singlestep(view=0)
+
+        def handler(event: xa.Event) -> xa.Response:
+            nonlocal left
+            left -= 1
+            if not left:
+                monitor.stop()
+            return step if isinstance(event, xa.MemAccess) else xa.Response.resume(view=view)
+
+        mock.domain_unpause(domid)
+        monitor.run(handler, timeout=1.0)
+        words = struct.unpack("<6I", dom.memory.read(image.address("noticed"), 24))
+    assert not left
+    assert words[:5] == (0,) * 5
