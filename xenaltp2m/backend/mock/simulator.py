@@ -168,6 +168,7 @@ class MachineCode(Processor):
         self._loaded = bytes(len(self.vcpu.context))
 
     def close(self) -> None:
+        """Give back the core's own memory."""
         self.core.close()
 
     @property
