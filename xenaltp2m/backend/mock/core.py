@@ -539,9 +539,8 @@ class Core:
         """Whether a frame was executed: a write to it must be noted."""
         return mfn in self._code
 
-    def note_write(self, mfn: int) -> None:
-        """A frame with code is about to be written to; where it is executed next is asked anew."""
-        self._frames.page(mfn)
+    def note_write(self) -> None:
+        """Where a frame that is about to be written to is executed next, have it asked for anew."""
         self.engine.forget_pages()
 
     def note_code(self, address: int, mfn: int) -> None:

@@ -168,7 +168,7 @@ class MachineCode(Processor):
         self._loaded = bytes(len(self.vcpu.context))
 
     def close(self) -> None:
-        """Give the core's frames back."""
+        """Give back the core's own memory."""
         self.core.close()
 
     @property
@@ -258,7 +258,7 @@ class MachineCode(Processor):
             return Place(mfn, granted.replace("w", ""))
         if self.core.has_code(mfn):
             if kind == "w":
-                self.core.note_write(mfn)
+                self.core.note_write()
             else:
                 granted = granted.replace("w", "")
         return Place(mfn, granted.replace("x", ""))
