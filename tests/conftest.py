@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,12 @@ from xenaltp2m.handle import Handle
 
 HOST_PAGES = 1 << 14
 """Memory of a modelled host for tests, for several guests."""
+
+
+def pytest_configure() -> None:
+    """Have SIGINT as a foreground process has it: a shell's background jobs begin ignoring it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

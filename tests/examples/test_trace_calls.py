@@ -7,8 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from xenaltp2m.symbols import Image
 
 from .test_examples import EXAMPLES, run
@@ -17,8 +15,6 @@ CHECKER, PAGED = (EXAMPLES / "guest" / f"{name}.elf" for name in ("checker", "pa
 CALLS, SELDOM = 16, 16  # of checker.c
 SPACES, CALLS_IN_SPACE = 2, 8  # of paged.c
 CALL, CALL_LENGTH = 0xE8, 5
-
-pytest.importorskip("unicorn")
 
 
 def calls_of(image: Path, symbol: str) -> set[int]:

@@ -7,7 +7,9 @@ import ctypes
 import errno
 import shutil
 import subprocess
-from collections.abc import Collection, Mapping
+import sys
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -193,3 +195,17 @@ class Fake:
         """The one call noted since the last reset."""
         (call,) = self.calls
         return call
+
+
+def race(run: Callable[[int], None], numbers: Iterable[int]) -> None:
+    """Call a function with each number, in as many threads that take turns very often."""
+    threads = [threading.Thread(target=run, args=[number]) for number in numbers]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)

@@ -9,7 +9,6 @@ import errno
 import gc
 import os
 import signal
-import sys
 import threading
 import traceback
 from array import array
@@ -571,14 +570,5 @@ def test_errno_is_the_threads_own(backend: LibxcBackend, fake: Fake) -> None:
             except XenError as error:
                 seen[number].add(error.errno)
 
-    threads = [threading.Thread(target=run, args=[number]) for number in seen]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
+    fakexc.race(run, seen)
     assert seen == {number: {number} for number in seen}

@@ -13,8 +13,6 @@ import pytest
 from xenaltp2m import cli
 from xenaltp2m.symbols import Image
 
-pytest.importorskip("unicorn")
-
 GUESTS = Path(__file__).parents[2] / "examples" / "guest"
 CHECKER = GUESTS / "checker.elf"
 CALLS, CALLS_OF_PATCHED = 16, 2

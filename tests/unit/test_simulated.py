@@ -12,8 +12,6 @@ import xenaltp2m as xa
 from xenaltp2m.backend.mock import MockBackend
 from xenaltp2m.symbols import Image
 
-pytest.importorskip("unicorn")
-
 CHECKER = Path(__file__).parents[2] / "examples" / "guest" / "checker.elf"
 HLT, JMP_SELF = b"\xf4", b"\xeb\xfe"
 TURN = 1000

@@ -18,7 +18,7 @@ from enum import Enum, auto
 from random import Random
 from typing import ClassVar, TypeAlias
 
-from xenaltp2m.abi.vm_event import Reason
+from xenaltp2m.abi.vm_event import Flag, Reason
 from xenaltp2m.backend.mock.guest import Outcome, drive, vm_exit
 from xenaltp2m.backend.mock.machine import Livelock
 from xenaltp2m.backend.mock.monitor import CR0, CR3, CR4, XCR0, Monitor
@@ -34,6 +34,7 @@ from xenaltp2m.backend.mock.vcpu import (
     HARDWARE_EXCEPTION,
     NO_ERROR_CODE,
     SOFTWARE_EXCEPTION,
+    UD,
     VE,
     Trap,
     Vcpu,
@@ -197,7 +198,7 @@ class Processor(ABC):
         """Have the guest's handler get an exception; False where memory keeps it from that."""
 
     @abstractmethod
-    def _emulate(self, flags: int, data: bytes) -> Waits[None]:
+    def _emulate(self, kind: Flag, data: bytes) -> Waits[None]:
         """``hvm_emulate_one_vm_event``: the instruction at rip, in the host p2m."""
 
     @property
@@ -268,7 +269,8 @@ class Processor(ABC):
                     vcpu.set_register(name, value)
                 deferred.registers = None
             if deferred.emulate_flags:
-                yield from self._emulate(deferred.emulate_flags, deferred.emulation_data)
+                kind = _emulation_kind(deferred.emulate_flags)
+                yield from self._emulate(kind, deferred.emulation_data)
                 deferred.emulate_flags = 0
             for index in (CR0, CR4, CR3):
                 if index in deferred.control_registers:
@@ -601,6 +603,16 @@ class Processor(ABC):
 
     # Execution by Xen's emulator, in the host p2m.
 
+    def _cannot_emulate(self, *, answered: bool) -> Waits[None]:
+        """What comes of an instruction that the emulator does not know."""
+        if not answered:  # hvm_emulate_one_insn: it comes again, and nobody is told
+            return
+        if "emul_unimplemented" in self.monitor.switches and (
+            yield from self.monitor.traps(self.vcpu, Reason.EMUL_UNIMPLEMENTED, {})
+        ):
+            return
+        self._fault(UD)
+
     def _emulate_effect(self, effect: Effect | None, length: int) -> Waits[bool]:
         """False where an exception takes its place; few effects are heard of here."""
         vcpu = self.vcpu
@@ -707,11 +719,21 @@ def moves_itself(effect: Effect | None) -> bool:
     return isinstance(effect, DebugException) and effect.kind == HARDWARE_EXCEPTION
 
 
-def pages(address: int, size: int) -> Iterator[int]:
-    """Yield the first address in each page of a range."""
-    yield address
+def _emulation_kind(flags: int) -> Flag:
+    """``hvm_emulate_one_vm_event``: the first that is asked for counts."""
+    kinds = Flag.SET_EMUL_READ_DATA, Flag.EMULATE_NOWRITE, Flag.SET_EMUL_INSN_DATA
+    return next((kind for kind in kinds if flags & kind), Flag(0))
+
+
+def pages(address: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield what of a range is in each page: its first address and its size."""
     end = address + size
-    yield from range((address // PAGE_SIZE + 1) * PAGE_SIZE, end, PAGE_SIZE)
+    while True:
+        count = min(PAGE_SIZE - address % PAGE_SIZE, end - address)
+        yield address, count
+        address += count
+        if address >= end:
+            return
 
 
 def _gfns(address: int, size: int) -> range:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from xenaltp2m.abi.vm_event import Flag, Reason
+from xenaltp2m.abi.vm_event import Flag
 from xenaltp2m.backend.mock.guest import Outcome, access
 from xenaltp2m.backend.mock.processor import (
     Done,
@@ -176,7 +176,7 @@ class Script(Processor):
         return done, int(done is not Done.HELD)
 
     def _execute_one(self, instruction: Instruction) -> Waits[Done]:
-        for part in pages(instruction.address, instruction.length):
+        for part, _ in pages(instruction.address, instruction.length):
             outcome = yield from access(self.monitor, self.vcpu, part, "x")
             if outcome is Outcome.EMULATED:
                 self._fault(GP)  # hvm_hap_nested_page_fault: nothing to fetch
@@ -186,7 +186,7 @@ class Script(Processor):
             return (yield from self._breakpoint())
         accesses = [Access(*one) for one in instruction.accesses]
         for one in accesses:
-            for part in pages(one.address, len(one.data)):
+            for part, _ in pages(one.address, len(one.data)):
                 outcome = yield from access(self.monitor, self.vcpu, part, one.kind)
                 if outcome is Outcome.EMULATED:  # handle_mmio
                     completed = yield from self._emulate_instruction(
@@ -207,12 +207,9 @@ class Script(Processor):
 
     # Execution by Xen's emulator, in the host p2m.
 
-    def _emulate(self, flags: int, data: bytes) -> Waits[None]:
-        """``hvm_emulate_one_vm_event``; the first kind that is asked for counts."""
+    def _emulate(self, kind: Flag, data: bytes) -> Waits[None]:
         if not self.program:
             return
-        kinds = Flag.SET_EMUL_READ_DATA, Flag.EMULATE_NOWRITE, Flag.SET_EMUL_INSN_DATA
-        kind = next((kind for kind in kinds if flags & kind), Flag(0))
         instruction = self._current()
         if instruction is None:
             self._fault(UD)
@@ -223,7 +220,7 @@ class Script(Processor):
         self, instruction: Instruction, kind: Flag, data: bytes, *, answered: bool
     ) -> Waits[bool]:
         """Emulate one, because a response says so or for MMIO; True if it is completed."""
-        vcpu, monitor, effect = self.vcpu, self.monitor, instruction.effect
+        vcpu, effect = self.vcpu, instruction.effect
         first = self._bytes_in_host(instruction.address, 1)
         if kind is Flag.SET_EMUL_INSN_DATA:
             first = data[:1]
@@ -231,13 +228,7 @@ class Script(Processor):
             vcpu.raise_trap(Trap(BP, SOFTWARE_EXCEPTION, NO_ERROR_CODE, 1, 0))
             return False
         if not instruction.emulated or isinstance(effect, GuestRequest):
-            if not answered:  # hvm_emulate_one_insn: it comes again, and nobody is told
-                return False
-            if "emul_unimplemented" in monitor.switches and (
-                yield from monitor.traps(vcpu, Reason.EMUL_UNIMPLEMENTED, {})
-            ):
-                return False
-            self._fault(UD)
+            yield from self._cannot_emulate(answered=answered)
             return False
         for one in instruction.accesses:
             wanted = Access(*one)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from errno import EFAULT
 from typing import Any, NamedTuple
 
-from xenaltp2m.abi.vm_event import AccessFlag, Flag, Reason
+from xenaltp2m.abi.vm_event import AccessFlag, Flag
 from xenaltp2m.backend.mock.core import (
     Core,
     GaveUp,
@@ -279,16 +279,14 @@ class MachineCode(Processor):
     def copy_from(self, linear: int, size: int) -> bytes:
         """``copy_from_guest``: what the host p2m has, whatever the view."""
         found = b""
-        for start in pages(linear, size):
-            count = min(PAGE_SIZE - start % PAGE_SIZE, linear + size - start)
+        for start, count in pages(linear, size):
             found += self._bytes_in_host(self._argument(start, "r"), count)
         return found
 
     def copy_to(self, linear: int, data: bytes) -> None:
         """``copy_to_guest``."""
         at = 0
-        for start in pages(linear, len(data)):
-            count = min(PAGE_SIZE - start % PAGE_SIZE, len(data) - at)
+        for start, count in pages(linear, len(data)):
             self._store_in_host(self._argument(start, "w"), data[at : at + count])
             at += count
 
@@ -311,8 +309,7 @@ class MachineCode(Processor):
     def _read(self, linear: int, size: int) -> bytes:
         """Read linear memory as the CPU does for itself, as a supervisor."""
         found = b""
-        for start in pages(linear, size):
-            count = min(PAGE_SIZE - start % PAGE_SIZE, linear + size - start)
+        for start, count in pages(linear, size):
             mfn, _ = self._resolve(start, "r", user=False)
             at = start % PAGE_SIZE
             found += bytes(self.monitor.domain.machine.frames.peek(mfn)[at : at + count])
@@ -322,8 +319,7 @@ class MachineCode(Processor):
         """Write linear memory as the CPU does for itself: all of it or nothing."""
         places = []
         at = 0
-        for start in pages(linear, len(data)):
-            count = min(PAGE_SIZE - start % PAGE_SIZE, len(data) - at)
+        for start, count in pages(linear, len(data)):
             places.append((self._resolve(start, "w", user=False).mfn, start % PAGE_SIZE, at, count))
             at += count
         for mfn, offset, at, count in places:
@@ -816,14 +812,12 @@ class MachineCode(Processor):
 
     # Execution by Xen's emulator, in the host p2m.
 
-    def _emulate(self, flags: int, data: bytes) -> Waits[None]:
-        kinds = Flag.SET_EMUL_READ_DATA, Flag.EMULATE_NOWRITE, Flag.SET_EMUL_INSN_DATA
-        kind = next((kind for kind in kinds if flags & kind), Flag(0))
+    def _emulate(self, kind: Flag, data: bytes) -> Waits[None]:
         yield from self._emulate_here(kind, data)
 
     def _emulate_here(self, kind: Flag, data: bytes, *, answered: bool = True) -> Waits[bool]:
         """Execute the instruction at rip against the host p2m; True if it is completed."""
-        vcpu, monitor = self.vcpu, self.monitor
+        vcpu = self.vcpu
         replaced = data[:_INSTRUCTION_BYTES] if kind is Flag.SET_EMUL_INSN_DATA else b""
         code = replaced or self._host_bytes(self._linear_rip, _INSTRUCTION_BYTES)
         if code[0] == _INT3:
@@ -841,13 +835,7 @@ class MachineCode(Processor):
             self._fault(UD)  # vmx_vcpu_emulate_vmfunc, where the CPU has it
             return False
         if found is not None and (found.opcode, found.modrm) == (0x0F01, 0xC1):
-            if not answered:
-                return False
-            if "emul_unimplemented" in monitor.switches and (
-                yield from monitor.traps(vcpu, Reason.EMUL_UNIMPLEMENTED, {})
-            ):
-                return False
-            self._fault(UD)
+            yield from self._cannot_emulate(answered=answered)
             return False
         effect = None if found is None else self._effect(found)
         if found is not None and found.length and effect is not None:
@@ -865,8 +853,7 @@ class MachineCode(Processor):
 
     def _host_bytes(self, linear: int, size: int) -> bytes:
         found = b""
-        for start in pages(linear, size):
-            count = min(PAGE_SIZE - start % PAGE_SIZE, linear + size - start)
+        for start, count in pages(linear, size):
             try:
                 physical = self._walk_freely(start, "x", self.privilege == 3)
             except Fault:
