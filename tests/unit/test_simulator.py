@@ -18,9 +18,10 @@ import pytest
 
 from xenaltp2m.abi.vm_event import Flag, Reason
 from xenaltp2m.backend.mock import MockBackend
+from xenaltp2m.backend.mock.core import Engine
 from xenaltp2m.backend.mock.machine import SHUTDOWN_POWEROFF, SHUTDOWN_REBOOT
 from xenaltp2m.errors import InvalidArgumentError
-from xenaltp2m.types import Altp2mMode
+from xenaltp2m.types import PAGE_SIZE, Altp2mMode
 
 from .machinecode import (
     CF,
@@ -1083,6 +1084,46 @@ def test_an_exception_of_the_simulators_own_ends_the_run_between_instructions(
 # VMFUNC and #VE.
 
 VMFUNC = b"\x0f\x01\xd4"
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_switching_views_touches_only_what_differs(
+    monkeypatch: pytest.MonkeyPatch, counted: bool
+) -> None:
+    """Between two views that differ in two pages of ten: a remapped one and a restricted one."""
+    remapped, restricted, shadow = DATA + 3 * PAGE_SIZE, DATA + 5 * PAGE_SIZE, 0x70000
+    asked: list[int] = []
+    fill = Engine._fill
+
+    def noting(engine: Engine, uc: Any, address: int, *rest: Any) -> bool:
+        asked.append(address)
+        return fill(engine, uc, address, *rest)
+
+    monkeypatch.setattr(Engine, "_fill", noting)
+    reads = b"".join(b"\x8b\x15" + int32(DATA + page * PAGE_SIZE) for page in range(10))
+    add = b"\x03\x1d" + int32(remapped)
+    loop = b"\x83\xf1\x01" + VMFUNC + reads + add + b"\x4d"  # xor $1, %ecx; ...; dec %ebp
+    code = loop + b"\x75" + (256 - len(loop) - 2).to_bytes(1, "little") + STOP
+    memory = {remapped: int32(1), shadow: int32(1000)}
+    computer = Computer(code, memory, mode=Altp2mMode.MIXED, views=True)
+    host, domid = computer.host, computer.domid
+    view = computer.view((restricted >> 12, R), enter=False)
+    host.altp2m_change_gfn(domid, view, remapped >> 12, shadow >> 12)
+    host.altp2m_set_vcpu_enable_notify(domid, 0, OTHER >> 12)
+
+    def go(passes: int) -> None:
+        asked.clear()
+        computer.set(rip=CODE, rax=0, rbx=0, rbp=passes)
+        computer.vcpu.halted = False
+        host.run(domid, 100 * passes if counted else None)
+        assert computer.vcpu.halted
+        assert computer.register("rbx") == 1001 * (passes // 2)
+
+    go(4)  # each view gets its entries from the host p2m as they are used
+    go(20)
+    of_data = [address for address in asked if DATA <= address < DATA + 10 * PAGE_SIZE]
+    assert sorted(of_data) == [remapped] * 20 + [restricted] * 20
+    assert asked.count(CODE) <= 1
 
 
 def insider(code: bytes, **registers: int) -> Computer:

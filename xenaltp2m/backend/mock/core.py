@@ -9,10 +9,11 @@ executed here: the core stops before them.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,11 +31,19 @@ from xenaltp2m.types import PAGE_SIZE
 
 if TYPE_CHECKING:
     from xenaltp2m.backend.mock.machine import Frames
+    from xenaltp2m.backend.mock.p2m import P2m
 
 _UNTIL = 1 << 63
 """Where no guest's code can be: Unicorn wants an address to stop at."""
 _HIDDEN = _UNTIL - (1 << 20)
-"""Linear addresses from here to :data:`_UNTIL` are the core's own, and no guest's."""
+"""Linear addresses from here to :data:`_UNTIL` are the core's own, and no guest's: one frame."""
+_INVALIDATE = bytes.fromhex("488b06 4883c608 0f0138 e2f4")
+"""1: mov (%rsi), %rax; add $8, %rsi; invlpg (%rax); loop 1b. Unicorn forgets a page in no other
+way."""
+_INVALIDATED = _HIDDEN + len(_INVALIDATE)
+_LIST = 0x100
+"""Where in the frame the addresses for that are."""
+_MOST_FORGOTTEN = (PAGE_SIZE - _LIST) // 8
 _LONGEST_INSTRUCTION = 15
 _LAST_ADDRESS = (1 << 64) - 1
 _INVALID_INSTRUCTION, _EXCEPTION = 10, 21
@@ -86,6 +95,14 @@ class Place(NamedTuple):
     rights: str
 
 
+class Where(NamedTuple):
+    """Who runs an engine, in which table: what the answers it remembers depend on."""
+
+    processor: object
+    table: P2m
+    generation: int
+
+
 class SoftwareInterrupt(NamedTuple):
     """INT n that Unicorn came upon by itself; rip is behind it."""
 
@@ -134,6 +151,10 @@ class Engine:
         self._interrupt: int | None = None
         self._no_code: tuple[int, BaseException] | None = None
         self._pages_are_wrong = False
+        self.remembered: set[int] = set()
+        """The addresses of the linear pages that Unicorn knows."""
+        self._counts = 0
+        """As many instructions as anything takes, where the last run counted."""
         self.reads_ahead = True
         """Whether it may look at code behind the one instruction it is to execute."""
         self._broke_off = False
@@ -142,6 +163,7 @@ class Engine:
         self.uc.hook_add(const.UC_HOOK_TLB_FILL, self._fill)
         self.uc.hook_add(const.UC_HOOK_INTR, self._interrupted)
         self._value = ctypes.c_uint64()
+        self._long_mode = self.uc.context_save()
         # Unicorn begins in long mode; a PC begins without.
         self.uc.reg_write(x86.UC_X86_REG_CR0, CR0_PG | CR0_PE | 0x10)
         self.uc.reg_write(x86.UC_X86_REG_CR0, CR0_PE | 0x10)
@@ -172,6 +194,7 @@ class Engine:
             return False
         entry.paddr = place.mfn * PAGE_SIZE
         entry.perms = sum(_PERMISSIONS[right] for right in place.rights)
+        self.remembered.add(address & -PAGE_SIZE)
         return True
 
     def _anything(self, entry: Any) -> bool:
@@ -198,6 +221,27 @@ class Engine:
         """Ask again for each page."""
         status = self._library.uc_ctl(self.uc._uch, self._flush_command)
         assert status == 0, status
+        self.remembered.clear()
+
+    def forget(self, pages: Sequence[int]) -> None:
+        """Ask again for some, if they are used."""
+        if len(pages) > _MOST_FORGOTTEN:
+            self.forget_pages()
+        elif pages:
+            self._invalidate(pages)
+            self.remembered.difference_update(pages)
+
+    def _invalidate(self, pages: Sequence[int]) -> None:
+        addresses = struct.pack(f"<{len(pages)}Q", *pages)
+        own = _INVALIDATE.ljust(_LIST) + addresses
+        self._frames.page(self._hidden)[: len(own)] = own
+        self.uc.context_restore(self._long_mode)
+        self.uc.reg_write(self._x86.UC_X86_REG_RSI, _HIDDEN + _LIST)
+        self.uc.reg_write(self._x86.UC_X86_REG_RCX, len(pages))
+        with contextlib.suppress(self._error):  # of looking up where the guest's code is to stop
+            self.uc.emu_start(_HIDDEN, _INVALIDATED, count=self._counts)
+        if self._register(self._x86.UC_X86_REG_RCX):
+            raise GaveUp("Unicorn did not forget pages")
 
     def forget_code(self) -> None:
         """Translate all code anew."""
@@ -216,6 +260,7 @@ class Engine:
             BaseException: What ``resolve`` raised; rip is that of the instruction.
         """
         self._resolve, self._raised, self._interrupt, self._no_code = resolve, None, None, None
+        self._counts = limit and 4 * _MOST_FORGOTTEN
         errno, self._broke_off = 0, False
         try:
             self.uc.emu_start(rip, _UNTIL, count=limit)
@@ -492,9 +537,9 @@ class Core:
         self._frames = frames
         self._own = [self._frame() for _ in range(4)]
         hidden, self.scratch, self.marker, self.nothing = self._own
-        """Frames of the core's own: segments, two for what leads nowhere, one for holes."""
-        self.where: object = None
-        """What the engine's pages depend on, as they were resolved."""
+        """Frames of the core's own: its own code, two for what leads nowhere, one for holes."""
+        self.where: Where | None = None
+        """Where the engine ran last, if what it remembers is still of use."""
         self.engine = Engine(frames, hidden)
         self.stepper = Engine(frames, hidden)
         const = _unicorn().unicorn_const
@@ -528,7 +573,7 @@ class Core:
 
     def _set_exits(self) -> None:
         self.engine.uc.ctl_set_exits(
-            [_UNTIL, *(one for page in self._exits.values() for one in page)]
+            [_UNTIL, _INVALIDATED, *(one for page in self._exits.values() for one in page)]
         )
 
     def exits_at(self, address: int) -> bool:

@@ -13,7 +13,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from errno import EFAULT
-from typing import Any, NamedTuple
+from typing import Any
 
 from xenaltp2m.abi.vm_event import AccessFlag, Flag
 from xenaltp2m.backend.mock.core import (
@@ -24,6 +24,7 @@ from xenaltp2m.backend.mock.core import (
     Seen,
     SoftwareInterrupt,
     State,
+    Where,
     null_stack,
     put_segment,
     segment_in,
@@ -140,14 +141,6 @@ class _Denied(Exception):  # noqa: N818 - the view's answer
         """Anywhere in the page that it is for, and ``wanted`` what that was to be used for."""
         self.wanted = wanted
         self.flags = flags
-
-
-class _Where(NamedTuple):
-    """What the cached pages of an engine depend on."""
-
-    processor: object
-    table: object
-    generation: int
 
 
 @dataclass(eq=False)
@@ -328,10 +321,10 @@ class MachineCode(Processor):
 
     # Running.
 
-    def _where(self) -> _Where:
+    def _where(self) -> Where:
         domain, vcpu = self.monitor.domain, self.vcpu
         table = domain.views[vcpu.view].table if domain.active else domain.host
-        return _Where(self, table, table.generation)
+        return Where(self, table, table.generation)
 
     def _enter(self, engine: Any) -> None:
         engine.load(self.vcpu, self._state, self._loaded)
@@ -343,7 +336,7 @@ class MachineCode(Processor):
     def _run_engine(self, limit: int) -> Fault | SoftwareInterrupt | None:
         core, where = self.core, self._where()
         if core.where != where:
-            core.engine.forget_pages()
+            self._forget_pages(core.where, where)
         # Where the guest has tables of its own, pages are forgotten when it leaves guest mode.
         core.where = None if self._paged else where
         core.check_code()
@@ -352,6 +345,17 @@ class MachineCode(Processor):
             return core.run(self.vcpu.register("rip"), self._resolve, limit)
         finally:
             self._leave(core.engine)
+
+    def _forget_pages(self, before: Where | None, now: Where) -> None:
+        """Have the engine ask again for the pages that differ; for all where that is not known."""
+        engine = self.core.engine
+        if self._paged or before is None or before.table.generation != before.generation:
+            engine.forget_pages()
+            return
+        was, here = before.table.lookup, now.table.lookup
+        engine.forget(
+            [at for at in engine.remembered if was(at // PAGE_SIZE) != here(at // PAGE_SIZE)]
+        )
 
     def _step_engine(
         self,
