@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import struct
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from xenaltp2m.backend.mock import MockBackend
 from xenaltp2m.symbols import Image
 
 CHECKER = Path(__file__).parents[2] / "examples" / "guest" / "checker.elf"
+RACER = CHECKER.with_name("racer.elf")
 HLT, JMP_SELF = b"\xf4", b"\xeb\xfe"
 TURN = 1000
 
@@ -121,3 +124,64 @@ def test_single_steps_through_code_that_changes(access: xa.Access, fast: bool) -
         words = struct.unpack("<6I", dom.memory.read(image.address("noticed"), 24))
     assert not left
     assert words[:5] == (0,) * 5
+
+
+def recorded(seed: int, hits: int = 200) -> tuple[str, list[str], list[int]]:
+    """Of a guest with four vCPUs: the recording, and what the agent heard, from whom."""
+    mock, image = MockBackend(seed=seed), Image.open(RACER)
+    domid = mock.add_domain("racer", vcpus=4)
+    mock.boot(domid, RACER)
+    heard: list[xa.Event] = []
+    with (
+        xa.connect(mock) as xen,
+        xen.domain(domid) as dom,
+        dom.altp2m() as altp2m,
+        dom.monitor(xa.MemAccess) as monitor,
+        mock.recording(domid, io.StringIO()) as file,
+    ):
+        view = altp2m.create_view()
+        view.set_access(image.gfns("hit"), xa.Access.RW)
+        altp2m.switch_to_view(view)
+
+        def handler(event: xa.Event) -> xa.Response:
+            heard.append(event)
+            if len(heard) == hits:
+                monitor.stop()
+            return xa.Response.fast_singlestep(through=0, back_to=view)
+
+        mock.domain_unpause(domid)
+        monitor.run(handler, timeout=1.0)
+    return file.getvalue(), [event.raw.hex() for event in heard], [int(e.vcpu) for e in heard]
+
+
+def test_a_recording_has_what_was_told_and_answered() -> None:
+    text, heard, vcpus = recorded(seed=1)
+    lines = [json.loads(line) for line in text.splitlines()]
+    requests = [line for line in lines if "request" in line]
+    responses = [line for line in lines if "response" in line]
+    assert [line["raw"] for line in requests][: len(heard)] == heard
+    assert [line["vcpu"] for line in requests][: len(heard)] == vcpus
+    assert {line["request"] for line in requests} == {"MEM_ACCESS"}
+    assert {"VCPU_PAUSED", "FAST_SINGLESTEP"} <= set(responses[0]["response"])
+    again = xa.Event.of(bytes.fromhex(requests[0]["raw"]))
+    assert isinstance(again, xa.MemAccess)
+    answered = [line["vcpu"] for line in responses]
+    assert sorted(answered[: len(heard)]) == sorted(vcpus)
+
+
+def test_the_same_seed_gives_the_same_recording() -> None:
+    (first, _, vcpus), (again, _, _), (other, _, others) = map(recorded, (1, 1, 2))
+    assert first == again
+    assert first != other
+    assert {*vcpus} == {*others} == {0, 1, 2, 3}
+
+
+def test_a_recording_ends() -> None:
+    mock = MockBackend()
+    domid = booted(mock, CHECKER)
+    with mock.recording(domid, io.StringIO()) as file:
+        again = mock.recording(domid, file)
+        with pytest.raises(xa.InvalidArgumentError, match="is being recorded"):
+            again.__enter__()
+    with mock.recording(domid, file):
+        pass

@@ -8,6 +8,7 @@ failures on demand, a guest that touches memory, and a readable dump of any view
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import json
@@ -32,11 +33,12 @@ from errno import (
 )
 from pathlib import Path
 from random import Random
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TextIO, TypeVar
 
 from xenaltp2m import errors
 from xenaltp2m.abi import layouts, releases
 from xenaltp2m.abi.releases import Release, release
+from xenaltp2m.abi.vm_event import HEAD, Flag, Reason
 from xenaltp2m.backend import Bytes, Gfns, PortCalls, arguments
 from xenaltp2m.backend.mock.evtchn import Channel, Port
 from xenaltp2m.backend.mock.guest import Outcome, touch
@@ -80,6 +82,7 @@ __all__ = [
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+_Text = TypeVar("_Text", bound=TextIO)
 
 _LOG_LENGTH = 100_000
 _LOGGED_ITEMS = 64
@@ -339,6 +342,34 @@ class MockBackend:
             not count.
         """
         return run(self._processors_of(domid), steps, self._chance)
+
+    @contextlib.contextmanager
+    def recording(self, domid: int, file: _Text) -> Iterator[_Text]:
+        """Write down what a domain's vCPUs tell its agent, and the answers, while this lasts.
+
+        A line of JSON for each, in their order: ``request`` (the reason) or ``response`` (the
+        flags), ``vcpu``, and ``raw``, its bytes in hexadecimal, which
+        :meth:`xenaltp2m.events.Event.of` wraps. Nothing else is in it, so the same run with the
+        same seed gives the same file.
+
+        Raises:
+            InvalidArgumentError: It is being recorded.
+        """
+        monitor = self._monitor_of(domid)
+        if monitor.record is not None:
+            raise errors.InvalidArgumentError(f"domain {domid} is being recorded")
+
+        def record(kind: str, raw: bytes) -> None:
+            _, flags, reason, vcpu, _ = HEAD.unpack_from(raw)
+            what = [flag.name for flag in Flag if flag & flags]
+            title = Reason(reason).name if kind == "request" else what
+            file.write(json.dumps({kind: title, "vcpu": vcpu, "raw": raw.hex()}) + "\n")
+
+        monitor.record = record
+        try:
+            yield file
+        finally:
+            monitor.record = None
 
     def destroy(self, domid: int) -> None:
         """End a domain, as ``xl destroy`` does; it lingers, dying, while pages are mapped."""

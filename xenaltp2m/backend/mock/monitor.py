@@ -88,6 +88,8 @@ class Monitor:
         """Which events are sent, with the options given."""
         self.signal: Callable[[], None] | None = None
         """Makes the port of the agent bound to this monitor fire."""
+        self.record: Callable[[str, bytes], None] | None = None
+        """Told of each "request" put and "response" taken."""
 
     @property
     def enabled(self) -> bool:
@@ -224,6 +226,8 @@ class Monitor:
             vcpu.ring_blocked = True
             self.blocked += 1
         self.wake()
+        if self.record is not None:
+            self.record("request", bytes(request))
 
     def _wake(self) -> None:
         """``vm_event_wake``: those on the queue come first."""
@@ -287,6 +291,8 @@ class Monitor:
             self.taken = (self.taken + 1) & _INDEX_MASK
             self._write_index("rsp_event", self.taken + 1)
             self._wake()
+            if self.record is not None:
+                self.record("response", response)
             spoken, _, _, number, _ = HEAD.unpack_from(response)
             if spoken != version or number >= len(self.domain.vcpus):
                 continue
