@@ -35,7 +35,8 @@ def simulate(guest: str, seed: int, limit: int, release: tuple[int, int]) -> lis
     """The same agent, the same guest, no Xen."""
     image = Image.open(GUESTS / f"{guest}.elf")
     mock = MockBackend(release)
-    domid = mock.add_domain(guest, vcpus=agent.vcpus(image))
+    mode = xa.Altp2mMode.MIXED if agent.has_own_views(image) else xa.Altp2mMode.EXTERNAL
+    domid = mock.add_domain(guest, vcpus=agent.vcpus(image), mode=mode)
     mock.boot(domid, GUESTS / f"{guest}.elf")
     with xa.connect(mock) as xen, xen.domain(guest) as dom:
         return agent.run(

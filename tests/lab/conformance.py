@@ -22,7 +22,7 @@ from xenaltp2m.abi.vm_event import layout
 
 HERE = Path(__file__).resolve().parent
 TREE = HERE.parent.parent
-GUESTS = ("hello", "checker", "paged", "racer")
+GUESTS = ("hello", "checker", "paged", "racer", "insider")
 WALL_LIMIT = 1200
 
 

@@ -783,7 +783,10 @@ def test_steps_of_an_agent() -> None:
     ],
 )
 def test_a_repetition_is_a_step(code: str, left: list[int]) -> None:
-    """SDM 3C, Monitor Trap Flag: after each iteration; the last one ends the instruction."""
+    """SDM 3C, Monitor Trap Flag: after each iteration; the last one ends the instruction.
+
+    RF is as it would be after a trap (SDM 3B, Instruction-Breakpoint Exception Condition).
+    """
     computer = Computer(
         bytes.fromhex(code) + NOP + STOP, {DATA: b"abc", OTHER: b"xyz"},
         listen=True, views=True, rsi=DATA, rdi=OTHER, rcx=3, rax=0,
@@ -793,9 +796,30 @@ def test_a_repetition_is_a_step(code: str, left: list[int]) -> None:
     seen = []
     for _ in range(len(left) + 1):
         request = heard(computer, Reason.SINGLESTEP)
-        seen.append((request.register("rip") - CODE, request.register("rcx")))
+        place = request.register("rip") - CODE
+        seen.append((place, request.register("rcx"), request.register("rflags") & RF))
         computer.answer(request)
-    assert seen == [*((0, count) for count in left[:-1]), (2, left[-1]), (3, left[-1])]
+    assert seen == [*((0, count, RF) for count in left[:-1]), (2, left[-1], 0), (3, left[-1], 0)]
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize(
+    ("code", "count", "offset", "pushed"),
+    [("f3a4", 2, 0, RF), ("f3a4", 1, 2, 0), ("f3a4", 0, 2, 0), ("e2fe", 2, 0, 0)],
+)
+def test_a_guest_steps_through_repetitions(
+    wide: bool, code: str, count: int, offset: int, pushed: int
+) -> None:
+    """RF is pushed after any iteration but the last; LOOP to itself is no repetition."""
+    computer = Computer(bytes.fromhex(code) + STOP, rsi=DATA, rdi=OTHER, rcx=count)
+    if wide:
+        computer.go_long()
+    computer.describe()
+    computer.set(rflags=TF | 2)
+    rip, _, flags, *_ = computer.handled()
+    assert computer.vector == DB
+    assert (rip - CODE, flags & RF) == (offset, pushed)
+    assert computer.register("rcx") == max(count - 1, 0)
 
 
 def test_a_fast_step_goes_through_another_view_and_back() -> None:

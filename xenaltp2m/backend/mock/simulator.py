@@ -94,6 +94,7 @@ from xenaltp2m.backend.mock.x86 import (
     doubled,
     has_error_code,
     is_privileged,
+    is_repeated,
     segment_of,
 )
 from xenaltp2m.types import PAGE_SIZE
@@ -392,12 +393,16 @@ class MachineCode(Processor):
         return stopped
 
     def _execute(self, limit: int) -> Waits[tuple[Done, int]]:
+        register = self.vcpu.register
         try:
-            if self.vcpu.monitor_trap_flag:  # the engine for that does not stop where it exits
-                self._fetch(self._linear_rip)
+            code = b""
+            if self.vcpu.monitor_trap_flag or register("rflags") & FLAG_TF:
+                # The engine that executes one instruction does not stop where that exits.
+                code = self._fetch(self._linear_rip)
             if self.core.exits_at(self._linear_rip):
                 done = yield from self._execute_exiting()
                 return done, int(done is not Done.HELD)
+            rip, count = register("rip"), register("rcx")
             if self.vcpu.monitor_trap_flag:
                 stopped = self._step_once()
             else:
@@ -405,6 +410,8 @@ class MachineCode(Processor):
                     stopped = self._run_engine(limit)
                 except ReadsAhead:
                     stopped = self._step_engine(self._resolve)
+            if register("rip") == rip and is_repeated(code) and register("rcx") not in (0, count):
+                self._fault_like()  # with RF after any repetition but the last (SDM 3B, 18.3.1.1)
         except Fault as fault:
             stopped = fault
             if fault.vector == PF:

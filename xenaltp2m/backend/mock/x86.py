@@ -347,6 +347,16 @@ def is_privileged(opcode: int, modrm: int) -> bool:
     return opcode not in _UNPRIVILEGED
 
 
+_STRING = frozenset(b"\x6c\x6d\x6e\x6f\xa4\xa5\xa6\xa7\xaa\xab\xac\xad\xae\xaf")
+
+
+def is_repeated(code: bytes) -> bool:
+    """Whether it is a string instruction with a prefix to repeat it."""
+    prefixes = code[: len(code) - len(code.lstrip(bytes(_PREFIXES)))]
+    following = code[len(prefixes) : len(prefixes) + 1]
+    return bool({0xF2, 0xF3} & {*prefixes} and {*following} & _STRING)
+
+
 _IMMEDIATE = frozenset({0xCD, 0xE4, 0xE5, 0xE6, 0xE7})
 _NO_MODRM = frozenset(
     {0x0F06, 0x0F07, 0x0F08, 0x0F09, 0x0F30, 0x0F31, 0x0F32, 0x0F33, 0x0F35, 0x0FA2}
