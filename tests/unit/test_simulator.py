@@ -11,7 +11,7 @@ import gc
 import struct
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -70,6 +70,7 @@ EMULATE, NOWRITE, READ_DATA, INSN_DATA, SET = (
 )  # fmt: skip
 NOP, INT3, UD2, IRET = b"\x90", b"\xcc", b"\x0f\x0b", b"\xcf"
 STEP_DR6 = 1 << 14
+DF_SET = 1 << 10 | 2
 LSTAR, PAT, EFER = 0xC0000082, 0x277, 0xC0000080
 
 
@@ -852,6 +853,104 @@ def test_emulation() -> None:
     computer.run()
     assert computer.vcpu.halted
     assert computer.words(DATA, 1) == [8]
+
+
+STOSB, STOSD, STOSW, STOSQ, MOVSB, MOVSW, SCASB = (
+    bytes.fromhex(code) for code in ("f3aa", "f3ab", "66f3ab", "f348ab", "f3a4", "66f3a5", "f2ae")
+)
+
+
+def emulated(
+    code: bytes, registers: Mapping[str, int], flags: Flag = EMULATE, data: bytes = b""
+) -> tuple[Computer, int]:
+    """Have Xen emulate a repeated instruction that may not write; how often it is yet to come."""
+    chosen = {"rsi": DATA, "rdi": OTHER, "rax": 0x0807060504030201, **registers}
+    wide, each = bool(chosen.pop("wide", 0)), bool(chosen.pop("each", 0))
+    memory = {DATA: b"abcdefgh", OTHER: bytes(0x8000)}
+    computer = Computer(code + STOP, memory, listen=True, views=True)
+    if wide:
+        computer.go_long()
+        computer.map(OTHER + 0x1000, OTHER + 0x3000 | PRESENT | WRITABLE)
+    computer.set(**chosen)
+    computer.view(*((page >> 12, R) for page in range(OTHER, OTHER + 0x8000, 0x1000)))
+    computer.host.monitor_emulate_each_rep(computer.domid, each)
+    request = heard(computer, Reason.MEM_ACCESS)
+    computer.answer(request, flags, data=data)
+    computer.run()
+    if computer.vcpu.halted:
+        return computer, 0
+    return computer, computer.event(Reason.MEM_ACCESS).register("rcx")
+
+
+@pytest.mark.parametrize(
+    ("code", "registers", "left"),
+    [
+        (STOSB, {"rcx": 7}, 0),
+        (MOVSB, {"rcx": 7}, 0),
+        (STOSB, {"rcx": 5000}, 904),
+        (STOSD, {"rcx": 4100}, 4),
+        (STOSB, {"rcx": 7, "each": True}, 6),
+        (MOVSB, {"rcx": 7, "each": True}, 6),
+        (STOSB, {"rcx": 7, "wide": True}, 0),
+        (STOSB, {"rcx": 7, "wide": True, "rdi": OTHER + 0xFFC}, 3),
+        (STOSQ, {"rcx": 7, "wide": True, "rdi": OTHER + 0xFE8}, 4),
+        (STOSB, {"rcx": 7, "wide": True, "rdi": OTHER + 0x1002, "rflags": DF_SET}, 4),
+        (MOVSB, {"rcx": 7, "rsi": OTHER, "rdi": OTHER + 1}, 6),
+        (MOVSB, {"rcx": 7, "rsi": OTHER + 1}, 0),
+        (MOVSB, {"rcx": 7, "rsi": OTHER + 6, "rdi": OTHER + 5, "rflags": DF_SET}, 6),
+    ],
+)
+def test_how_often_xen_repeats_at_once(code: bytes, registers: dict[str, int], left: int) -> None:
+    """``hvmemul_rep_stos``, ``hvmemul_rep_movs``, ``hvmemul_linear_to_phys``."""
+    assert emulated(code, registers)[1] == left
+
+
+def test_what_xen_compares_it_repeats_one_by_one() -> None:
+    computer = Computer(SCASB + STOP, listen=True, views=True, rdi=OTHER, rcx=5, rax=1)
+    computer.view((OTHER >> 12, X))
+    computer.answer(heard(computer, Reason.MEM_ACCESS), EMULATE)
+    assert heard(computer, Reason.MEM_ACCESS).register("rcx") == 4
+
+
+@pytest.mark.parametrize(
+    ("code", "registers", "at", "expected"),
+    [
+        (STOSD, {"rcx": 2}, OTHER, b"\1\2\3\4\1\2\3\4\0"),
+        (STOSW, {"rcx": 2}, OTHER, b"\1\2\1\2\0"),
+        (STOSQ, {"rcx": 1, "wide": True}, OTHER, b"\1\2\3\4\5\6\7\x08\0"),
+        (STOSB, {"rcx": 2, "rdi": OTHER + 1, "rflags": DF_SET}, OTHER, b"\1\1\0"),
+        (MOVSW, {"rcx": 3}, OTHER, b"abcdef\0"),
+        (MOVSB, {"rcx": 3, "rsi": DATA + 2, "rdi": OTHER + 2, "rflags": DF_SET}, OTHER, b"abc\0"),
+    ],
+)
+def test_what_xen_repeats(code: bytes, registers: dict[str, int], at: int, expected: bytes) -> None:
+    computer, left = emulated(code, registers)
+    assert left == 0
+    assert computer.read(at, len(expected)) == expected
+    moved = -1 if registers.get("rflags") == DF_SET else 1
+    size = moved * (len(expected) - 1)
+    assert computer.register("rdi") == registers.get("rdi", OTHER) + size
+    assert computer.register("rcx") == 0
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_data_for_what_xen_repeats(backwards: bool) -> None:
+    """``set_context_data``: of the whole buffer, zeros behind."""
+    data = (3).to_bytes(4, "little") + b"xyz"
+    end = {"rsi": DATA + 4, "rdi": OTHER + 4, "rflags": DF_SET} if backwards else {}
+    computer, left = emulated(MOVSB, {"rcx": 5, **end}, EMULATE | READ_DATA, data)
+    assert left == 0
+    assert computer.read(OTHER, 5) == b"xyz\0\0"
+    assert computer.read(DATA, 8) == b"abcdefgh"
+
+
+@pytest.mark.parametrize("code", [STOSB, MOVSB])
+def test_without_writes_all_is_repeated(code: bytes) -> None:
+    """``hvmemul_rep_stos_discard``: however many."""
+    computer, left = emulated(code, {"rcx": 4100}, EMULATE | NOWRITE)
+    assert left == 0
+    assert computer.read(OTHER, 8) == bytes(8)
+    assert computer.register("rdi") == OTHER + 4100
 
 
 def test_emulation_without_its_writes() -> None:

@@ -80,6 +80,7 @@ from xenaltp2m.backend.mock.x86 import (
     EFER_LMA,
     EFER_LME,
     FLAG_AC,
+    FLAG_DF,
     FLAG_IF,
     FLAG_NT,
     FLAG_OF,
@@ -90,11 +91,12 @@ from xenaltp2m.backend.mock.x86 import (
     Fault,
     Gate,
     Paging,
+    Repeated,
     decode,
     doubled,
     has_error_code,
     is_privileged,
-    is_repeated,
+    repeated,
     segment_of,
 )
 from xenaltp2m.types import PAGE_SIZE
@@ -109,6 +111,8 @@ _RDMSR, _EFER = 0x0F32, 0xC0000080
 _DEBUG_PORT = 0xE9
 _IN_WALK = AccessFlag.GLA_VALID | AccessFlag.FAULT_IN_GPT
 _INSTRUCTION_BYTES = 15
+_MOST_REPETITIONS = 4096
+"""That Xen's emulator does at once."""
 _VM_FUNCTIONS = 64
 """From here on they raise #UD without an exit."""
 _GENERAL = (
@@ -381,15 +385,19 @@ class MachineCode(Processor):
             if self._paged:
                 core.where = None  # it may have changed what the other engine has cached
 
-    def _step_once(self) -> Fault | SoftwareInterrupt | None:
+    def _step_once(
+        self,
+        resolve: Callable[[int, str, bool], Place],
+        on_access: Callable[[Seen], None] | None = None,
+    ) -> Fault | SoftwareInterrupt | None:
         """One instruction, or one repetition (SDM 3C, Monitor Trap Flag)."""
         register = self.vcpu.register
         rip, count = register("rip"), register("rcx")
-        stopped = self._step_engine(self._resolve)
+        stopped = self._step_engine(resolve, on_access)
         mask = -1 if self.long else _U32
         was_last = register("rip") == rip and count & mask == 1 and not register("rcx") & mask
         if stopped is None and was_last:  # Unicorn goes on when it comes to the next, only
-            stopped = self._step_engine(self._resolve)
+            stopped = self._step_engine(resolve, on_access)
         return stopped
 
     def _execute(self, limit: int) -> Waits[tuple[Done, int]]:
@@ -404,13 +412,13 @@ class MachineCode(Processor):
                 return done, int(done is not Done.HELD)
             rip, count = register("rip"), register("rcx")
             if self.vcpu.monitor_trap_flag:
-                stopped = self._step_once()
+                stopped = self._step_once(self._resolve)
             else:
                 try:
                     stopped = self._run_engine(limit)
                 except ReadsAhead:
-                    stopped = self._step_engine(self._resolve)
-            if register("rip") == rip and is_repeated(code) and register("rcx") not in (0, count):
+                    stopped = self._step_once(self._resolve)
+            if register("rip") == rip and register("rcx") not in (0, count) and self._repeats(code):
                 self._fault_like()  # with RF after any repetition but the last (SDM 3B, 18.3.1.1)
         except Fault as fault:
             stopped = fault
@@ -638,11 +646,17 @@ class MachineCode(Processor):
         return (yield from self._dispatch(found))
 
     def _decode(self, code: bytes) -> Decoded | None:
-        size = 4 if self.long or self.vcpu.register("cs_arbytes") & _BIG else 2
-        return decode(code, self.long, size)
+        return decode(code, self.long, self._default_size)
+
+    def _repeats(self, code: bytes) -> Repeated | None:
+        return repeated(code, self.long, self._default_size)
+
+    @property
+    def _default_size(self) -> int:
+        return 4 if self.long or self.vcpu.register("cs_arbytes") & _BIG else 2
 
     def _execute_alone(self) -> Waits[Done]:
-        stopped = self._step_engine(self._resolve)
+        stopped = self._step_once(self._resolve)
         if isinstance(stopped, Fault):
             return (yield from self._raise(stopped))
         if isinstance(stopped, SoftwareInterrupt):
@@ -855,12 +869,84 @@ class MachineCode(Processor):
             if not moves_itself(effect):
                 self._advance(found.length)
             return True
-        fault = self._step_in_host(kind, data, replaced)
+        fault = None
+        for part in self._parts(code, kind, data):
+            fault = self._step_in_host(kind, part, replaced)
+            if fault is not None:
+                break
         if fault is None:
             return True
         error = fault.error_code if has_error_code(fault.vector) else NO_ERROR_CODE
         vcpu.raise_trap(Trap(fault.vector, HARDWARE_EXCEPTION, error, 0, fault.address))
         return False
+
+    def _parts(self, code: bytes, kind: Flag, data: bytes) -> list[bytes]:
+        """For each repetition that Xen's emulator does at once, its part of an answer's data."""
+        found = self._repeats(code)
+        count = 1 if found is None else self._repetitions_at_once(found, kind)
+        if count == 1 or found is None or kind is not Flag.SET_EMUL_READ_DATA:
+            return [data] * count
+        size = int.from_bytes(data[:4], "little")  # set_context_data, of the whole buffer
+        given = data[4 : 4 + size].ljust(count * found.width, b"\0")
+        parts = [given[at * found.width :][: found.width] for at in range(count)]
+        if self.vcpu.register("rflags") & FLAG_DF:
+            parts.reverse()
+        return [len(part).to_bytes(4, "little") + part for part in parts]
+
+    def _repetitions_at_once(self, found: Repeated, kind: Flag) -> int:
+        """``get_rep_prefix``, ``hvmemul_rep_movs``, ``hvmemul_rep_stos``: many; of others, one."""
+        register, width, mask = self.vcpu.register, found.width, found.mask
+        count, flags = register("rcx") & mask, register("rflags")
+        if not (found.is_movs or found.is_stos) or count <= 1 or flags & FLAG_TF:
+            return 1
+        offsets = [("es", register("rdi") & mask, "w")]
+        if found.is_movs:
+            offsets.append((found.source, register("rsi") & mask, "r"))
+        backwards = bool(flags & FLAG_DF)
+        for _, offset, _ in offsets:  # truncate_ea_and_reps
+            room = offset // width + 1 if backwards else (-offset & mask) // width
+            count = min(count, max(room, 1))
+        if kind is Flag.EMULATE_NOWRITE:  # hvmemul_rep_movs_discard
+            return count
+        if "emulate_each_rep" in self.monitor.switches:
+            return 1
+        count = min(count, _MOST_REPETITIONS)
+        places = []
+        for segment, offset, right in offsets:
+            base = 0 if self.long and segment not in ("fs", "gs") else register(f"{segment}_base")
+            physical, count = self._contiguous(base + offset, right, count, width, backwards)
+            places.append(physical)
+        size = count * width
+        if found.is_movs:
+            target, source = places
+            source -= size - width if backwards else 0
+            if source - width < target < source + size:
+                return 1
+        return count
+
+    def _contiguous(
+        self, linear: int, access: str, count: int, width: int, backwards: bool
+    ) -> tuple[int, int]:
+        """``hvmemul_linear_to_phys``: where it is, and for how many repetitions in one piece."""
+        linear &= (1 << 64) - 1 if self.long else _U32
+        if not self._paged:
+            return linear, count
+        user, step = self.privilege == 3, -PAGE_SIZE if backwards else PAGE_SIZE
+        try:
+            physical = self._walk_freely(linear, access, user)
+        except Fault:
+            return 0, 1  # it is raised by the first
+        done = linear % PAGE_SIZE + width if backwards else PAGE_SIZE - linear % PAGE_SIZE
+        behind = physical
+        while done < count * width:
+            linear, behind = linear + step, behind + step
+            try:
+                if self._walk_freely(linear, access, user) != behind:
+                    break
+            except Fault:
+                break
+            done += PAGE_SIZE
+        return physical, max(min(count, done // width), 1)
 
     def _host_bytes(self, linear: int, size: int) -> bytes:
         found = b""
@@ -911,7 +997,7 @@ class MachineCode(Processor):
             room[:] = given[: len(room)]
 
         try:
-            stopped = self._step_engine(resolve, on_access)
+            stopped = self._step_once(resolve, on_access)
         except Fault as fault:
             stopped = fault
         finally:

@@ -24,7 +24,7 @@ CR4_TSD, CR4_PSE, CR4_PAE, CR4_LA57, CR4_SMEP, CR4_SMAP = (
     1 << 21,
 )
 EFER_SCE, EFER_LME, EFER_LMA, EFER_NXE = 1 << 0, 1 << 8, 1 << 10, 1 << 11
-FLAG_TF, FLAG_IF, FLAG_OF, FLAG_NT = 1 << 8, 1 << 9, 1 << 11, 1 << 14
+FLAG_TF, FLAG_IF, FLAG_DF, FLAG_OF, FLAG_NT = 1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 14
 FLAG_RF, FLAG_VM, FLAG_AC = 1 << 16, 1 << 17, 1 << 18
 
 _PRESENT, _WRITABLE, _USER, _ACCESSED, _DIRTY, _LARGE = 1, 2, 4, 1 << 5, 1 << 6, 1 << 7
@@ -348,13 +348,45 @@ def is_privileged(opcode: int, modrm: int) -> bool:
 
 
 _STRING = frozenset(b"\x6c\x6d\x6e\x6f\xa4\xa5\xa6\xa7\xaa\xab\xac\xad\xae\xaf")
+_SEGMENT_PREFIXES = {0x26: "es", 0x2E: "cs", 0x36: "ss", 0x3E: "ds", 0x64: "fs", 0x65: "gs"}
 
 
-def is_repeated(code: bytes) -> bool:
-    """Whether it is a string instruction with a prefix to repeat it."""
+class Repeated(NamedTuple):
+    """A string instruction with a prefix to repeat it."""
+
+    opcode: int
+    width: int
+    """Bytes that one repetition moves."""
+    mask: int
+    """Of the address size: so much of rcx, rsi and rdi is used."""
+    source: str
+    """The segment that rsi is in."""
+
+    @property
+    def is_movs(self) -> bool:
+        """MOVS, whose operands are both in memory."""
+        return self.opcode in (0xA4, 0xA5)
+
+    @property
+    def is_stos(self) -> bool:
+        """STOS."""
+        return self.opcode in (0xAA, 0xAB)
+
+
+def repeated(code: bytes, long: bool, default_size: int) -> Repeated | None:
+    """Decode a repeated string instruction; None for any other."""
     prefixes = code[: len(code) - len(code.lstrip(bytes(_PREFIXES)))]
-    following = code[len(prefixes) : len(prefixes) + 1]
-    return bool({0xF2, 0xF3} & {*prefixes} and {*following} & _STRING)
+    opcode = code[len(prefixes)] if len(prefixes) < len(code) else 0
+    if opcode not in _STRING or not {0xF2, 0xF3} & {*prefixes}:
+        return None
+    is_wide = long and 0x48 <= prefixes[-1] < 0x50
+    size = 8 if is_wide else 6 - default_size if 0x66 in prefixes else default_size
+    bits = 64 if long else 8 * default_size
+    if 0x67 in prefixes:
+        bits = {64: 32, 32: 16, 16: 32}[bits]
+    segments = [_SEGMENT_PREFIXES[one] for one in prefixes if one in _SEGMENT_PREFIXES]
+    source = segments[-1] if segments else "ds"
+    return Repeated(opcode, size if opcode & 1 else 1, (1 << bits) - 1, source)
 
 
 _IMMEDIATE = frozenset({0xCD, 0xE4, 0xE5, 0xE6, 0xE7})
