@@ -62,12 +62,21 @@ boot_gdt_pointer:
 
         .section .bss.boot, "aw", @nobits
         .balign 4096
+        .globl boot_root
+        .type boot_root, @object
 boot_root:
         .skip 4096
+        .size boot_root, 4096
+        .globl boot_pointers
+        .type boot_pointers, @object
 boot_pointers:
         .skip 4096
+        .size boot_pointers, 4096
+        .globl boot_directory
+        .type boot_directory, @object
 boot_directory:
         .skip 4096
+        .size boot_directory, 4096
 
         .section .bss.user, "aw", @nobits
         .balign 4096

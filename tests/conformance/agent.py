@@ -20,7 +20,7 @@ PATIENCE = 2.0
 """Seconds without an event after which none is expected."""
 BEYOND = 2
 """Pages behind the image: where the guest's start information is."""
-TABLES = ("roots", "tables")
+TABLES = ("boot_root", "boot_pointers", "boot_directory", "roots", "tables")
 """Page tables that the guest's CPU marks as used. Where they can be read and not written, the CPU
 must fault (SDM 3C, 29.3.3.2); that of the lab, an emulator, does not."""
 RACE, RACERS = "hit", 4

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from images import RELEASES
@@ -26,11 +26,13 @@ GUESTS = ("hello", "checker", "paged", "racer", "insider")
 WALL_LIMIT = 1200
 
 
-def keep(results: Path, xen: str, events: int) -> None:
-    """Leave shortened recordings where the tests find them."""
+def keep(results: Path, xen: str, guests: Sequence[str], events: int) -> None:
+    """Leave shortened recordings where the tests find them, instead of those guests' old ones."""
     kept = TREE / "tests" / "conformance" / "recorded" / xen
-    shutil.rmtree(kept, ignore_errors=True)
-    kept.mkdir(parents=True)
+    kept.mkdir(parents=True, exist_ok=True)
+    for guest in guests:
+        for old in kept.glob(f"{guest}-*"):
+            old.unlink()
     for path in sorted(results.glob("*.events")):
         data = path.read_bytes()
         size = layout(int.from_bytes(data[:4], "little")).size
@@ -64,7 +66,7 @@ def main() -> int:
     if status := subprocess.run([*command, "--", record], check=False).returncode:
         return status
     if arguments.keep:
-        keep(results, arguments.xen, arguments.keep)
+        keep(results, arguments.xen, arguments.guests, arguments.keep)
     compare = [sys.executable, "-m", "tests.conformance.compare", "--xen", arguments.xen]
     return subprocess.run([*compare, str(results)], cwd=TREE, check=False).returncode
 

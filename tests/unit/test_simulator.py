@@ -804,6 +804,26 @@ def test_a_repetition_is_a_step(code: str, left: list[int]) -> None:
 
 
 @pytest.mark.parametrize("wide", [False, True])
+def test_the_step_of_an_iret_shows_the_rf_that_it_loads(wide: bool) -> None:
+    """SDM 2A, IRET; the next instruction ends it."""
+    iret = b"\x48\xcf" if wide else b"\xcf"
+    computer = Computer(iret, {DATA: NOP * 8}, listen=True, views=True)
+    if wide:
+        computer.go_long()
+    computer.describe()
+    stack = (DATA, KERNEL_CODE, RF | 2, STACK, KERNEL_DATA)
+    computer.write(STACK, struct.pack(f"<5{'Q' if wide else 'I'}", *stack))
+    computer.switch("singlestep", True)
+    computer.vcpu.single_step = True
+    seen = []
+    for _ in range(3):
+        request = heard(computer, Reason.SINGLESTEP)
+        seen.append((request.register("rip"), request.register("rflags")))
+        computer.answer(request)
+    assert seen == [(DATA, RF | 2), (DATA + 1, 2), (DATA + 2, 2)]
+
+
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize(
     ("code", "count", "offset", "pushed"),
     [("f3a4", 2, 0, RF), ("f3a4", 1, 2, 0), ("f3a4", 0, 2, 0), ("e2fe", 2, 0, 0)],

@@ -331,8 +331,9 @@ class Engine:
         if rest_changed and changed(*_SEGMENT_FIELDS):
             state.put_segments(vcpu)
         uc.context_restore(state.saved)
-        if changed("rflags"):
-            self._value.value = vcpu.register("rflags") & ~FLAG_RF  # which is over with the next
+        flags = vcpu.register("rflags")
+        if flags & FLAG_RF or changed("rflags"):
+            self._value.value = flags & ~FLAG_RF  # which is over with the next
             self._library.uc_reg_write(uc._uch, x86.UC_X86_REG_RFLAGS, ctypes.byref(self._value))
         if not rest_changed:
             return
@@ -368,7 +369,10 @@ class Engine:
             state.mend_flags()
             self.uc.context_restore(state.saved)
         state.take(vcpu)
-        vcpu.set_register("rflags", self._register(self._x86.UC_X86_REG_RFLAGS) & ~FLAG_RF)
+        flags = self._register(self._x86.UC_X86_REG_RFLAGS)
+        if self.reads_ahead:
+            flags &= ~FLAG_RF  # which only the last instruction can have set: IRET
+        vcpu.set_register("rflags", flags)
 
     def save_tables(self, vcpu: Vcpu, state: State) -> None:
         """Take back what only rare instructions change: cr2, descriptor tables, MSRs."""
