@@ -973,6 +973,22 @@ def test_without_writes_all_is_repeated(code: bytes) -> None:
     assert computer.register("rdi") == OTHER + 4100
 
 
+@pytest.mark.parametrize("kind", ["r", "w"])
+def test_where_an_emulated_instruction_faults(kind: str) -> None:
+    """``x86_emul_pagefault``: the very address."""
+    access = b"\x48\x8b\x06" if kind == "r" else b"\x48\x89\x06"
+    computer = Computer(access + STOP, listen=True, views=True)
+    computer.go_long()
+    computer.describe()
+    computer.map(OTHER, 0)
+    computer.set(rsi=OTHER + 0x128)
+    computer.view((CODE >> 12, R))
+    computer.answer(heard(computer, Reason.MEM_ACCESS), EMULATE)
+    computer.run()
+    assert computer.vector == PF
+    assert computer.register("cr2") == OTHER + 0x128
+
+
 def test_emulation_without_its_writes() -> None:
     computer = Computer(b"\xff\x05" + int32(DATA) + STOP, {DATA: b"\x07"}, listen=True, views=True)
     computer.view((DATA >> 12, R))

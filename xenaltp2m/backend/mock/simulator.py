@@ -1000,6 +1000,8 @@ class MachineCode(Processor):
             stopped = self._step_once(resolve, on_access)
         except Fault as fault:
             stopped = fault
+            if fault.vector == PF and not code:
+                fault.address = self._exact(fault.address, fault.kind)
         finally:
             for mfn, content in {**patched, **kept}.items():
                 frames.page(mfn)[:] = content
