@@ -220,6 +220,7 @@ class Monitor(Handle):
         self._notified = 0
         """How many responses Xen was made to look at, modulo 2^32."""
         self._let_through: dict[int, Subscription] = {}
+        self._answerers: list[Handler] = []
         self._delayed: dict[int, _Kept | None] = {}
         """vCPUs whose next resume may do nothing that an answer asks for (``expect_delays``)."""
         self._iterating = False
@@ -415,6 +416,19 @@ class Monitor(Handle):
             return
         with contextlib.suppress(AlreadyError):
             self._turn(subscription, False)
+
+    def answer_by_default(self, handler: Handler) -> None:
+        """Have a handler asked what to answer where nobody has answered.
+
+        The latest is asked first; where all return None, the event's default response is taken.
+        """
+        self._check_open()
+        self._answerers.append(handler)
+
+    def close_first(self, handle: Handle) -> None:
+        """Have something closed before this monitor is: what needs its events to be answered."""
+        self._check_open()
+        self._undo.push("", handle.close)
 
     # Listening.
 
@@ -716,9 +730,20 @@ class Monitor(Handle):
                 if head[0] != self.version:
                     self._resume(request)
                 else:
-                    self._answer(event, event.default_response)
+                    self._answer(event, self._default(event))
             except XenError:
                 self._resume(request)
+
+    def _default(self, event: Event) -> Response:
+        for handler in reversed(self._answerers):
+            if (response := handler(event)) is not None:
+                return response
+        return event.default_response
+
+    def flush(self) -> None:
+        """Let Xen take the answers given so far: it has when this returns."""
+        self._check_open()
+        self._flush()
 
     def _resume(self, request: Request) -> None:
         """Let a vCPU go on and ask for nothing else."""

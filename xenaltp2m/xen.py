@@ -92,7 +92,9 @@ class Xen(Handle):
         if isinstance(which, str):
             domid = self.backend.name_to_domid(which)
             if domid is None:
-                raise DomainNotFoundError(f"no domain is called {which!r}")
+                raise DomainNotFoundError(
+                    f"no domain is called {which!r}", hint=("xenaltp2m list shows the domains",)
+                )
         elif isinstance(which, int) and not isinstance(which, bool):
             domid = which
         else:
