@@ -9,7 +9,6 @@ executed here: the core stops before them.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import ctypes
 import struct
@@ -178,9 +177,7 @@ class Engine:
         if _HIDDEN <= address < _UNTIL:
             entry.paddr, entry.perms = self._hidden * PAGE_SIZE, _ALL
             return True
-        if self._resolve is None:
-            return False
-        if self._raised is not None or self._no_code:
+        if self._resolve is None or self._raised is not None or self._no_code:
             return self._anything(entry)
         try:
             place = self._resolve(address, _KINDS[access], self._user)
@@ -201,11 +198,16 @@ class Engine:
         """Let Unicorn have what it asks for after the end.
 
         When it stops it looks up every page with an address to stop at; an answer of no would
-        change the flags.
+        have it jump back into what has ended.
         """
         entry.paddr, entry.perms = self._hidden * PAGE_SIZE, _ALL
         self._pages_are_wrong = True
         return True
+
+    def _mend_pages(self) -> None:
+        if self._pages_are_wrong:
+            self.forget_pages()
+            self._pages_are_wrong = False
 
     @property
     def _user(self) -> bool:
@@ -238,10 +240,10 @@ class Engine:
         self.uc.context_restore(self._long_mode)
         self.uc.reg_write(self._x86.UC_X86_REG_RSI, _HIDDEN + _LIST)
         self.uc.reg_write(self._x86.UC_X86_REG_RCX, len(pages))
-        with contextlib.suppress(self._error):  # of looking up where the guest's code is to stop
-            self.uc.emu_start(_HIDDEN, _INVALIDATED, count=self._counts)
+        self.uc.emu_start(_HIDDEN, _INVALIDATED, count=self._counts)
         if self._register(self._x86.UC_X86_REG_RCX):
             raise GaveUp("Unicorn did not forget pages")
+        self._mend_pages()
 
     def forget_code(self) -> None:
         """Translate all code anew."""
@@ -268,9 +270,7 @@ class Engine:
             errno = error.errno
         finally:
             self._resolve = None
-            if self._pages_are_wrong:
-                self.forget_pages()
-                self._pages_are_wrong = False
+            self._mend_pages()
         faulted = self._raised is not None or self._interrupt not in (None, DB)
         self._broke_off = bool(limit) and faulted
         if self._raised is not None:

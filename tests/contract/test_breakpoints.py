@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Breakpoints: guests that look for them notice nothing, and no call is missed or counted twice.
+
+The same on the simulator and on Xen; the guests are those of examples/guest.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+
+import pytest
+
+import xenaltp2m as xa
+from xenaltp2m.breakpoints import Breakpoint, Hit
+
+from .conftest import LIVE
+from .guests import RunningGuest, hooked, running, serve
+
+HOSTS = ["xen"] if LIVE else ["mock-4.14", "mock-4.17", "mock-4.20"]
+CALLS = int(os.environ.get("XENALTP2M_CALLS", "500"))
+WAYS = [(True, True), (False, True), (True, False)]
+WAY_NAMES = ["fast", "toggle", "page"]
+CHECKS = ("checksum", "read", "scan", "modify", "calls")
+
+
+@pytest.fixture(params=HOSTS)
+def host_name(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def checker(host_name: str) -> Iterator[RunningGuest]:
+    with running(host_name, "checker") as guest:
+        yield guest
+
+
+@pytest.fixture(params=[1, 4])
+def racer(host_name: str, request: pytest.FixtureRequest) -> Iterator[RunningGuest]:
+    with running(host_name, "racer", request.param) as guest:
+        yield guest
+
+
+def stop_after(monitor: xa.Monitor, hits: int) -> Callable[[Hit], None]:
+    def callback(hit: Hit) -> None:
+        if hit.breakpoint.hits >= hits:
+            monitor.stop()
+
+    return callback
+
+
+def noticed(guest: RunningGuest) -> dict[str, int]:
+    return dict(zip(CHECKS, guest.words("noticed", 5), strict=True))
+
+
+NOTHING = dict.fromkeys(CHECKS, 0)
+
+
+@pytest.mark.parametrize(("fast", "int3"), WAYS, ids=WAY_NAMES)
+def test_the_checker_notices_nothing(checker: RunningGuest, fast: bool, int3: bool) -> None:
+    with hooked(checker, fast=fast, int3=int3) as (monitor, breakpoints):
+        hook = breakpoints.insert(checker.address("target"), stop_after(monitor, CALLS))
+        checker.start()
+        serve(monitor, breakpoints, lambda: hook.hits >= CALLS)
+        with checker.dom.paused():
+            # It is in the call that it was stopped at, or behind that.
+            assert checker.words("counter")[0] in (CALLS - 1, CALLS)
+    assert checker.words("noticed", 6)[5] > CALLS // 16 - 1
+    assert noticed(checker) == NOTHING
+
+
+@pytest.mark.parametrize(("fast", "int3"), WAYS, ids=WAY_NAMES)
+def test_every_call_of_every_vcpu_is_counted(racer: RunningGuest, fast: bool, int3: bool) -> None:
+    calls = CALLS // racer.vcpus
+    racer.write_word("go", calls)
+    with hooked(racer, fast=fast, int3=int3) as (monitor, breakpoints):
+        by_vcpu: dict[int, int] = {}
+
+        def count(hit: Hit) -> None:
+            by_vcpu[hit.vcpu] = by_vcpu.get(hit.vcpu, 0) + 1
+
+        hook = breakpoints.insert(racer.address("hit"), count)
+        racer.start()
+        serve(monitor, breakpoints, lambda: racer.lines("done") == [calls] * racer.vcpus)
+    assert racer.lines("made") == [calls] * racer.vcpus
+    assert by_vcpu == dict.fromkeys(range(racer.vcpus), calls)
+    assert hook.hits == racer.words("total")[0] == calls * racer.vcpus
+    assert racer.lines("noticed") == [0] * racer.vcpus
+
+
+def instructions(host: str, name: str, vcpus: int = 1, events: int = 6000) -> list[int]:
+    """Where instructions begin that a guest executes: guest-physical, paging being off."""
+    found: set[int] = set()
+    with (
+        running(host, name, vcpus) as guest,
+        guest.dom.altp2m() as altp2m,
+        guest.dom.monitor(xa.MemAccess) as monitor,
+    ):
+        view = altp2m.create_view()
+        for segment in guest.image.segments:
+            if segment.executable:
+                first, last = segment.address >> 12, segment.address + segment.size - 1 >> 12
+                view.set_access(range(first, last + 1), xa.Access.RW)
+        altp2m.switch_to_view(view)
+        step = xa.Response.fast_singlestep(through=0, back_to=view)
+        left = events
+
+        def note(event: xa.Event) -> xa.Response:
+            nonlocal left
+            left -= 1
+            if not left:
+                monitor.stop()
+            found.add(event.registers.rip)
+            return step
+
+        guest.start()
+        monitor.run(note, timeout=5.0)
+    return sorted(found)
+
+
+@pytest.mark.parametrize("count", [10, 200])
+def test_the_checker_notices_none_of_many(host_name: str, count: int) -> None:
+    places = instructions(host_name, "checker")
+    chosen = random.Random(count).sample(places, min(count, len(places)))
+    assert len(chosen) == count
+    calls = CALLS // 10
+    with running(host_name, "checker") as guest:
+        target = guest.address("target")
+        with hooked(guest) as (monitor, breakpoints):
+            hook = breakpoints.insert(target, stop_after(monitor, calls))
+            others = [breakpoints.insert(place, lambda hit: None) for place in chosen]
+            assert len(breakpoints) == count + 1
+            guest.start()
+            serve(monitor, breakpoints, lambda: hook.hits >= calls)
+            assert sum(other.hits > 0 for other in others) > count // 2
+        assert noticed(guest) == NOTHING
+        assert guest.words("noticed", 6)[5] > 0
+
+
+@pytest.mark.parametrize("count", [10, 200])
+def test_calls_are_exact_beside_many(host_name: str, count: int) -> None:
+    places = instructions(host_name, "racer", 4)
+    calls = max(CALLS // 100, 4)
+    with running(host_name, "racer", 4) as guest:
+        hit = guest.address("hit")
+        places.remove(hit)
+        chosen = random.Random(count).sample(places, min(count, len(places)))
+        guest.write_word("go", calls)
+        with hooked(guest) as (monitor, breakpoints):
+            for place in chosen:
+                breakpoints.insert(place, lambda hit: None)
+            hook = breakpoints.insert(hit, lambda hit: None)
+
+            def done() -> bool:
+                return guest.lines("done") == [calls] * 4
+
+            def look(event: xa.Event) -> xa.Response | None:
+                answer = breakpoints(event)
+                if hook.hits >= 4 * calls and done():
+                    monitor.stop()
+                return answer
+
+            guest.start()
+            serve(monitor, look, done)
+        assert hook.hits == guest.words("total")[0] == 4 * calls
+        assert guest.lines("noticed") == [0] * 4
+
+
+@pytest.mark.parametrize("vcpus", [1, 4])
+def test_inserting_and_removing_at_random_loses_nothing(host_name: str, vcpus: int) -> None:
+    """Of the other hooks no call; of the guest's memory no byte."""
+    chance = random.Random(vcpus)
+    places = instructions(host_name, "racer", vcpus)
+    calls = CALLS // vcpus
+    with running(host_name, "racer", vcpus) as guest:
+        before = guest.sums()
+        guest.write_word("go", calls)
+        with hooked(guest) as (monitor, breakpoints):
+            inserted: list[Breakpoint] = []
+            churned = 0
+
+            def churn(hit: Hit) -> None:
+                nonlocal churned
+                if chance.random() < 0.3:
+                    churned += 1
+                    if inserted and chance.random() < 0.5:
+                        inserted.pop(chance.randrange(len(inserted))).remove()
+                    else:
+                        inserted.append(breakpoints.insert(chance.choice(places), lambda hit: None))
+
+            hook = breakpoints.insert(guest.address("hit"), churn)
+            done = [calls] * vcpus
+
+            def look(event: xa.Event) -> xa.Response | None:
+                answer = breakpoints(event)
+                if hook.hits == sum(done) and guest.lines("done") == done:
+                    monitor.stop()
+                return answer
+
+            guest.start()
+            serve(monitor, look, lambda: guest.lines("done") == done)
+        assert churned > CALLS // 10
+        assert hook.hits == guest.words("total")[0] == sum(done)
+        assert guest.lines("noticed") == [0] * vcpus
+        after = guest.sums()
+        changed = {gfn for gfn in after if after[gfn] != before[gfn]}
+        assert changed <= guest.writable_gfns()
