@@ -556,6 +556,8 @@ class Core:
         self._code: dict[int, tuple[bytes, frozenset[int]]] = {}
         """Of each frame with code: its bytes when it was translated, and where it may exit."""
         self._checked = 0
+        self._code_changed = False
+        """Whether code was found changed while the engine did not run."""
         self._exits: dict[int, set[int]] = {}
         """By linear page."""
         self._set_exits()
@@ -599,6 +601,7 @@ class Core:
         if known is None:
             self.engine.forget_pages()  # it may be writable at another address
         if known is None or known[0] != self._frames.peek(mfn):
+            self._code_changed |= known is not None
             content = bytes(self._frames.peek(mfn))
             known = self._code[mfn] = content, frozenset(exiting_starts(content))
         wanted = {page * PAGE_SIZE + at for at in known[1]}
@@ -618,7 +621,10 @@ class Core:
         ]
         for mfn in stale:
             del self._code[mfn]
-        if stale:
+        if stale or self._code_changed:
+            self._code_changed = False
+            self._exits.clear()  # they are noted again with the code that has them
+            self._set_exits()
             self.engine.forget_code()
             self.engine.forget_pages()
 
