@@ -1,0 +1,407 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Breakpoints in every situation that a few instructions can make, on the simulator.
+
+``tests/contract/test_breakpoints.py`` has what holds on Xen, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from errno import EBUSY, EINVAL, ENOMEM, EPERM, ESRCH
+from typing import TypeVar
+
+import pytest
+
+import xenaltp2m as xa
+from xenaltp2m.backend.mock import MockBackend
+from xenaltp2m.breakpoints import Breakpoints, Hit
+from xenaltp2m.handle import Handle
+
+from .faults import Failing
+from .machinecode import CODE, FOREVER, HALT, OTHER, Computer
+
+WAYS = pytest.mark.parametrize(
+    ("fast", "int3"), [(True, True), (False, True), (True, False)], ids=["fast", "toggle", "page"]
+)
+STEPS = pytest.mark.parametrize("fast", [True, False], ids=["fast", "toggle"])
+NOP, INC_EAX, INC_ECX, RET = b"\x90", b"\x40", b"\x41", b"\xc3"
+ONES = 0xFFFF_FFFF
+BP, GP = 3, 13
+
+
+def store_byte(address: int, value: int) -> bytes:
+    return b"\xc6\x05" + address.to_bytes(4, "little") + bytes([value])
+
+
+def call(at: int, target: int) -> bytes:
+    """CALL, of which the first byte is at an address."""
+    return b"\xe8" + (target - at - 5).to_bytes(4, "little", signed=True)
+
+
+class Hooked:
+    """A machine with breakpoints, that has not begun."""
+
+    def __init__(
+        self,
+        code: bytes,
+        memory: Mapping[int, bytes] | None = None,
+        *,
+        fast: bool = True,
+        int3: bool = True,
+        stack: ExitStack,
+        **registers: int,
+    ) -> None:
+        self.host = MockBackend(memory_pages=1 << 13)
+        self.computer = Computer(code, memory, host=self.host)
+        self.computer.set(**registers)
+        self.computer.describe()
+        self.domid = self.computer.domid
+        self.xen = stack.enter_context(xa.connect(self.host))
+        self.dom = stack.enter_context(self.xen.domain(self.domid))
+        self.altp2m = stack.enter_context(self.dom.altp2m())
+        self.monitor = stack.enter_context(self.dom.monitor())
+        self.breakpoints = stack.enter_context(
+            Breakpoints(self.altp2m, self.monitor, fast=fast, int3=int3)
+        )
+        self.seen: list[int] = []
+
+    def note(self, hit: Hit) -> None:
+        """A callback."""
+        self.seen.append(hit.registers.rip)
+
+    def go(self) -> Hooked:
+        """Run until nothing happens."""
+        self.host.steps_at_once = 200
+        self.monitor.run(self.breakpoints, timeout=0.01)
+        return self
+
+    def register(self, name: str) -> int:
+        return self.computer.register(name)
+
+    @property
+    def halted(self) -> bool:
+        """Whether it came to its end, with no exception."""
+        info = self.dom.info()
+        return info.shutdown and self.computer.vector is None
+
+    def read(self, address: int, size: int) -> bytes:
+        return self.dom.memory.read(address, size)
+
+
+H = TypeVar("H", bound=Handle)
+Make = Callable[..., Hooked]
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    with ExitStack() as stack:
+        yield lambda *args, **options: Hooked(*args, stack=stack, **options)
+
+
+@WAYS
+def test_each_execution_is_a_hit(make: Make, fast: bool, int3: bool) -> None:
+    guest = make(INC_EAX * 3 + HALT, fast=fast, int3=int3, rax=0)
+    hooks = [guest.breakpoints.insert(CODE + at, guest.note) for at in (0, 1, 2)]
+    assert guest.go().halted
+    assert guest.seen == [CODE, CODE + 1, CODE + 2]
+    assert guest.register("rax") == 3
+    assert [hook.hits for hook in hooks] == [1, 1, 1]
+
+
+@WAYS
+def test_the_page_reads_as_it_is(make: Make, fast: bool, int3: bool) -> None:
+    load = b"\xa1" + CODE.to_bytes(4, "little")
+    guest = make(load + HALT, fast=fast, int3=int3)
+    guest.breakpoints.insert(CODE, guest.note)
+    assert guest.go().halted
+    assert guest.register("rax") == int.from_bytes((load + HALT)[:4], "little")
+    assert guest.seen == [CODE]
+
+
+@WAYS
+def test_code_that_is_written_is_executed(make: Make, fast: bool, int3: bool) -> None:
+    """By an instruction with a breakpoint, and by one without."""
+    there = CODE + 0x100
+    first = store_byte(there, INC_EAX[0])
+    code = first + call(CODE + 7, there) + store_byte(there, INC_ECX[0]) + call(CODE + 19, there)
+    guest = make((code + HALT).ljust(0x100, NOP) + NOP + RET, fast=fast, int3=int3, rax=0, rcx=0)
+    for place in (CODE, there, there + 1):
+        guest.breakpoints.insert(place, guest.note)
+    assert guest.go().halted
+    assert (guest.register("rax"), guest.register("rcx")) == (1, 1)
+    assert guest.seen == [CODE, there, there + 1, there, there + 1]
+    assert guest.read(there, 2) == INC_ECX + RET
+
+
+@WAYS
+@pytest.mark.parametrize("distance", [1, 14, 15])
+def test_writes_that_may_move_instructions(
+    make: Make, fast: bool, int3: bool, distance: int
+) -> None:
+    """Up to 14 bytes before a breakpoint: there int3 would be within an instruction, maybe."""
+    there = CODE + 0x100
+    hook = there + distance
+    code = store_byte(there, 0xB0) + call(CODE + 7, there)  # mov $imm, %al: one byte longer
+    code += store_byte(there, NOP[0]) + call(CODE + 19, there) + HALT
+    routine = NOP * (distance + 4) + RET
+    guest = make(code.ljust(0x100, NOP) + routine, fast=fast, int3=int3, rax=0)
+    guest.breakpoints.insert(hook, guest.note)
+    assert guest.go().halted
+    # With the long instruction the place is none where one begins, if it is the next.
+    assert guest.seen == [hook] * (1 if distance == 1 else 2)
+    assert guest.register("rax") == NOP[0]
+
+
+@WAYS
+def test_an_int3_of_the_guests_own_at_the_place(make: Make, fast: bool, int3: bool) -> None:
+    guest = make(b"\xcc" + HALT, fast=fast, int3=int3)
+    guest.breakpoints.insert(CODE, guest.note)
+    guest.go()
+    assert guest.computer.vector == BP
+    assert guest.seen == [CODE]
+    assert guest.computer.words(guest.register("rsp"), 1) == [CODE + 1]
+
+
+@WAYS
+def test_an_int3_of_the_guests_own_on_the_page(make: Make, fast: bool, int3: bool) -> None:
+    guest = make(NOP + b"\xcc" + HALT, fast=fast, int3=int3)
+    guest.breakpoints.insert(CODE, guest.note)
+    guest.go()
+    assert guest.computer.vector == BP
+    assert guest.seen == [CODE]
+    assert guest.computer.words(guest.register("rsp"), 1) == [CODE + 2]
+
+
+@STEPS
+def test_shadows_are_not_there(make: Make, fast: bool) -> None:
+    """Read, written and read again, by instructions that are stepped over and by others."""
+    first = make(HALT, fast=fast).dom.maximum_gfn + 1
+    for gfn in (first, first + 1, first + 15):
+        there = (gfn << 12).to_bytes(4, "little")
+        load, store = b"\xa1" + there, b"\xa3" + there
+        with ExitStack() as stack:
+            other = Hooked(
+                load + b"\x89\xc3" + b"\x31\xc0" + store + load + HALT, fast=fast, stack=stack
+            )
+            for place in (CODE, CODE + 9):
+                other.breakpoints.insert(place, other.note)
+            assert other.go().halted
+            assert (other.register("rbx"), other.register("rax")) == (ONES, ONES)
+            assert other.seen == [CODE, CODE + 9]
+
+
+def test_a_shadow_cannot_be_executed(make: Make) -> None:
+    guest = make(NOP + b"\xff\xe0" + HALT)
+    guest.breakpoints.insert(CODE, guest.note)
+    shadow = guest.breakpoints._pages[CODE >> 12].shadow_gfn
+    guest.computer.set(rax=shadow << 12)
+    guest.go()
+    assert guest.computer.vector == GP
+
+
+def test_several_at_a_place(make: Make) -> None:
+    guest = make(INC_EAX + HALT, rax=0)
+    order: list[str] = []
+    first = guest.breakpoints.insert(CODE, lambda hit: order.append("first"))
+    guest.breakpoints.insert(CODE, lambda hit: order.append("second"))
+    gone = guest.breakpoints.insert(CODE, lambda hit: order.append("gone"))
+    gone.remove()
+    gone.remove()
+    assert (first.inserted, gone.inserted) == (True, False)
+    assert len(guest.breakpoints) == 2
+    assert guest.go().halted
+    assert order == ["first", "second"]
+    assert guest.register("rax") == 1
+
+
+@WAYS
+def test_a_callback_removes_it(make: Make, fast: bool, int3: bool) -> None:
+    loop = INC_EAX + b"\xe2\xfd"  # LOOP to its start
+    guest = make(loop + HALT, fast=fast, int3=int3, rax=0, rcx=5)
+    guest.breakpoints.insert(CODE, lambda hit: hit.breakpoint.remove())
+    assert guest.go().halted
+    assert guest.register("rax") == 5
+    assert len(guest.breakpoints) == 0
+
+
+@WAYS
+def test_a_callback_inserts_one(make: Make, fast: bool, int3: bool) -> None:
+    guest = make(INC_EAX + INC_EAX + HALT, fast=fast, int3=int3, rax=0)
+    guest.breakpoints.insert(CODE, lambda hit: guest.breakpoints.insert(CODE + 1, guest.note))
+    assert guest.go().halted
+    assert guest.seen == [CODE + 1]
+    assert guest.register("rax") == 2
+
+
+@WAYS
+def test_a_callback_that_fails_is_heard_of_and_the_guest_goes_on(
+    make: Make, fast: bool, int3: bool
+) -> None:
+    guest = make(INC_EAX + HALT, fast=fast, int3=int3, rax=0)
+
+    def fail(hit: Hit) -> None:
+        raise RuntimeError(f"of {hit!r}")
+
+    guest.breakpoints.insert(CODE, fail)
+    guest.breakpoints.insert(CODE, guest.note)
+    with pytest.raises(RuntimeError, match="of <Hit of <Breakpoint at 0x10000> by vCPU 0>"):
+        guest.go()
+    assert guest.go().halted
+    assert guest.seen == [CODE]
+    assert guest.register("rax") == 1
+
+
+@WAYS
+def test_registers_can_be_set(make: Make, fast: bool, int3: bool) -> None:
+    guest = make(INC_EAX + INC_ECX + HALT, fast=fast, int3=int3, rax=0, rcx=0)
+    guest.breakpoints.insert(CODE, lambda hit: hit.set_registers(rax=7))
+    guest.breakpoints.insert(CODE + 1, lambda hit: hit.set_registers(rip=CODE + 2, rax=9))
+    assert guest.go().halted
+    assert (guest.register("rax"), guest.register("rcx")) == (9, 0)
+
+
+def test_registers_are_checked(make: Make) -> None:
+    guest = make(INC_EAX + HALT)
+    guest.breakpoints.insert(CODE, lambda hit: hit.set_registers(nothing=7))
+    with pytest.raises(xa.InvalidArgumentError, match="nothing"):
+        guest.go()
+    assert guest.go().halted
+
+
+@WAYS
+def test_closing_in_a_callback(make: Make, fast: bool, int3: bool) -> None:
+    guest = make(INC_EAX + HALT, fast=fast, int3=int3, rax=0)
+    guest.breakpoints.insert(CODE, lambda hit: guest.breakpoints.close())
+    guest.go()
+    guest.go()
+    assert guest.halted
+    assert guest.register("rax") == 1
+
+
+@WAYS
+def test_nothing_is_left(make: Make, fast: bool, int3: bool) -> None:
+    with ExitStack() as stack:
+        guest = Hooked(INC_EAX + FOREVER, fast=fast, int3=int3, stack=stack)
+        before = guest.dom.info()
+        memory = guest.read(0, 0x100000)
+        for place in (CODE, CODE + 1, OTHER):
+            guest.breakpoints.insert(place, guest.note)
+        assert (guest.dom.info().pages > before.pages) is int3
+        guest.breakpoints.close()
+        assert guest.altp2m.views == ()
+        assert set(guest.altp2m.vcpu_views().values()) == {0}
+        after = guest.dom.info()
+        assert (after.pages, after.max_pages) == (before.pages, before.max_pages)
+        assert guest.read(0, 0x100000) == memory
+        with pytest.raises(xa.ClosedError):
+            guest.breakpoints.insert(CODE, guest.note)
+
+
+def test_what_is_told_before_the_end_is_no_breakpoint_of_the_guest(make: Make) -> None:
+    """A vCPU has come upon an int3 that is gone when it is answered."""
+    guest = make(INC_EAX + HALT, rax=0)
+    guest.breakpoints.insert(CODE, guest.note)
+    events = guest.monitor.events(timeout=0.01)
+    guest.host.steps_at_once = 100
+    event = next(event for event in events if isinstance(event, xa.MemAccess))
+    event.reply(guest.breakpoints(event) or xa.Response.resume())
+    assert isinstance(next(events), xa.SoftwareBreakpoint)
+    guest.breakpoints.close()
+    for _ in events:
+        pass
+    assert guest.halted
+    assert guest.seen == []
+    assert guest.register("rax") == 1
+
+
+def test_bad_places(make: Make) -> None:
+    guest = make(HALT)
+    with pytest.raises(xa.InvalidArgumentError):
+        guest.breakpoints.insert(-1, guest.note)
+    with pytest.raises(xa.InvalidArgumentError):
+        guest.breakpoints.insert(1 << 60, guest.note)
+    with pytest.raises(xa.XenError):
+        guest.breakpoints.insert(0x4000_0000, guest.note)
+    guest.breakpoints.insert(CODE, guest.note)
+    shadow = guest.breakpoints._pages[CODE >> 12].shadow_gfn
+    with pytest.raises(xa.InvalidArgumentError, match="is a shadow"):
+        guest.breakpoints.insert(shadow << 12, guest.note)
+    assert guest.go().halted
+
+
+# Whatever fails.
+
+
+ERRNOS = [EPERM, EINVAL, ENOMEM, EBUSY, ESRCH]
+THERE = CODE + 0x100
+SELF_MODIFYING = (
+    (
+        store_byte(THERE, INC_EAX[0])
+        + call(CODE + 7, THERE)
+        + store_byte(THERE, INC_ECX[0])
+        + call(CODE + 19, THERE)
+        + HALT
+    ).ljust(0x100, NOP)
+    + INC_EAX
+    + RET
+)
+
+
+def work(host: Failing, fast: bool, int3: bool, domid: int, opened: list[Handle]) -> None:
+    """Insert, hit, mirror, remove, shut down."""
+
+    def opening(handle: H) -> H:
+        opened.append(handle)
+        return handle
+
+    dom = opening(opening(xa.Xen(host)).domain(domid))
+    altp2m, monitor = opening(dom.altp2m()), opening(dom.monitor())
+    breakpoints = opening(Breakpoints(altp2m, monitor, fast=fast, int3=int3))
+    first = breakpoints.insert(CODE, lambda hit: None)
+    breakpoints.insert(CODE, lambda hit: None)
+    breakpoints.insert(THERE, lambda hit: hit.breakpoint.remove())
+    breakpoints.insert(OTHER, lambda hit: None)
+    host.steps_at_once = 200
+    monitor.run(breakpoints, timeout=0.01)
+    first.remove()
+    for handle in reversed(opened[1:]):
+        handle.close()
+
+
+@WAYS
+def test_nothing_is_left_whatever_fails(fast: bool, int3: bool) -> None:
+    """The 1st, 2nd … last call to the hypervisor, each with an errno or two."""
+    calls = 1 << 30
+    number = 0
+    failures = 0
+    while number <= calls:
+        host = Failing(memory_pages=1 << 13)
+        computer = Computer(SELF_MODIFYING, host=host)
+        computer.set(rax=0, rcx=0)
+        computer.describe()
+        before = host.domain_getinfolist(computer.domid, 1)[0]
+        opened: list[Handle] = []
+        host.start({number: ERRNOS[number % len(ERRNOS)]})
+        try:
+            work(host, fast, int3, computer.domid, opened)
+        except xa.XenError:
+            failures += 1
+        if not number:
+            calls = host.made
+        host.start({})
+        for handle in reversed(opened[1:]):
+            handle.close()  # some again
+        opened[0].abandon()
+        host.run(computer.domid, 1000)  # to the end, if it has not come there
+        assert computer.vector is None, number
+        assert (computer.register("rax"), computer.register("rcx")) == (1, 1), number
+        assert not any(vcpu.event_pauses for vcpu in computer.vcpus), number
+        after = host.domain_getinfolist(computer.domid, 1)[0]
+        assert after.max_pages == before.max_pages, number
+        ring = 1  # the ring's page, which Xen takes from the guest for good
+        assert after.pages in (before.pages, before.pages - ring), number
+        assert not host.altp2m_get_domain_state(computer.domid), number
+        assert not host._mappings, number
+        number += 1
+    assert failures > calls // 2
