@@ -131,7 +131,7 @@ def test_it_tells_nothing_of_where_it_was_built(name: str) -> None:
 def test_where_the_instructions_are_that_breakpoints_are_put_on() -> None:
     known = json.loads((SOURCE.parents[1] / "tests/contract/instructions.json").read_text())
     for name, places in known.items():
-        command = ["objdump", "-d", shipped(name)]
+        command = ["objdump", "-d", str(shipped(name))]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         found = re.findall(r"^ *([0-9a-f]+):\t[0-9a-f ]+\t\S", text, re.MULTILINE)
         assert places == [int(place, 16) for place in found]

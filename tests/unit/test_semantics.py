@@ -44,10 +44,10 @@ from typing import Any, TypeAlias
 import pytest
 
 from xenaltp2m.abi.releases import SUPPORTED
+from xenaltp2m.abi.x86 import CR0_PE
 from xenaltp2m.backend.mock import Livelock, MockBackend, Outcome
 from xenaltp2m.backend.mock.machine import Domain
 from xenaltp2m.backend.mock.p2m import INVALID_MFN, ORDER_2M, ORDER_4K, PageType
-from xenaltp2m.backend.mock.vcpu import CR0_PE
 from xenaltp2m.errors import InvalidArgumentError, XenError
 from xenaltp2m.types import ALL_GFNS, Altp2mMode
 

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import pytest
 
-from xenaltp2m.backend.mock.x86 import (
+from xenaltp2m.abi.x86 import (
     Fault,
     Gate,
     Paging,

@@ -17,15 +17,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xenaltp2m.abi.layouts import HVM_CPU
-from xenaltp2m.backend.mock.vcpu import CR0_PE, CR0_PG, DB, REGISTERS, UD, Vcpu
-from xenaltp2m.backend.mock.x86 import (
+from xenaltp2m.abi.x86 import (
+    CR0_PE,
+    CR0_PG,
+    DB,
     EFER_LMA,
     EFER_LME,
     FLAG_RF,
+    UD,
     Fault,
     Segment,
     exiting_starts,
 )
+from xenaltp2m.backend.mock.vcpu import REGISTERS, Vcpu
 from xenaltp2m.types import PAGE_SIZE
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ import struct
 from typing import TypeVar
 
 from xenaltp2m.abi.vm_event import AccessFlag, Reason
+from xenaltp2m.abi.x86 import CR0_PE
 from xenaltp2m.backend.mock.machine import Domain, Livelock, View
 from xenaltp2m.backend.mock.monitor import Monitor
 from xenaltp2m.backend.mock.p2m import (
@@ -29,7 +30,7 @@ from xenaltp2m.backend.mock.p2m import (
     access_rights,
     entry_rights,
 )
-from xenaltp2m.backend.mock.vcpu import CR0_PE, Vcpu, Waits
+from xenaltp2m.backend.mock.vcpu import Vcpu, Waits
 from xenaltp2m.types import PAGE_SIZE
 
 _T = TypeVar("_T")

@@ -17,10 +17,10 @@ from elftools.construct import ConstructError
 from elftools.elf.elffile import ELFFile
 
 from xenaltp2m.abi.layouts import HVM_CPU
+from xenaltp2m.abi.x86 import CR0_ET, CR0_PE, EFER_LMA
 from xenaltp2m.backend.mock.machine import Domain
 from xenaltp2m.backend.mock.p2m import ORDER_4K, RAM_TYPES
-from xenaltp2m.backend.mock.vcpu import CR0_ET, CR0_PE, DR6_DEFAULT, Vcpu
-from xenaltp2m.backend.mock.x86 import EFER_LMA
+from xenaltp2m.backend.mock.vcpu import DR6_DEFAULT, Vcpu
 from xenaltp2m.errors import InvalidArgumentError
 from xenaltp2m.types import PAGE_SIZE
 

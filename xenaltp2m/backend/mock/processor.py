@@ -19,23 +19,15 @@ from random import Random
 from typing import ClassVar, TypeAlias
 
 from xenaltp2m.abi.vm_event import Flag, Reason
+from xenaltp2m.abi.x86 import BP, CR0_ET, CR0_PE, CR0_PG, DB, GP, NO_ERROR_CODE, UD, VE
 from xenaltp2m.backend.mock.guest import Outcome, drive, vm_exit
 from xenaltp2m.backend.mock.machine import Livelock
 from xenaltp2m.backend.mock.monitor import CR0, CR3, CR4, XCR0, Monitor
 from xenaltp2m.backend.mock.p2m import Lookup, PageType
 from xenaltp2m.backend.mock.vcpu import (
-    BP,
-    CR0_ET,
-    CR0_PE,
-    CR0_PG,
-    DB,
     DR6_DEFAULT,
-    GP,
     HARDWARE_EXCEPTION,
-    NO_ERROR_CODE,
     SOFTWARE_EXCEPTION,
-    UD,
-    VE,
     Trap,
     Vcpu,
     Waits,

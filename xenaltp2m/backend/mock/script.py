@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from xenaltp2m.abi.vm_event import Flag
+from xenaltp2m.abi.x86 import BP, CR0_ET, CR0_PE, GP, NO_ERROR_CODE, UD
 from xenaltp2m.backend.mock.guest import Outcome, access
 from xenaltp2m.backend.mock.processor import (
     Done,
@@ -22,16 +23,10 @@ from xenaltp2m.backend.mock.processor import (
     pages,
 )
 from xenaltp2m.backend.mock.vcpu import (
-    BP,
-    CR0_ET,
-    CR0_PE,
     DR6_DEFAULT,
-    GP,
     HARDWARE_EXCEPTION,
-    NO_ERROR_CODE,
     SOFTWARE_EXCEPTION,
     SOFTWARE_INTERRUPT,
-    UD,
     Trap,
     Waits,
 )

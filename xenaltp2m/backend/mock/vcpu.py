@@ -8,16 +8,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias, TypeVar
 
 from xenaltp2m.abi.layouts import HVM_CPU
+from xenaltp2m.abi.x86 import CR0_ET, DF, GP, PF, VE
 
 INVALID_VIEW = 0xFFFF
 
-DB, BP, OF, UD, DF, NP, GP, PF, VE = 1, 3, 4, 6, 8, 11, 13, 14, 20
-"""Exception vectors."""
 HARDWARE_EXCEPTION, SOFTWARE_INTERRUPT, SOFTWARE_EXCEPTION = 3, 4, 6
 """``X86_ET_*``."""
-NO_ERROR_CODE = 0xFFFF_FFFF
-
-CR0_PE, CR0_ET, CR0_WP, CR0_PG = 1 << 0, 1 << 4, 1 << 16, 1 << 31
 DR6_DEFAULT = 0xFFFF0FF0
 REGISTERS = {
     name: slice(offset, offset + width) for name, (offset, width) in HVM_CPU.fields.items()
