@@ -6,7 +6,7 @@ Importing this opens no library and touches no hypervisor; :func:`connect` does.
 
 from xenaltp2m.abi.vm_event import AccessFlag, Flag, Reason
 from xenaltp2m.altp2m import Altp2m, DecorativeDefaultWarning, SuperpageDefaultWarning
-from xenaltp2m.domain import Domain, Memory
+from xenaltp2m.domain import Domain
 from xenaltp2m.errors import (
     AccessDeniedError,
     AlreadyError,
@@ -52,6 +52,7 @@ from xenaltp2m.events import (
     VmExit,
     WriteCtrlreg,
 )
+from xenaltp2m.memory import AddressSpace, LinearPage, Memory
 from xenaltp2m.monitor import Monitor
 from xenaltp2m.responses import Action, Response
 from xenaltp2m.types import (
@@ -80,6 +81,7 @@ __all__ = [
     "AccessDeniedError",
     "AccessFlag",
     "Action",
+    "AddressSpace",
     "AlreadyError",
     "Altp2m",
     "Altp2mMode",
@@ -110,6 +112,7 @@ __all__ = [
     "LeftoverError",
     "LibraryError",
     "LibraryMismatchWarning",
+    "LinearPage",
     "MemAccess",
     "MemPaging",
     "MemSharing",

@@ -274,7 +274,7 @@ class Breakpoints(Handle):
                 )
             monitor.answer_by_default(self)
             altp2m.switch_to_view(self.hooks)
-            monitor.close_first(self)
+            monitor._close_first(self)
         except BaseException as error:
             undo = UndoList()
             undo.push("", self._take_back)

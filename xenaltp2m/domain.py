@@ -22,6 +22,7 @@ from xenaltp2m.errors import (
 )
 from xenaltp2m.events import Event, Subscription
 from xenaltp2m.handle import Handle, UndoList
+from xenaltp2m.memory import Memory
 from xenaltp2m.monitor import Monitor, subscription
 from xenaltp2m.types import (
     GFN_LIMIT,
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 _HVM_PARAM_ALTP2M = 35
 _KIB_PER_PAGE = PAGE_SIZE // 1024
-_MAPPED_AT_ONCE = 256
 _UNLIMITED = (1 << 32) - 1
 """What ``xc_domain_setmaxmem`` makes of any more pages (``XEN_DOMCTL_max_mem``)."""
 
@@ -450,97 +450,6 @@ class Domain(Handle):
         except XenError:
             return False  # not known
         return found is None or found.dying
-
-
-class Memory:
-    """A domain's guest-physical memory, as the host p2m has it: views and remaps do not show.
-
-    To read or write what a view shows in place of a page, use the gfn it is remapped to.
-    """
-
-    def __init__(self, domain: Domain) -> None:
-        self._domain = domain
-        self._backend = domain.xen.backend
-
-    def read(self, address: int, length: int) -> bytes:
-        """Read ``length`` bytes from a guest-physical address, across pages.
-
-        Raises:
-            InvalidArgumentError: The range is not in the guest's address space, or a page of it
-                is not memory.
-
-        ``xenforeignmemory_map``.
-        """
-        parts = []
-        for gfns, offset, size in self._spans(address, length):
-            with self._mapped(gfns, writable=False) as pages:
-                parts.append(b"".join(pages)[offset : offset + size])
-        return b"".join(parts)
-
-    def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
-        """Write bytes at a guest-physical address, across pages.
-
-        Pages are mapped a megabyte at a time: on error what was written before stays.
-
-        Raises:
-            InvalidArgumentError: As :meth:`read`.
-
-        ``xenforeignmemory_map``.
-        """
-        source = memoryview(data).cast("B")
-        done = 0
-        for gfns, offset, size in self._spans(address, len(source)):
-            end = done + size
-            with self._mapped(gfns, writable=True) as pages:
-                for page in pages:
-                    part = source[done : min(done + PAGE_SIZE - offset, end)]
-                    page[offset : offset + len(part)] = part
-                    done += len(part)
-                    offset = 0  # noqa: PLW2901 - only the first page starts within
-
-    def read_page(self, gfn: int) -> bytes:
-        """Read one page: 4096 bytes."""
-        check_gfn(gfn)
-        return self.read(gfn << PAGE_SHIFT, PAGE_SIZE)
-
-    def write_page(self, gfn: int, data: bytes | bytearray | memoryview) -> None:
-        """Write one whole page.
-
-        Raises:
-            InvalidArgumentError: ``data`` is not 4096 bytes long.
-        """
-        check_gfn(gfn)
-        if len(data) != PAGE_SIZE:
-            raise InvalidArgumentError(f"a page is {PAGE_SIZE} bytes, not {len(data)}")
-        self.write(gfn << PAGE_SHIFT, data)
-
-    def _spans(self, address: int, length: int) -> Iterator[tuple[range, int, int]]:
-        """Yield what to map at once: (gfns, offset in the first page, bytes)."""
-        self._domain._check_open()
-        if address < 0 or length < 0 or address + length > GFN_LIMIT << PAGE_SHIFT:
-            raise InvalidArgumentError(
-                f"{length} bytes at {address:#x} are not in the guest-physical address space"
-            )
-        end = address + length
-        while address < end:
-            first = address >> PAGE_SHIFT
-            stop = min(end, (first + _MAPPED_AT_ONCE) << PAGE_SHIFT)
-            gfns = range(first, (stop - 1 >> PAGE_SHIFT) + 1)
-            yield gfns, address & (PAGE_SIZE - 1), stop - address
-            address = stop
-
-    @contextmanager
-    def _mapped(self, gfns: range, *, writable: bool) -> Iterator[list[memoryview]]:
-        pages = self._backend.foreignmemory_map(self._domain.domid, writable, gfns)
-        undo = UndoList()
-        undo.push(
-            f"mapping of gfns {gfns.start:#x}..{gfns.stop - 1:#x} of domain {self._domain.domid}",
-            lambda: self._backend.foreignmemory_unmap(pages),
-        )
-        try:
-            yield pages
-        finally:
-            self._domain._finish(undo)
 
 
 def _pages_words(domid: int, gfns: range) -> str:

@@ -425,7 +425,7 @@ class Monitor(Handle):
         self._check_open()
         self._answerers.append(handler)
 
-    def close_first(self, handle: Handle) -> None:
+    def _close_first(self, handle: Handle) -> None:
         """Have something closed before this monitor is: what needs its events to be answered."""
         self._check_open()
         self._undo.push("", handle.close)

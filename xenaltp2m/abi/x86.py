@@ -63,6 +63,28 @@ class Translation(NamedTuple):
     """Some of "rwx"; no "w" while the page is not marked dirty."""
 
 
+class Entry(NamedTuple):
+    """An entry of a page table."""
+
+    address: int
+    """Physical."""
+    size: int
+    value: int
+
+
+class Walk(NamedTuple):
+    """Where a linear address leads."""
+
+    physical: int
+    page_size: int
+    writable: bool
+    """By all entries together, as ``user`` and ``executable`` are."""
+    user: bool
+    executable: bool
+    entries: tuple[Entry, ...]
+    """From the top."""
+
+
 @dataclass(frozen=True)
 class Paging:
     """The registers that a page walk depends on."""
@@ -105,52 +127,65 @@ class Paging:
         Raises:
             Fault: The page fault.
         """
-        page = address & ~(PAGE_SIZE - 1)
         if not self.cr0 & CR0_PG:
-            return Translation(page & _U32, "rwx")
+            return Translation(address & ~(PAGE_SIZE - 1) & _U32, "rwx")
+        walk = self.walk(address, load, kind)
+        rights = self._rights(walk.writable, walk.user, not walk.executable)
+        if kind not in rights:
+            raise self._fault(address, kind, _ERROR_PRESENT)
+        marked = walk.entries[1:] if len(self.levels) == 3 else walk.entries  # PDPTEs are not
+        dirty = walk.entries[-1].value & _DIRTY
+        for entry in marked:
+            marks = _ACCESSED | (_DIRTY if kind == _WRITE and entry is marked[-1] else 0)
+            if marks & ~entry.value:
+                store(entry.address, entry.size, entry.value | marks)
+                dirty |= marks & _DIRTY
+        page = walk.physical & ~(PAGE_SIZE - 1)
+        return Translation(page, rights if dirty else rights.replace(_WRITE, ""))
+
+    def walk(self, address: int, load: Callable[[int, int], int], kind: str = _READ) -> Walk:
+        """Look where a linear address leads, whoever uses it; paging is on.
+
+        Args:
+            address: Linear.
+            load: Reads an entry: physical address, size.
+            kind: What a fault says that it was for.
+
+        Raises:
+            Fault: It leads nowhere.
+        """
         levels = self.levels
         long = bool(self.efer & EFER_LMA)
         if long and not canonical(address, 57 if len(levels) == 5 else 48):
             raise Fault(GP, 0)
         base = self.cr3 & (_FRAME if long else 0xFFFF_FFE0 if self.cr4 & CR4_PAE else 0xFFFF_F000)
-        writable = user = True
-        no_execute = False
-        path: list[tuple[int, int, int]] = []
+        writable = user = executable = True
+        entries: list[Entry] = []
         for shift, bits, size in levels:
             where = base + (address >> shift & ((1 << bits) - 1)) * size
-            entry = load(where, size)
-            if not entry & _PRESENT:
+            value = load(where, size)
+            entries.append(Entry(where, size, value))
+            if not value & _PRESENT:
                 raise self._fault(address, kind, 0)
+            base = value & _FRAME
             if shift == 30 and not long:  # its rights are those of the tables below
-                if entry & _PDPTE_RESERVED:
+                if value & _PDPTE_RESERVED:
                     raise self._fault(address, kind, _ERROR_PRESENT | _ERROR_RESERVED)
-                base = entry & _FRAME
                 continue
             large = shift in (21, 30) or (shift == 22 and self.cr4 & CR4_PSE)
-            last = shift == 12 or bool(large and entry & _LARGE)
-            if entry & self._reserved(shift, last):
+            last = shift == 12 or bool(large and value & _LARGE)
+            if value & self._reserved(shift, last):
                 raise self._fault(address, kind, _ERROR_PRESENT | _ERROR_RESERVED)
-            no_execute = no_execute or bool(entry & _NO_EXECUTE)
-            writable = writable and bool(entry & _WRITABLE)
-            user = user and bool(entry & _USER)
-            path.append((where, size, entry))
+            executable = executable and not value & _NO_EXECUTE
+            writable = writable and bool(value & _WRITABLE)
+            user = user and bool(value & _USER)
             if last:
-                frame = entry & _FRAME
-                if shift == 22:
-                    frame = entry & 0xFFC0_0000 | (entry & 0x1F_E000) << 19
-                physical = frame & ~((1 << shift) - 1) | page & ((1 << shift) - 1)
                 break
-            base = entry & _FRAME
-        rights = self._rights(writable, user, no_execute)
-        if kind not in rights:
-            raise self._fault(address, kind, _ERROR_PRESENT)
-        dirty = path[-1][2] & _DIRTY
-        for at, (where, size, entry) in enumerate(path):
-            marks = _ACCESSED | (_DIRTY if kind == _WRITE and at == len(path) - 1 else 0)
-            if marks & ~entry:
-                store(where, size, entry | marks)
-                dirty |= marks & _DIRTY
-        return Translation(physical, rights if dirty else rights.replace(_WRITE, ""))
+        if shift == 22:
+            base = value & 0xFFC0_0000 | (value & 0x1F_E000) << 19
+        within = (1 << shift) - 1
+        physical = base & ~within | address & within
+        return Walk(physical, within + 1, writable, user, executable, tuple(entries))
 
     def _reserved(self, shift: int, last: bool) -> int:
         """The bits of an entry that must be 0 (SDM 3A, tables 4-4, 4-9 and 4-15)."""

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A domain's memory: guest-physical, as the host p2m has it, and by the guest's own page tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+from xenaltp2m.abi.x86 import CR0_PG, EFER_LMA, GP, Fault, Paging, Walk
+from xenaltp2m.errors import InvalidArgumentError, NotMappedError
+from xenaltp2m.events import Registers
+from xenaltp2m.handle import UndoList
+from xenaltp2m.types import GFN_LIMIT, PAGE_SHIFT, PAGE_SIZE
+from xenaltp2m.view import check_gfn
+
+if TYPE_CHECKING:
+    from xenaltp2m.domain import Domain
+
+_MAPPED_AT_ONCE = 256
+_MOST_REMEMBERED = 1024
+"""Pages."""
+_PHYSICAL_BITS = 52
+"""At most: which of them the CPU has does not matter to who reads."""
+_FEW_VCPUS = 8
+"""To ask each whether it ran takes longer than to read anew, where there are more."""
+
+
+class Memory:
+    """A domain's guest-physical memory, as the host p2m has it: views and remaps do not show.
+
+    To read or write what a view shows in place of a page, use the gfn it is remapped to.
+    """
+
+    def __init__(self, domain: Domain) -> None:
+        self._domain = domain
+        self._backend = domain.xen.backend
+        self.writes = 0
+        """How often something was written through this."""
+
+    def read(self, address: int, length: int) -> bytes:
+        """Read ``length`` bytes from a guest-physical address, across pages.
+
+        Raises:
+            InvalidArgumentError: The range is not in the guest's address space, or a page of it
+                is not memory.
+
+        ``xenforeignmemory_map``.
+        """
+        parts = []
+        for gfns, offset, size in self._spans(address, length):
+            with self._mapped(gfns, writable=False) as pages:
+                parts.append(b"".join(pages)[offset : offset + size])
+        return b"".join(parts)
+
+    def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """Write bytes at a guest-physical address, across pages.
+
+        Pages are mapped a megabyte at a time: on error what was written before stays.
+
+        Raises:
+            InvalidArgumentError: As :meth:`read`.
+
+        ``xenforeignmemory_map``.
+        """
+        source = memoryview(data).cast("B")
+        self.writes += 1
+        done = 0
+        for gfns, offset, size in self._spans(address, len(source)):
+            end = done + size
+            with self._mapped(gfns, writable=True) as pages:
+                for page in pages:
+                    part = source[done : min(done + PAGE_SIZE - offset, end)]
+                    page[offset : offset + len(part)] = part
+                    done += len(part)
+                    offset = 0  # noqa: PLW2901 - only the first page starts within
+
+    def read_page(self, gfn: int) -> bytes:
+        """Read one page: 4096 bytes."""
+        check_gfn(gfn)
+        return self.read(gfn << PAGE_SHIFT, PAGE_SIZE)
+
+    def write_page(self, gfn: int, data: bytes | bytearray | memoryview) -> None:
+        """Write one whole page.
+
+        Raises:
+            InvalidArgumentError: ``data`` is not 4096 bytes long.
+        """
+        check_gfn(gfn)
+        if len(data) != PAGE_SIZE:
+            raise InvalidArgumentError(f"a page is {PAGE_SIZE} bytes, not {len(data)}")
+        self.write(gfn << PAGE_SHIFT, data)
+
+    def address_space(
+        self, registers: Registers | None = None, *, cr3: int | None = None
+    ) -> AddressSpace:
+        """Return the linear addresses of a vCPU, by the page tables it uses.
+
+        Args:
+            registers: An event's, or what :meth:`Vcpu.registers` returned; by default vCPU 0's now.
+            cr3: Other page tables, of the same kind.
+        """
+        if registers is None:
+            registers = self._domain.vcpu(0).registers()
+        paging = Paging(
+            registers.cr0,
+            registers.cr3 if cr3 is None else cr3,
+            registers.cr4,
+            registers.msr_efer,
+            user=False,
+            physical_bits=_PHYSICAL_BITS,
+        )
+        return AddressSpace(self, paging)
+
+    def read_va(self, cr3: int, address: int, length: int) -> bytes:
+        """Read from a linear address by the page tables at ``cr3``, in the mode vCPU 0 is in.
+
+        :meth:`address_space` does this for many reads.
+
+        Raises:
+            NotMappedError: The page tables lead nowhere.
+        """
+        return self.address_space(cr3=cr3).read(address, length)
+
+    def _spans(self, address: int, length: int) -> Iterator[tuple[range, int, int]]:
+        """Yield what to map at once: (gfns, offset in the first page, bytes)."""
+        self._domain._check_open()
+        if address < 0 or length < 0 or address + length > GFN_LIMIT << PAGE_SHIFT:
+            raise InvalidArgumentError(
+                f"{length} bytes at {address:#x} are not in the guest-physical address space"
+            )
+        end = address + length
+        while address < end:
+            first = address >> PAGE_SHIFT
+            stop = min(end, (first + _MAPPED_AT_ONCE) << PAGE_SHIFT)
+            gfns = range(first, (stop - 1 >> PAGE_SHIFT) + 1)
+            yield gfns, address & (PAGE_SIZE - 1), stop - address
+            address = stop
+
+    @contextmanager
+    def _mapped(self, gfns: range, *, writable: bool) -> Iterator[list[memoryview]]:
+        pages = self._backend.foreignmemory_map(self._domain.domid, writable, gfns)
+        undo = UndoList()
+        undo.push(
+            f"mapping of gfns {gfns.start:#x}..{gfns.stop - 1:#x} of domain {self._domain.domid}",
+            lambda: self._backend.foreignmemory_unmap(pages),
+        )
+        try:
+            yield pages
+        finally:
+            self._domain._finish(undo)
+
+
+class LinearPage(NamedTuple):
+    """Where a linear address leads."""
+
+    physical: int
+    """Guest-physical, of the very address."""
+    page_size: int
+    """4 KiB, 2 or 4 MiB, 1 GiB."""
+    writable: bool
+    user: bool
+    """Whether privilege level 3 may use it."""
+    executable: bool
+
+
+class AddressSpace:
+    """A guest's linear addresses. Made by :meth:`Memory.address_space`.
+
+    Pages that were read are remembered for as long as no vCPU of the domain has run. Everything in
+    the guest's tables may be anything: a walk reads five entries at most.
+    """
+
+    def __init__(self, memory: Memory, paging: Paging) -> None:
+        self._memory = memory
+        self._domain = memory._domain
+        self.paging = paging
+        self._vcpus = self._domain.vcpus()
+        self._pages: dict[int, bytes] = {}
+        self._moment: tuple[int, ...] | None = None
+
+    def __repr__(self) -> str:
+        return f"<AddressSpace of {self._domain!r} by cr3 {self.paging.cr3:#x}>"
+
+    def translate(self, address: int) -> LinearPage:
+        """Tell where an address leads, and what may be done with it.
+
+        Raises:
+            NotMappedError: It leads nowhere.
+            InvalidArgumentError: It is no linear address.
+        """
+        self._look_whether_it_ran()
+        return self._translate(address)
+
+    def read(self, address: int, length: int) -> bytes:
+        """Read ``length`` bytes from an address, across pages.
+
+        Raises:
+            NotMappedError: Some of it leads nowhere.
+        """
+        self._look_whether_it_ran()
+        parts = []
+        for at, count in _parts(address, length):
+            gfn, offset = divmod(self._translate(at).physical, PAGE_SIZE)
+            parts.append(self._page(gfn)[offset : offset + count])
+        return b"".join(parts)
+
+    def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """Write bytes at an address, across pages, whatever the guest itself may do there.
+
+        Raises:
+            NotMappedError: Some of it leads nowhere; then nothing is written.
+        """
+        self._look_whether_it_ran()
+        source = memoryview(data).cast("B")
+        places = [
+            (self._translate(at).physical, count) for at, count in _parts(address, len(source))
+        ]
+        done = 0
+        for physical, count in places:
+            self._memory.write(physical, source[done : done + count])
+            done += count
+
+    def read_number(self, address: int, size: int = 8) -> int:
+        """Read a number of 1 to 8 bytes."""
+        if not 1 <= size <= 8:
+            raise InvalidArgumentError(f"a number of {size} bytes: it has 1 to 8")
+        return int.from_bytes(self.read(address, size), "little")
+
+    def read_string(self, address: int, limit: int = 4096) -> bytes:
+        """Read the bytes before a zero, ``limit`` at most.
+
+        Raises:
+            NotMappedError: A page that it goes on in leads nowhere.
+        """
+        self._look_whether_it_ran()
+        found = b""
+        for at, count in _parts(address, limit):
+            gfn, offset = divmod(self._translate(at).physical, PAGE_SIZE)
+            part = self._page(gfn)[offset : offset + count]
+            end = part.find(b"\0")
+            if end >= 0:
+                return found + part[:end]
+            found += part
+        return found
+
+    def _translate(self, address: int) -> LinearPage:
+        if not self.paging.cr0 & CR0_PG:
+            if not 0 <= address < 1 << 32:
+                raise InvalidArgumentError(f"{address:#x} is not an address of 32 bits")
+            return LinearPage(address, PAGE_SIZE, True, True, True)
+        return LinearPage(*self._walk(address)[:5])
+
+    def _walk(self, address: int) -> Walk:
+        bits = 64 if self.paging.efer & EFER_LMA else 32
+        if not isinstance(address, int) or not 0 <= address < 1 << bits:
+            raise InvalidArgumentError(f"{address!r} is not an address of {bits} bits")
+        try:
+            return self.paging.walk(address, self._load)
+        except Fault as fault:
+            why = "it is not canonical"
+            if fault.vector != GP:
+                why = "a reserved bit is set" if fault.error_code & 1 else "an entry is not present"
+            raise NotMappedError(
+                f"nothing is at {address:#x} by the page tables at {self.paging.cr3:#x}: {why}",
+                domid=int(self._domain.domid),
+            ) from None
+
+    def _load(self, physical: int, size: int) -> int:
+        gfn, offset = divmod(physical, PAGE_SIZE)
+        return int.from_bytes(self._page(gfn)[offset : offset + size], "little")
+
+    def _page(self, gfn: int) -> bytes:
+        found = self._pages.get(gfn)
+        if found is not None:
+            return found
+        if len(self._pages) >= _MOST_REMEMBERED:
+            self._pages.clear()
+        try:
+            found = self._pages[gfn] = self._memory.read_page(gfn)
+        except InvalidArgumentError:
+            raise NotMappedError(
+                f"the page tables at {self.paging.cr3:#x} lead to gfn {gfn:#x}: no memory",
+                domid=int(self._domain.domid),
+                gfn=gfn,
+            ) from None
+        return found
+
+    def _look_whether_it_ran(self) -> None:
+        """Forget what was read if a vCPU may have written since."""
+        moment = None
+        if len(self._vcpus) <= _FEW_VCPUS:
+            moment = (self._memory.writes, *(vcpu.info().cpu_time for vcpu in self._vcpus))
+        if moment is None or moment != self._moment:
+            self._pages.clear()
+        self._moment = moment
+
+
+def _parts(address: int, length: int) -> Iterator[tuple[int, int]]:
+    """Cut a run of bytes at page boundaries: (address, bytes)."""
+    if length < 0:
+        raise InvalidArgumentError(f"{length} bytes cannot be read or written")
+    end = address + length
+    while address < end:
+        count = min(end - address, PAGE_SIZE - address % PAGE_SIZE)
+        yield address, count
+        address += count
