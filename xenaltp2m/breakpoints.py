@@ -34,7 +34,7 @@ from xenaltp2m.errors import AlreadyError, InvalidArgumentError
 from xenaltp2m.events import Event, MemAccess, Registers, Singlestep, SoftwareBreakpoint
 from xenaltp2m.handle import Handle, UndoList
 from xenaltp2m.responses import REINJECT, RESUME, STEP, Response
-from xenaltp2m.types import PAGE_SHIFT, PAGE_SIZE, Access, VcpuId
+from xenaltp2m.types import PAGE_SHIFT, PAGE_SIZE, Access, Gfn, VcpuId
 from xenaltp2m.view import check_gfn
 
 if TYPE_CHECKING:
@@ -193,6 +193,14 @@ class _Shadows:
         """Let a view show the sink instead."""
         view.remap(gfn, self._sink, access=Access.R)
 
+    def is_hidden(self, gfn: int) -> bool:
+        """Whether every view has the rights there that belong to the sink."""
+        return all(view.access(gfn) == Access.R for view in self._views)
+
+    def are_hidden(self) -> bool:
+        """The same of all of them and the sink."""
+        return all(self.is_hidden(gfn) for gfn in self._memory)
+
     def _grow(self) -> None:
         """Add some. The domain stands still, for until they are hidden they can be seen."""
         domain, backend, domid = self._domain, self._backend, int(self._domain.domid)
@@ -338,6 +346,45 @@ class Breakpoints(Handle):
         else:
             self._release(gfn)
 
+    def verify(self) -> list[Gfn]:
+        """Ask Xen whether the views are as they should be, and make them so again.
+
+        Xen resets a view, or an entry of it, when the host p2m changes there; nothing tells of it,
+        and a breakpoint is not hit from then on.
+
+        Returns:
+            The gfns of pages that had lost theirs; empty where all is well.
+
+        Raises:
+            NotMappedError: A page with breakpoints is gone: remove them.
+        """
+        self._check_open()
+        hooks, step = self.hooks, self._step_view
+        lost = []
+        for gfn, page in self._pages.items():
+            executable = Access.X if page.planted else Access.N
+            expected = executable if page.shadow_gfn else Access.RW
+            as_it_was = hooks.access(gfn) == expected
+            if page.shadow_gfn:
+                as_it_was &= step.access(gfn) == Access.RX
+                as_it_was &= self._shadows.is_hidden(page.shadow_gfn)
+            if not as_it_was:
+                lost.append(Gfn(gfn))
+        if lost or not self._shadows.are_hidden():
+            with self._domain.paused():
+                for view in self._views:
+                    view.reapply()
+                for gfn in self._pages:
+                    self._outdate(gfn)
+        return lost
+
+    def _outdate(self, gfn: int) -> None:
+        """Have a page's shadow copied anew before it is executed again."""
+        page = self._pages[gfn]
+        if page.planted:
+            page.planted = False
+            self.hooks.set_access(gfn, Access.N)
+
     def _has(self, one: Breakpoint) -> bool:
         gfn, offset = divmod(one.address, PAGE_SIZE)
         page = self._pages.get(gfn)
@@ -453,7 +500,7 @@ class Breakpoints(Handle):
         if event.view == self.hooks.id:
             self._writers.pop(int(event.vcpu), None)
         if flags & _W:
-            return self._written(page, event)
+            return self._written(event)
         if flags & _X and event.view == self.hooks.id:
             return self._fetched(page, event)
         return self._step
@@ -464,13 +511,10 @@ class Breakpoints(Handle):
             return None
         return RESUME
 
-    def _written(self, page: _Page, event: MemAccess) -> Response:
+    def _written(self, event: MemAccess) -> Response:
         """Let a write happen to the page itself; the shadow is copied when it is next wanted."""
-        gfn = int(event.gfn)
-        if page.planted:
-            page.planted = False
-            self.hooks.set_access(gfn, Access.N)
-        self._writers[int(event.vcpu)] = gfn
+        self._outdate(int(event.gfn))
+        self._writers[int(event.vcpu)] = int(event.gfn)
         return self._write
 
     def _fetched(self, page: _Page, event: MemAccess) -> Response:

@@ -247,9 +247,8 @@ class View(Handle):
             self._roll_back(undo, error)
             raise
         target = self._remaps.get(new_gfn, new_gfn)
-        if target == gfn:
-            self._remaps.pop(gfn, None)  # its own page: reverting it would do harm
-        else:
+        self._remaps.pop(gfn, None)  # so that they stay in the order in which they were made
+        if target != gfn:  # of its own page, reverting would do harm
             self._remaps[gfn] = target
         self._access.set(gfn, wanted)
         self._suppress_ve.set(gfn, None)  # Xen sets it, for a caller outside the domain
@@ -418,6 +417,38 @@ class View(Handle):
                 if progress is not None and (done % BATCH == 0 or done == total):
                     progress(done, total)
         return mismatches
+
+    def reapply(self, *, progress: Progress | None = None) -> None:
+        """Ask Xen again for all that was asked of this view, because Xen has reset it.
+
+        Remaps come first, in their order, and show their new pages with these pages' rights until
+        the access is set: pause the domain where that matters.
+
+        Args:
+            progress: Called after each batch of gfns whose access is set.
+
+        Raises:
+            NotMappedError: A gfn that is remapped, or its new gfn, is no ordinary RAM any more.
+
+        ``xc_altp2m_change_gfn``, ``xc_altp2m_set_mem_access_multi``.
+        """
+        self._check_open()
+        for gfn, new_gfn in self._remaps.items():
+            self._backend.altp2m_change_gfn(self._domid, self.id, gfn, new_gfn)
+        total, done = self._access.count(), 0
+        for run in self._access:
+            numbers = bytes([self._number(run.value)]) * min(run.end - run.first, BATCH)
+            for batch in batches(range(run.first, run.end)):
+                self._backend.altp2m_set_mem_access_multi(
+                    self._domid, self.id, numbers[: len(batch)], batch
+                )
+                done += len(batch)
+                if progress is not None:
+                    progress(done, total)
+        for bit in self._suppress_ve:
+            self._backend.altp2m_set_suppress_ve_multi(
+                self._domid, self.id, bit.first, bit.end - 1, bit.value
+            )
 
     # Inside.
 

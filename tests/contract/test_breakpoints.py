@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -62,6 +63,8 @@ def noticed(guest: RunningGuest) -> dict[str, int]:
     return dict(zip(CHECKS, guest.words("noticed", 5), strict=True))
 
 
+UNUSED = range(0x300, 0x314)
+"""Memory of the guest's where nothing is; more pages than shadows are added at once."""
 NOTHING = dict.fromkeys(CHECKS, 0)
 
 
@@ -188,3 +191,29 @@ def test_inserting_and_removing_at_random_loses_nothing(host_name: str, vcpus: i
         after = guest.sums()
         changed = {gfn for gfn in after if after[gfn] != before[gfn]}
         assert changed <= guest.writable_gfns()
+
+
+def test_views_that_xen_has_reset_are_made_again(host_name: str) -> None:
+    """Taking a page from among the remap targets resets all three."""
+    with running(host_name, "racer", 4) as guest:
+        with hooked(guest) as (monitor, breakpoints):
+            hook = breakpoints.insert(guest.address("hit"), stop_after(monitor, 40))
+            guest.start()
+            serve(monitor, breakpoints, lambda: hook.hits >= 40)
+            assert breakpoints.verify() == []
+            [between] = guest.dom.add_pages()
+            others = [breakpoints.insert(gfn << 12, lambda hit: None) for gfn in UNUSED]
+            assert breakpoints.verify() == []
+            guest.xen.backend.domain_decrease_reservation_exact(
+                int(guest.dom.domid), array("Q", [between])
+            )
+            assert breakpoints.hooks.access(hook.address >> 12) not in (xa.Access.X, xa.Access.N)
+            hooked_gfns = {one.address >> 12 for one in (hook, *others)}
+            assert set(breakpoints.verify()) == hooked_gfns
+            assert breakpoints.verify() == []
+            before, total = hook.hits, guest.words("total")[0]
+            hook.callback = stop_after(monitor, before + 40)
+            serve(monitor, breakpoints, lambda: hook.hits >= before + 40)
+            # No call has been lost since: those in flight are not done yet.
+            assert 0 <= hook.hits - before - (guest.words("total")[0] - total) <= 8
+        assert guest.lines("noticed") == [0] * 4
