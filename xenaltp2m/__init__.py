@@ -6,6 +6,7 @@ Importing this opens no library and touches no hypervisor; :func:`connect` does.
 
 from xenaltp2m.abi.vm_event import AccessFlag, Flag, Reason
 from xenaltp2m.altp2m import Altp2m, DecorativeDefaultWarning, SuperpageDefaultWarning
+from xenaltp2m.breakpoints import Breakpoint, Breakpoints, Hit
 from xenaltp2m.domain import Domain
 from xenaltp2m.errors import (
     AccessDeniedError,
@@ -85,6 +86,8 @@ __all__ = [
     "AlreadyError",
     "Altp2m",
     "Altp2mMode",
+    "Breakpoint",
+    "Breakpoints",
     "BusyError",
     "ClosedError",
     "ControlRegister",
@@ -105,6 +108,7 @@ __all__ = [
     "Flag",
     "Gfn",
     "GuestRequest",
+    "Hit",
     "InguestPagefault",
     "Interrupt",
     "InvalidArgumentError",

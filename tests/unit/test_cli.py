@@ -459,7 +459,8 @@ def test_errors(
         return [first.removeprefix("xenaltp2m: error: "), *rest]
 
     assert error_of(1, "--connect", "mock", "protect", "nobody", *PROTECT[4:]) == [
-        "no domain is called 'nobody'"
+        "no domain is called 'nobody'",
+        "  hint: xenaltp2m list shows the domains",
     ]
     assert error_of(1, "--connect", "mock", "protect", "7", *PROTECT[4:]) == [
         "there is no domain 7"

@@ -158,7 +158,7 @@ def public_functions(kind: type) -> Iterator[FunctionType]:
 def test_what_handles_take_and_give_is_exported() -> None:
     modules = [
         xenaltp2m.view, xenaltp2m.altp2m, xenaltp2m.events, xenaltp2m.monitor, xenaltp2m.vcpu,
-        xenaltp2m.memory, xenaltp2m.domain, xenaltp2m.xen,
+        xenaltp2m.memory, xenaltp2m.domain, xenaltp2m.breakpoints, xenaltp2m.xen,
     ]  # fmt: skip
     known = {name: value for module in modules for name, value in vars(module).items()}
     met = set()
