@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A guest's image, an ELF file: which symbol lies where, and what is loaded where.
+"""Which symbol lies where: by a guest's image, an ELF file, or by a kernel's own list.
 
 The file may come from anywhere. Its size, its tables and every offset in it are bounded and
 checked before use; whatever is wrong with it ends in a :class:`~xenaltp2m.errors.SymbolError`.
@@ -7,22 +7,28 @@ checked before use; whatever is wrong with it ends in a :class:`~xenaltp2m.error
 
 from __future__ import annotations
 
+import copy
 import difflib
 import io
 import os
+import re
 import stat
 import struct
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, Self
 
 from elftools.common.utils import struct_parse
 from elftools.elf.elffile import ELFFile
 
 from xenaltp2m.errors import SymbolError
 from xenaltp2m.types import GFN_LIMIT, PAGE_SHIFT
+
+if TYPE_CHECKING:
+    from xenaltp2m.events import Registers
 
 MAX_FILE = 1 << 30
 """Bytes in an image; a Linux kernel with debugging information has about half."""
@@ -45,6 +51,17 @@ _GLOBAL = 2
 """Ranks: 0 a local label, 1 a local function or object, 2 and 3 the same but global or weak."""
 _FEW_NAMES = 20_000
 """So many are searched for similar ones quickly enough."""
+_ELF_MAGIC = b"\x7fELF"
+_MAP_LINE = re.compile(rb"[0-9A-Fa-f]{1,16} [A-Za-z?] ")
+_ELSEWHERE = b"ffffffffffffffff B The"
+"""Debian's System.map is a sentence that says which package has it."""
+_LONGEST_LINE = 1024
+_WITH_OFFSET = re.compile(r"(.+)\+(0x[0-9a-fA-F]+|[0-9]+)")
+_SYSTEM_CALL = "entry_SYSCALL_64"
+_SLIDE_STEP, _SLIDE_LIMIT = 2 << 20, 1 << 30
+"""CONFIG_PHYSICAL_ALIGN at least, and KERNEL_IMAGE_SIZE (Linux, arch/x86)."""
+_FARTHEST = 1 << 20
+"""What is farther behind a symbol without a size is not of it."""
 _SYMBOL = {32: struct.Struct("<IIIBBH"), 64: struct.Struct("<IBBHQQ")}
 
 
@@ -88,29 +105,20 @@ class Segment:
         return self.virtual <= address and address + size <= self.virtual + self.size
 
 
-class Image:
-    """An ELF image of a guest, read once and whole; the file is closed again.
+class Symbols:
+    """Names for addresses, of an ELF image (:class:`Image`) or a kernel's list of its own.
 
     Attributes:
-        name: What it was called when it was opened.
-        segments: What is loaded, in the file's order.
-        symbols: Every symbol with an address, by address.
+        name: What the file was called when it was opened.
+        symbols: Every symbol with an address, by address, as the file has it.
+        slide: How far from where the file says everything is: what KASLR has added.
     """
 
-    def __init__(self, content: bytes | BinaryIO, name: str = "image") -> None:
-        """Read an image.
-
-        Args:
-            content: The file, or its bytes; must be seekable.
-            name: What messages call it.
-
-        Raises:
-            SymbolError: It is not an ELF image for x86, or is damaged, or past a limit.
-        """
+    def __init__(self, found: list[tuple[int, int, Symbol]], name: str) -> None:
+        """Take over symbols: (address, rank, symbol)."""
         self.name = name
-        reader = _Reader(io.BytesIO(content) if isinstance(content, bytes) else content, name)
-        self.segments = tuple(reader.segments())
-        found = sorted(reader.symbols(), key=itemgetter(0, 1))
+        self.slide = 0
+        found.sort(key=itemgetter(0, 1))
         self.symbols: tuple[Symbol, ...] = tuple(symbol for _, _, symbol in found)
         self._addresses = [symbol.address for symbol in self.symbols]
         self._ranks = bytes(rank for _, rank, _ in found)
@@ -122,26 +130,44 @@ class Image:
                 self._namesakes.setdefault(symbol.name, []).append(at)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Image:
-        """Read an image from a file.
+    def open(cls, path: str | os.PathLike[str]) -> Symbols:
+        """Read an ELF image, System.map or a copy of /proc/kallsyms; tell them by their content.
 
         Raises:
-            SymbolError: It cannot be read, or is not a usable image.
+            SymbolError: It cannot be read, or is none of these.
         """
-        name = os.fspath(path)
-        try:
-            stream = open(name, "rb", opener=_open_at_once)  # noqa: SIM115 - closed below
-        except OSError as error:
-            raise SymbolError(f"{name}: {error.strerror}", errno=error.errno) from error
-        except ValueError as error:
-            raise SymbolError(f"{name!r} is not a file name: {error}") from error
-        with stream:
-            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-                raise SymbolError(f"{name}: not a regular file")
-            return cls(stream, name)
+        with _opened(path) as stream:
+            magic = stream.read(len(_ELF_MAGIC))
+            stream.seek(0)
+            if magic == _ELF_MAGIC:
+                return Image(stream, os.fspath(path))
+            return cls(list(_map_symbols(stream, os.fspath(path))), os.fspath(path))
 
     def __repr__(self) -> str:
-        return f"<Image {self.name} of {len(self.symbols)} symbols>"
+        return f"<{type(self).__name__} {self.name} of {len(self.symbols)} symbols>"
+
+    def slid(self, slide: int) -> Self:
+        """Return the same symbols, so many bytes further up."""
+        other = copy.copy(self)
+        other.slide = slide
+        return other
+
+    def find_slide(self, registers: Registers) -> int:
+        """Find how far up KASLR has put a Linux kernel, by a vCPU's registers.
+
+        The system call entry is known to both: MSR_LSTAR has its address, and it has a name.
+
+        Raises:
+            SymbolError: They do not fit.
+        """
+        there, here = registers.msr_lstar, self.symbol(_SYSTEM_CALL).address
+        slide = there - here
+        if slide % _SLIDE_STEP or not 0 <= slide < _SLIDE_LIMIT:
+            raise SymbolError(
+                f"{self.name} is not of the kernel that runs: {_SYSTEM_CALL} is at {here:#x} in "
+                f"it, and the vCPU's MSR_LSTAR is {there:#x}"
+            )
+        return slide
 
     def symbol(self, name: str) -> Symbol:
         """Find a symbol by its name; a global one is preferred to local ones.
@@ -163,25 +189,72 @@ class Image:
             raise SymbolError(f"{self.name} has several symbols {name!r}: at {places}{more}")
         return chosen[-1]
 
-    def address(self, name: str) -> int:
-        """Return a symbol's address; see :attr:`Symbol.address`.
+    def address(self, place: str) -> int:
+        """Return where something is: ``name`` or ``name+0x10``, slide included.
+
+        See :attr:`Symbol.address`.
 
         Raises:
             SymbolError: As :meth:`symbol`.
         """
-        return self.symbol(name).address
+        parts = _WITH_OFFSET.fullmatch(place) if place not in self._first else None
+        if parts is None:
+            return self.symbol(place).address + self.slide
+        return self.symbol(parts[1]).address + int(parts[2], 0) + self.slide
+
+    def locate(self, address: int) -> Location | None:
+        """Say which symbol an address lies in, slide included; None where nothing is known."""
+        at = bisect_right(self._addresses, address - self.slide) - 1
+        if at < 0:
+            return None
+        symbol = self.symbols[at]
+        offset = address - self.slide - symbol.address
+        if offset >= (symbol.size or _FARTHEST):
+            return None
+        return Location(symbol, offset)
+
+
+class Image(Symbols):
+    """An ELF image of a guest, read once and whole; the file is closed again.
+
+    Attributes:
+        segments: What is loaded, in the file's order.
+    """
+
+    def __init__(self, content: bytes | BinaryIO, name: str = "image") -> None:
+        """Read an image.
+
+        Args:
+            content: The file, or its bytes; must be seekable.
+            name: What messages call it.
+
+        Raises:
+            SymbolError: It is not an ELF image for x86, or is damaged, or past a limit.
+        """
+        reader = _Reader(io.BytesIO(content) if isinstance(content, bytes) else content, name)
+        self.segments = tuple(reader.segments())
+        super().__init__(list(reader.symbols()), name)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Image:
+        """Read an image from a file.
+
+        Raises:
+            SymbolError: It cannot be read, or is not a usable image.
+        """
+        with _opened(path) as stream:
+            return cls(stream, os.fspath(path))
 
     def locate(self, address: int) -> Location | None:
         """Say which symbol an address lies in, or None where the image has nothing there."""
-        segment = next((segment for segment in self.segments if segment.holds(address)), None)
-        at = bisect_right(self._addresses, address) - 1
-        if segment is None or at < 0:
+        found = super().locate(address)
+        if found is None:
             return None
-        symbol = self.symbols[at]
-        offset = address - symbol.address
-        if symbol.address < segment.virtual or (symbol.size and offset >= symbol.size):
+        within = address - self.slide
+        segment = next((segment for segment in self.segments if segment.holds(within)), None)
+        if segment is None or found.symbol.address < segment.virtual:
             return None
-        return Location(symbol, offset)
+        return found
 
     def segment(self, symbol: Symbol) -> Segment:
         """Return the segment that a symbol lies in, all of it.
@@ -216,6 +289,55 @@ class Image:
         first = self.physical(symbol)
         last = first + max(symbol.size, 1) - 1
         return range(first >> PAGE_SHIFT, (last >> PAGE_SHIFT) + 1)
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    name = os.fspath(path)
+    try:
+        stream = open(name, "rb", opener=_open_at_once)  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise SymbolError(f"{name}: {error.strerror}", errno=error.errno) from error
+    except ValueError as error:
+        raise SymbolError(f"{name!r} is not a file name: {error}") from error
+    with stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise SymbolError(f"{name}: not a regular file")
+        yield stream
+
+
+def _map_symbols(stream: BinaryIO, name: str) -> Iterator[tuple[int, int, Symbol]]:
+    """Yield (address, rank, symbol) of a kernel's list: address, letter, name, maybe a module."""
+    seen = False
+    for number, line in enumerate(_lines(stream, name), 1):
+        parts = line.split()
+        if line.startswith(_ELSEWHERE):
+            what = line[len(_ELSEWHERE) - 3 :].decode("utf-8", "backslashreplace").strip()
+            raise SymbolError(f"{name} has no symbols, but says: {what}")
+        if len(parts) not in (3, 4) or not _MAP_LINE.match(line):
+            raise SymbolError(
+                f"{name}: neither an ELF image nor a list of a kernel's symbols: line {number}"
+            )
+        address, kind = int(parts[0], 16), parts[1]
+        seen |= bool(address)
+        if kind in b"UuAa":
+            continue
+        rank = _GLOBAL * kind.isupper() + 1
+        yield address, rank, Symbol(parts[2].decode("utf-8", "backslashreplace"), address, 0)
+    if not seen:
+        raise SymbolError(
+            f"{name}: every address is 0, for the kernel hides them (kptr_restrict)",
+            hint=("read /proc/kallsyms as root of the guest, with kernel.kptr_restrict=0 or 1",),
+        )
+
+
+def _lines(stream: BinaryIO, name: str) -> Iterator[bytes]:
+    for _ in range(MAX_SYMBOLS):
+        line = stream.readline(_LONGEST_LINE)
+        if not line:
+            return
+        yield line
+    raise SymbolError(f"{name}: more than {MAX_SYMBOLS} lines")
 
 
 def _open_at_once(name: str, flags: int) -> int:

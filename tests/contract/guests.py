@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 import subprocess
 import time
@@ -20,7 +21,9 @@ from xenaltp2m.symbols import Image
 GUESTS = Path(__file__).resolve().parents[2] / "examples" / "guest"
 MEMORY_KIB = 16 << 10
 LINE = 64
-PATIENCE = 60.0
+CALLS = int(os.environ.get("XENALTP2M_CALLS", "300"))
+"""How many calls of a function are counted."""
+PATIENCE = 60 + CALLS / 100
 """Seconds after which what is waited for does not come: the lab's machine is slow."""
 _STEPS = 3000
 _QUIET = 0.05

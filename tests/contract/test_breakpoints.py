@@ -7,7 +7,6 @@ The same on the simulator and on Xen; the guests are those of examples/guest.
 from __future__ import annotations
 
 import json
-import os
 import random
 from array import array
 from collections.abc import Callable, Iterator
@@ -19,10 +18,9 @@ import xenaltp2m as xa
 from xenaltp2m.breakpoints import Breakpoint, Hit
 
 from .conftest import LIVE
-from .guests import RunningGuest, hooked, running, serve
+from .guests import CALLS, RunningGuest, hooked, running, serve
 
 HOSTS = ["xen"] if LIVE else ["mock-4.14", "mock-4.17", "mock-4.20"]
-CALLS = int(os.environ.get("XENALTP2M_CALLS", "300"))
 WAYS = [(True, True), (False, True), (True, False)]
 WAY_NAMES = ["fast", "toggle", "page"]
 CHECKS = ("checksum", "read", "scan", "modify", "calls")
