@@ -16,6 +16,7 @@ from xenaltp2m.view import check_gfn
 
 if TYPE_CHECKING:
     from xenaltp2m.domain import Domain
+    from xenaltp2m.vcpu import Vcpu
 
 _MAPPED_AT_ONCE = 256
 _MOST_REMEMBERED = 1024
@@ -167,15 +168,16 @@ class LinearPage(NamedTuple):
 class AddressSpace:
     """A guest's linear addresses. Made by :meth:`Memory.address_space`.
 
-    Pages that were read are remembered for as long as no vCPU of the domain has run. Everything in
-    the guest's tables may be anything: a walk reads five entries at most.
+    Pages that were read are remembered, from the second read on, for as long as no vCPU of the
+    domain has run. Everything in the guest's tables may be anything: a walk reads five entries at
+    most.
     """
 
     def __init__(self, memory: Memory, paging: Paging) -> None:
         self._memory = memory
         self._domain = memory._domain
         self.paging = paging
-        self._vcpus = self._domain.vcpus()
+        self._vcpus: list[Vcpu] | None = None
         self._pages: dict[int, bytes] = {}
         self._moment: tuple[int, ...] | None = None
 
@@ -288,7 +290,11 @@ class AddressSpace:
 
     def _look_whether_it_ran(self) -> None:
         """Forget what was read if a vCPU may have written since."""
+        if not self._pages:
+            return  # who reads once need not ask
         moment = None
+        if self._vcpus is None:
+            self._vcpus = self._domain.vcpus()
         if len(self._vcpus) <= _FEW_VCPUS:
             moment = (self._memory.writes, *(vcpu.info().cpu_time for vcpu in self._vcpus))
         if moment is None or moment != self._moment:

@@ -279,6 +279,17 @@ class Image(Symbols):
         segment = self.segment(symbol)
         return symbol.address - segment.virtual + segment.address
 
+    def physical_of(self, address: int) -> int:
+        """Return the guest-physical address that an address, slide included, is loaded at.
+
+        Raises:
+            SymbolError: The image has nothing there.
+        """
+        for segment in self.segments:
+            if segment.holds(address - self.slide):
+                return address - self.slide - segment.virtual + segment.address
+        raise SymbolError(f"{self.name} loads nothing to {address:#x}")
+
     def gfns(self, name: str) -> range:
         """Return the gfns a symbol lies in: one, unless it crosses a page boundary.
 

@@ -188,6 +188,7 @@ def test_pages_are_remembered_until_something_changes(dom: xa.Domain) -> None:
         tables.space.read(address, 8)
         return sum(call.op == "foreignmemory_map" for call in list(mock.calls)[before:])
 
+    assert maps() == 5  # nothing is asked for who reads once
     assert maps() == 5
     assert maps() == 0
     dom.memory.write(DATA, b"changed!")

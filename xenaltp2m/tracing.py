@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Calls of a guest's functions, as they happen: who calls, with what, and what comes of it.
+
+A trace has breakpoints at the functions it was given. It opens the domain's altp2m and a monitor
+for them, and gives both back when it is closed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping
+from contextlib import aclosing, closing
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
+
+from xenaltp2m.abi.x86 import CR0_PG, EFER_LMA
+from xenaltp2m.breakpoints import Breakpoints, Hit
+from xenaltp2m.errors import InvalidArgumentError, NotMappedError
+from xenaltp2m.events import DomainEnded, Registers
+from xenaltp2m.handle import Handle
+from xenaltp2m.symbols import Image, Symbols
+
+if TYPE_CHECKING:
+    from xenaltp2m.domain import Domain
+    from xenaltp2m.events import Event
+    from xenaltp2m.responses import Response
+    from xenaltp2m.types import VcpuId
+
+_MOST_WAITING = 1 << 16
+"""Calls whose return is waited for: some never come back."""
+_MOST_PLACES = 1 << 10
+"""Places that traced functions come back to."""
+_IN_REGISTERS = "rdi", "rsi", "rdx", "rcx", "r8", "r9"
+"""The first six arguments (System V ABI, AMD64)."""
+_CR3_ADDRESS = 0x000F_FFFF_FFFF_F000
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A function was called; the vCPU is about to execute its first instruction."""
+
+    name: str
+    vcpu: VcpuId
+    time: float
+    """Seconds since the trace began."""
+    cr3: int
+    stack: int
+    """The stack pointer, which is at the return address."""
+    caller: int | None
+    """The return address; None where the stack cannot be read."""
+    arguments: tuple[int, ...]
+    """As many as were asked for."""
+    registers: Registers = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Return:
+    """A call came back."""
+
+    call: Call
+    vcpu: VcpuId
+    time: float
+    value: int
+    """rax, or eax."""
+
+
+Seen: TypeAlias = Call | Return
+
+
+class Trace(Handle):
+    """A trace of a domain. Closing it leaves the domain as it was.
+
+    Attributes:
+        hits: How often each function was called, by name, whatever was left out.
+        dropped: How many calls were left out because there were too many in a second.
+        unfinished: Of how many calls the return was not waited for any longer, for there were too
+            many.
+    """
+
+    def __init__(
+        self,
+        domain: Domain,
+        *names: str,
+        symbols: Symbols,
+        arguments: int | Mapping[str, int] = 0,
+        returns: bool = False,
+        cr3: int | Collection[int] | None = None,
+        most_per_second: float | None = None,
+        fast: bool = True,
+    ) -> None:
+        """Begin.
+
+        Args:
+            domain: The domain, started or not.
+            *names: Functions, as :meth:`Symbols.address` takes them.
+            symbols: Where they are.
+            arguments: How many arguments a call tells, of all or by name: in 64-bit mode the first
+                six in registers, the others, and all in 32-bit mode, on the stack.
+            returns: Whether returns are told, too.
+            cr3: Only calls with these page tables are told.
+            most_per_second: How many calls are told in a second; the rest is counted.
+            fast: See :class:`Breakpoints`.
+
+        Raises:
+            SymbolError: A name is not known.
+            NotMappedError: The guest's page tables lead nowhere there, yet.
+        """
+        if not names:
+            raise InvalidArgumentError("say which functions to trace")
+        self._domain, self._symbols, self._returns = domain, symbols, returns
+        places = {name: self._physical(name) for name in names}
+        super().__init__()
+        self._arguments = arguments
+        wanted = [cr3] if isinstance(cr3, int) else cr3
+        self._cr3 = None if wanted is None else {each & _CR3_ADDRESS for each in wanted}
+        self._interval = 0.0 if not most_per_second else 1.0 / most_per_second
+        self.hits: Counter[str] = Counter(dict.fromkeys(names, 0))
+        self.dropped = self.unfinished = 0
+        self._begun = time.monotonic()
+        self._next = 0.0
+        self._seen: deque[Seen] = deque()
+        self._callback: Callable[[Seen], object] = self._seen.append
+        self._waiting: dict[tuple[int, int, int], Call] = {}
+        """By the address it will come back to, guest-physical, cr3, and the stack pointer then."""
+        self._return_places: set[int] = set()
+        """Where breakpoints are for these: they stay, for it will be called from there again."""
+        try:
+            altp2m = domain.altp2m()
+            self._undo.push("", altp2m.close)
+            self._monitor = domain.monitor()
+            self._undo.push("", self._monitor.close)
+            self._breakpoints = Breakpoints(altp2m, self._monitor, fast=fast)
+            self._undo.push("", self._breakpoints.close)
+            for name, address in places.items():
+                self._breakpoints.insert(address, partial(self._called, name))
+        except BaseException as error:
+            self._roll_back(self._undo, error, heir=domain._undo)
+            super().abandon()
+            raise
+
+    def __repr__(self) -> str:
+        return f"<Trace of {', '.join(self.hits)} in domain {self._domain.domid}>"
+
+    def _physical(self, place: str) -> int:
+        linear = self._symbols.address(place)
+        registers = self._domain.vcpu(0).registers()
+        if registers.cr0 & CR0_PG:
+            return self._domain.memory.address_space(registers).translate(linear).physical
+        if isinstance(self._symbols, Image):
+            return self._symbols.physical_of(linear)
+        return linear
+
+    # Listening.
+
+    def calls(self, timeout: float | None = None) -> Iterator[Seen]:
+        """Yield what happens; the guest goes on meanwhile.
+
+        Args:
+            timeout: How many seconds nothing may happen before the iteration ends; None waits
+                for ever.
+        """
+        with closing(self._monitor.events(timeout)) as events:
+            for event in events:
+                self._answer(event)
+                while self._seen:
+                    yield self._seen.popleft()
+
+    def __iter__(self) -> Iterator[Seen]:
+        return self.calls()
+
+    async def __aiter__(self) -> AsyncGenerator[Seen, None]:
+        """As :meth:`calls`, for ``async for``."""
+        async with aclosing(self._monitor.__aiter__()) as events:
+            async for event in events:
+                self._answer(event)
+                while self._seen:
+                    yield self._seen.popleft()
+
+    def run(self, callback: Callable[[Seen], object], timeout: float | None = None) -> None:
+        """Call a function with what happens, while the vCPU waits: the fastest way.
+
+        Args:
+            callback: What it raises is raised here, once the vCPU was answered.
+            timeout: As for :meth:`calls`.
+        """
+        self._callback = callback
+        try:
+            self._monitor.run(self._breakpoints, timeout)
+        finally:
+            self._callback = self._seen.append
+
+    def stop(self) -> None:
+        """End the iteration that runs, or the next one; from any thread or signal handler."""
+        self._monitor.stop()
+
+    def verify(self) -> None:
+        """Make breakpoints again that Xen has reset: see :meth:`Breakpoints.verify`."""
+        self._breakpoints.verify()
+
+    def _answer(self, event: Event) -> None:
+        if isinstance(event, DomainEnded):
+            return
+        response: Response | None = self._breakpoints(event)
+        if response is not None:
+            event.reply(response)
+
+    # What is hit.
+
+    def _called(self, name: str, hit: Hit) -> None:
+        self.hits[name] += 1
+        registers = hit.registers
+        cr3 = registers.cr3
+        if self._cr3 is not None and cr3 & _CR3_ADDRESS not in self._cr3:
+            return
+        now = time.monotonic() - self._begun
+        if now < self._next:
+            self.dropped += 1
+            return
+        self._next = max(now, self._next) + self._interval
+        long = bool(registers.msr_efer & EFER_LMA)
+        count = (
+            self._arguments if isinstance(self._arguments, int) else self._arguments.get(name, 0)
+        )
+        caller, arguments = self._stack(registers, count, 8 if long else 4)
+        call = Call(name, hit.vcpu, now, cr3, registers.rsp, caller, arguments, registers)
+        self._callback(call)
+        if self._returns and caller is not None:
+            self._await(call, 8 if long else 4)
+
+    def _stack(
+        self, registers: Registers, count: int, width: int
+    ) -> tuple[int | None, tuple[int, ...]]:
+        """Read the return address, and the arguments wherever they are."""
+        in_registers = [getattr(registers, name) for name in _IN_REGISTERS if width == 8][:count]
+        on_stack = count - len(in_registers)
+        space = self._domain.memory.address_space(registers)
+        try:
+            raw = space.read(registers.rsp, width * (1 + on_stack))
+        except (NotMappedError, InvalidArgumentError):
+            return None, tuple(in_registers)
+        words = [int.from_bytes(raw[at : at + width], "little") for at in range(0, len(raw), width)]
+        return words[0], (*in_registers, *words[1:])
+
+    def _await(self, call: Call, width: int) -> None:
+        assert call.caller is not None
+        try:
+            space = self._domain.memory.address_space(call.registers)
+            place = space.translate(call.caller).physical
+        except (NotMappedError, InvalidArgumentError):
+            return
+        if place not in self._return_places:
+            if len(self._return_places) >= _MOST_PLACES:
+                self.unfinished += 1
+                return
+            self._breakpoints.insert(place, self._returned)
+            self._return_places.add(place)
+        if len(self._waiting) >= _MOST_WAITING:
+            del self._waiting[next(iter(self._waiting))]
+            self.unfinished += 1
+        self._waiting[place, call.cr3, call.stack + width] = call
+
+    def _returned(self, hit: Hit) -> None:
+        registers = hit.registers
+        came = hit.breakpoint.address, registers.cr3, registers.rsp
+        call = self._waiting.pop(came, None)
+        if call is None:
+            return  # somebody else comes by
+        value = registers.rax & (-1 if registers.msr_efer & EFER_LMA else 0xFFFF_FFFF)
+        self._callback(Return(call, hit.vcpu, time.monotonic() - self._begun, value))
