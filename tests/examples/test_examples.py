@@ -41,6 +41,15 @@ vCPU 0: 0x9000 -> 0x5000
 vCPU 0 went to 0x5000 2 times
 vCPU 0 went to 0x9000 1 times
 """,
+    "trace_function.py": """\
+vCPU 0: hit(0x0) called from wrong_after_hit+0x2e
+vCPU 0: hit(0x0) = 0x1
+vCPU 0: hit(0x1) called from wrong_after_hit+0x2e
+vCPU 0: hit(0x1) = 0x4
+vCPU 0: hit(0x2) called from wrong_after_hit+0x2e
+vCPU 0: hit(0x2) = 0x7
+3 calls
+""",
     "verify_views.py": """\
 asked for r-x: gfns 0xf00..0x10ff
 256 are so, 256 are not
