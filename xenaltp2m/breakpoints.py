@@ -24,13 +24,13 @@ page is looked at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from xenaltp2m.abi.vm_event import AccessFlag
-from xenaltp2m.errors import AlreadyError, InvalidArgumentError
+from xenaltp2m.errors import AlreadyError, InvalidArgumentError, XenError
 from xenaltp2m.events import Event, MemAccess, Registers, Singlestep, SoftwareBreakpoint
 from xenaltp2m.handle import Handle, UndoList
 from xenaltp2m.responses import REINJECT, RESUME, STEP, Response
@@ -165,13 +165,14 @@ def _start(offset: int) -> int:
 class _Shadows:
     """Pages of our own above the guest's memory: a sink, and shadows, hidden in every view."""
 
-    def __init__(self, domain: Domain, views: Iterable[View], undo: UndoList) -> None:
+    def __init__(self, domain: Domain, views: Sequence[View], undo: UndoList) -> None:
         self._domain = domain
         self._backend = domain.xen.backend
-        self._views = tuple(views)
+        self._views = views
         self._undo = undo
         self._free: list[int] = []
         self._memory: dict[int, memoryview] = {}
+        self._maps: list[list[memoryview]] = []
         self._sink = 0
 
     def __contains__(self, gfn: int) -> bool:
@@ -201,6 +202,16 @@ class _Shadows:
         """The same of all of them and the sink."""
         return all(self.is_hidden(gfn) for gfn in self._memory)
 
+    def abandon(self) -> None:
+        """Let go of the mappings: the domain is gone."""
+        for pages in list(self._maps):
+            with suppress(XenError):
+                self._unmap(pages)
+
+    def _unmap(self, pages: list[memoryview]) -> None:
+        self._backend.foreignmemory_unmap(pages)
+        self._maps = [others for others in self._maps if others is not pages]
+
     def _grow(self) -> None:
         """Add some. The domain stands still, for until they are hidden they can be seen."""
         domain, backend, domid = self._domain, self._backend, int(self._domain.domid)
@@ -208,9 +219,10 @@ class _Shadows:
             gfns = domain.add_pages(_SHADOWS_AT_ONCE)
             self._undo.push("", partial(domain.remove_pages, gfns))
             pages = backend.foreignmemory_map(domid, True, gfns)
+            self._maps.append(pages)
             self._undo.push(
                 f"mapping of gfns {gfns.start:#x}..{gfns.stop - 1:#x} of domain {domid}",
-                partial(backend.foreignmemory_unmap, pages),
+                partial(self._unmap, pages),
             )
             for gfn, page in zip(gfns, pages, strict=True):
                 page[:] = _NOTHING
@@ -264,6 +276,7 @@ class Breakpoints(Handle):
         self._views: list[View] = []
         self._added = UndoList()
         """What the shadows are."""
+        self._shadows = _Shadows(altp2m.domain, self._views, self._added)
         try:
             for kind in (MemAccess, SoftwareBreakpoint):
                 with suppress(AlreadyError):
@@ -272,7 +285,6 @@ class Breakpoints(Handle):
                 self._views.append(altp2m.create_view(label=label))
             self.hooks, self._step_view, self._write_view = self._views
             self._ids = {int(view.id) for view in self._views}
-            self._shadows = _Shadows(altp2m.domain, self._views, self._added)
             self._back = RESUME.in_view(self.hooks)
             self._step, self._write = STEP.in_view(self._step_view), STEP.in_view(self._write_view)
             if fast:
@@ -573,6 +585,14 @@ class Breakpoints(Handle):
             undo.push(f"mapping of gfn {gfn:#x} of domain {self._domid}", partial(self._unmap, gfn))
         undo.push(f"vCPUs of domain {self._domid} in our views", self._leave)
         undo.unwind(doing)
+
+    def abandon(self) -> None:
+        """Close without undoing anything but what is this process's own: the domain is gone."""
+        for gfn in list(self._pages):
+            with suppress(XenError):
+                self._unmap(gfn)
+        self._shadows.abandon()
+        super().abandon()
 
     def _unmap(self, gfn: int) -> None:
         if gfn in self._pages:

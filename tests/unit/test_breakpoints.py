@@ -298,6 +298,18 @@ def test_nothing_is_left(make: Make, fast: bool, int3: bool) -> None:
             guest.breakpoints.insert(CODE, guest.note)
 
 
+@WAYS
+def test_the_domain_is_destroyed(make: Make, fast: bool, int3: bool) -> None:
+    guest = make(INC_EAX + FOREVER, fast=fast, int3=int3)
+    guest.breakpoints.insert(CODE, guest.note)
+    guest.host.destroy(guest.domid)
+    guest.breakpoints.close()
+    assert [what for what in guest.host.open_resources() if "mapping" in what] == [
+        "mapping of 1 pages"  # the ring's
+    ]
+    guest.breakpoints.close()
+
+
 def test_what_is_told_before_the_end_is_no_breakpoint_of_the_guest(make: Make) -> None:
     """A vCPU has come upon an int3 that is gone when it is answered."""
     guest = make(INC_EAX + HALT, rax=0)
