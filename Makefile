@@ -60,8 +60,9 @@ bench-sim: $(READY) ## measure the simulator against Unicorn alone
 bench-xen: $(READY) ## measure the monitor against xen-access and C on real Xen in the lab
 	$(RUN) tests/bench/bench_xen.py
 
-fuzz: $(READY) ## a million mutated requests and ring states through the monitor
+fuzz: $(READY) ## a million mutated requests through the monitor; hostile images, symbols, page tables
 	$(RUN) tests/fuzz/events.py $(FUZZ)
+	$(RUN) tests/fuzz/guests.py
 
 guest: ## build the guests anew (gcc -m32)
 	$(MAKE) -C examples/guest --always-make

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Throws mutated images, lists of symbols and page tables at what reads them.
+
+    guests.py [--count 210000] [--seed 1]
+
+Each input must lead to a result or to the one error that is meant for it, within a second and with
+no more memory than a small multiple of its size; and what a result says of itself must hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import random
+import resource
+import signal
+import struct
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from xenaltp2m import symbols
+from xenaltp2m.abi.x86 import (
+    CR0_PE,
+    CR0_PG,
+    CR4_LA57,
+    CR4_PAE,
+    CR4_PSE,
+    EFER_LMA,
+    EFER_LME,
+    EFER_NXE,
+    Fault,
+    Paging,
+)
+from xenaltp2m.errors import SymbolError
+
+GUESTS = Path(__file__).resolve().parents[2] / "examples" / "guest"
+IMAGES = [path.read_bytes() for path in sorted(GUESTS.glob("*.elf"))]
+KERNEL = b"".join(
+    b"%016x %c function_%d%s\n" % (0xFFFFFFFF81000000 + 64 * n, b"tTdDbBrRaAuU"[n % 12], n, module)
+    for n, module in enumerate([b"", b"\t[ext4]"] * 100)
+)
+LONG = EFER_LME | EFER_LMA | EFER_NXE
+PAGINGS = [
+    Paging(CR0_PE | CR0_PG, 0x1000, CR4_PSE, 0, user=False, physical_bits=52),
+    Paging(CR0_PE | CR0_PG, 0x1000, CR4_PAE, EFER_NXE, user=False, physical_bits=52),
+    Paging(CR0_PE | CR0_PG, 0x1000, CR4_PAE, LONG, user=False, physical_bits=52),
+    Paging(CR0_PE | CR0_PG, 0x1000, CR4_PAE | CR4_LA57, LONG, user=False, physical_bits=52),
+]
+INTERESTING = [0, 1, 2, 7, 8, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 63]
+SECONDS = 1.0
+MEBIBYTES = 256
+"""More than anything here may take, the interpreter included."""
+
+
+def mutated(chance: random.Random, content: bytes) -> bytes:
+    """Change numbers and bytes, cut and repeat."""
+    data = bytearray(content)
+    for _ in range(chance.choice([1, 1, 2, 4, 16])):
+        at = chance.randrange(len(data)) if chance.random() < 0.5 else chance.randrange(0x200)
+        at = min(at, len(data) - 8)
+        kind = chance.random()
+        if kind < 0.5:
+            size = chance.choice("BHIQ")
+            value = chance.choice([*INTERESTING, chance.getrandbits(64), len(data)])
+            width = struct.calcsize(size)
+            struct.pack_into(f"<{size}", data, at, value & ((1 << 8 * width) - 1))
+        elif kind < 0.8:
+            data[at] ^= 1 << chance.randrange(8)
+        elif kind < 0.9:
+            del data[at : at + chance.randrange(64)]
+        else:
+            data[at:at] = data[: chance.randrange(256)]
+        if len(data) < 16:
+            break
+    return bytes(data)
+
+
+def an_image(chance: random.Random) -> None:
+    """An ELF file."""
+    content = mutated(chance, chance.choice(IMAGES))
+    try:
+        image = symbols.Image(content, "fuzzed")
+    except SymbolError:
+        return
+    assert sum(len(segment.data) for segment in image.segments) <= len(content)
+    for symbol in chance.sample(image.symbols, min(3, len(image.symbols))):
+        image.locate(symbol.address)
+        try:
+            pages = image.gfns(symbol.name)
+        except SymbolError:
+            continue
+        assert 0 <= pages.start < pages.stop <= 1 << 36
+
+
+def a_list(chance: random.Random) -> None:
+    """System.map."""
+    stream = io.BytesIO(mutated(chance, KERNEL))
+    try:
+        found = list(symbols._map_symbols(stream, "fuzzed"))
+    except SymbolError:
+        return
+    kernel = symbols.Symbols(found, "fuzzed")
+    for _, _, symbol in found[:3]:
+        assert 0 <= symbol.address < 1 << 64
+        assert kernel.locate(symbol.address) is not None
+
+
+def page_tables(chance: random.Random) -> None:
+    """Tables that lead anywhere, also to themselves."""
+    paging = chance.choice(PAGINGS)
+    loads = 0
+
+    def load(address: int, size: int) -> int:
+        nonlocal loads
+        loads += 1
+        assert 0 <= address < 1 << 53
+        assert address % size == 0
+        if chance.random() < 0.3:
+            return chance.getrandbits(8 * size)
+        flags = chance.choice([0x63, 0xE3, 0x67, 0xE7, 0x01, chance.getrandbits(12)])
+        return chance.getrandbits(20) << 12 & (1 << 8 * size) - 1 | flags
+
+    bits = 64 if paging.efer & EFER_LMA else 32
+    address = chance.getrandbits(bits)
+    if chance.random() < 0.7:
+        address &= (1 << 46) - 1
+    try:
+        found = paging.walk(address, load)
+    except Fault:
+        found = None
+    assert loads <= len(paging.levels)
+    if found is not None:
+        assert found.physical % found.page_size == address % found.page_size
+        assert found.physical < 1 << 52
+        assert len(found.entries) == loads
+
+
+KINDS: list[Callable[[random.Random], None]] = [an_image, a_list, page_tables]
+
+
+def too_long(number: int, frame: FrameType | None) -> None:
+    """End an input that takes more than it may."""
+    raise TimeoutError(f"more than {SECONDS} s")
+
+
+def main() -> int:
+    """Fuzz from the command line."""
+    parser = argparse.ArgumentParser(description="Fuzz symbols and page tables.")
+    parser.add_argument("--count", type=int, default=210_000, help="inputs")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    signal.signal(signal.SIGALRM, too_long)
+    began = time.monotonic()
+    for number in range(options.count):
+        seed = options.seed + number
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        try:
+            KINDS[seed % len(KINDS)](random.Random(seed))
+        except BaseException:
+            print(f"seed {seed} fails", file=sys.stderr)
+            raise
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        if sys.stderr.isatty() and not number % 1000:
+            print(f"\r{number:9} inputs", end="", file=sys.stderr)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    assert peak < MEBIBYTES, f"{peak} MiB"
+    seconds = time.monotonic() - began
+    print(f"{options.count} inputs, {seconds:.0f} s, {peak} MiB at most: each read or refused")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
