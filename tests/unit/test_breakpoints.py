@@ -19,7 +19,7 @@ from xenaltp2m.breakpoints import Breakpoints, Hit
 from xenaltp2m.handle import Handle
 
 from .faults import Failing
-from .machinecode import CODE, FOREVER, HALT, OTHER, Computer
+from .machinecode import CODE, FOREVER, HALT, OTHER, STACK, Computer
 
 WAYS = pytest.mark.parametrize(
     ("fast", "int3"), [(True, True), (False, True), (True, False)], ids=["fast", "toggle", "page"]
@@ -50,9 +50,10 @@ class Hooked:
         fast: bool = True,
         int3: bool = True,
         stack: ExitStack,
+        xen: tuple[int, int] = (4, 17),
         **registers: int,
     ) -> None:
-        self.host = MockBackend(memory_pages=1 << 13)
+        self.host = MockBackend(xen, memory_pages=1 << 13)
         self.computer = Computer(code, memory, host=self.host)
         self.computer.set(**registers)
         self.computer.describe()
@@ -310,9 +311,12 @@ def test_the_domain_is_destroyed(make: Make, fast: bool, int3: bool) -> None:
     guest.breakpoints.close()
 
 
-def test_what_is_told_before_the_end_is_no_breakpoint_of_the_guest(make: Make) -> None:
+@pytest.mark.parametrize("xen", [(4, 14), (4, 17)])
+def test_what_is_told_before_the_end_is_no_breakpoint_of_the_guest(
+    make: Make, xen: tuple[int, int]
+) -> None:
     """A vCPU has come upon an int3 that is gone when it is answered."""
-    guest = make(INC_EAX + HALT, rax=0)
+    guest = make(INC_EAX + HALT, rax=0, xen=xen)
     guest.breakpoints.insert(CODE, guest.note)
     events = guest.monitor.events(timeout=0.01)
     guest.host.steps_at_once = 100
@@ -417,3 +421,54 @@ def test_nothing_is_left_whatever_fails(fast: bool, int3: bool) -> None:
         assert not host._mappings, number
         number += 1
     assert failures > calls // 2
+
+
+@STEPS
+def test_code_that_is_written_by_an_instruction_with_a_breakpoint(make: Make, fast: bool) -> None:
+    """In the page that it is in; and executed where there is none."""
+    there = CODE + 0x100
+    code = NOP + store_byte(there, INC_EAX[0]) + call(CODE + 8, there) + HALT
+    guest = make(code.ljust(0x100, NOP) + NOP + RET, fast=fast, rax=0)
+    for place in (CODE, CODE + 1):
+        guest.breakpoints.insert(place, guest.note)
+    assert guest.go().halted
+    assert guest.register("rax") == 1
+    assert guest.seen == [CODE, CODE + 1]
+
+
+@STEPS
+def test_a_page_is_not_copied_while_another_vcpu_writes_to_it(fast: bool) -> None:
+    """It was let do so, and has not run yet, when the next vCPU wants to execute the page."""
+    there = CODE + 0x100
+    code = call(CODE, there) + b"\xeb\xfe"
+    writer = store_byte(there, INC_EAX[0]) + b"\xeb\xfe"
+    host = MockBackend(memory_pages=1 << 13)
+    computer = Computer(code.ljust(0x100, NOP) + NOP + RET, {OTHER: writer}, host=host, vcpus=2)
+    computer.set(rip=OTHER, rsp=STACK, rax=0)
+    reader = computer.vcpus[1]
+    reader.context[:] = computer.vcpu.context
+    reader.set_register("rip", CODE)
+    reader.set_register("rsp", STACK - 0x100)
+    with (
+        xa.connect(host) as xen,
+        xen.domain(computer.domid) as dom,
+        dom.altp2m() as altp2m,
+        dom.monitor() as monitor,
+        Breakpoints(altp2m, monitor, fast=fast) as breakpoints,
+    ):
+        hook = breakpoints.insert(CODE, lambda hit: None)
+        host.run(computer.domid, 10)
+        reader.initialised = reader.online = True
+        host.run(computer.domid, 10)
+        host.steps_at_once = 20
+        told: list[tuple[str, int]] = []
+
+        def look(event: xa.Event) -> xa.Response | None:
+            told.append((type(event).__name__, int(event.vcpu)))
+            return breakpoints(event)
+
+        monitor.run(look, timeout=0.01)
+        host.steps_at_once = 0
+        assert told[:2] == [("MemAccess", 0), ("MemAccess", 1)]
+        assert hook.hits == 1
+        assert reader.register("rax") == 1
