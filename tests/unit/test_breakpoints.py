@@ -155,23 +155,14 @@ def test_writes_that_may_move_instructions(
 
 
 @WAYS
-def test_an_int3_of_the_guests_own_at_the_place(make: Make, fast: bool, int3: bool) -> None:
-    guest = make(b"\xcc" + HALT, fast=fast, int3=int3)
+@pytest.mark.parametrize("before", [0, 1], ids=["at the place", "behind it"])
+def test_an_int3_of_the_guests_own(make: Make, fast: bool, int3: bool, before: int) -> None:
+    guest = make(NOP * before + b"\xcc" + HALT, fast=fast, int3=int3)
     guest.breakpoints.insert(CODE, guest.note)
     guest.go()
     assert guest.computer.vector == BP
     assert guest.seen == [CODE]
-    assert guest.computer.words(guest.register("rsp"), 1) == [CODE + 1]
-
-
-@WAYS
-def test_an_int3_of_the_guests_own_on_the_page(make: Make, fast: bool, int3: bool) -> None:
-    guest = make(NOP + b"\xcc" + HALT, fast=fast, int3=int3)
-    guest.breakpoints.insert(CODE, guest.note)
-    guest.go()
-    assert guest.computer.vector == BP
-    assert guest.seen == [CODE]
-    assert guest.computer.words(guest.register("rsp"), 1) == [CODE + 2]
+    assert guest.computer.words(guest.register("rsp"), 1) == [CODE + before + 1]
 
 
 @STEPS
