@@ -1246,11 +1246,13 @@ VMFUNC = b"\x0f\x01\xd4"
 
 
 @pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("paged", [False, True])
 def test_switching_views_touches_only_what_differs(
-    monkeypatch: pytest.MonkeyPatch, counted: bool
+    monkeypatch: pytest.MonkeyPatch, counted: bool, paged: bool
 ) -> None:
     """Between two views that differ in two pages of ten: a remapped one and a restricted one."""
     remapped, restricted, shadow = DATA + 3 * PAGE_SIZE, DATA + 5 * PAGE_SIZE, 0x70000
+    last = DATA + 9 * PAGE_SIZE
     asked: list[int] = []
     fill = Engine._fill
 
@@ -1259,12 +1261,14 @@ def test_switching_views_touches_only_what_differs(
         return fill(engine, uc, address, *rest)
 
     monkeypatch.setattr(Engine, "_fill", noting)
-    reads = b"".join(b"\x8b\x15" + int32(DATA + page * PAGE_SIZE) for page in range(10))
-    add = b"\x03\x1d" + int32(remapped)
-    loop = b"\x83\xf1\x01" + VMFUNC + reads + add + b"\x4d"  # xor $1, %ecx; ...; dec %ebp
+    reads = b"".join(b"\x8b\x14\x25" + int32(DATA + page * PAGE_SIZE) for page in range(10))
+    add = b"\x03\x1c\x25" + int32(remapped)
+    loop = b"\x83\xf1\x01" + VMFUNC + reads + add + b"\xff\xcd"  # xor $1, %ecx; ...; dec %ebp
     code = loop + b"\x75" + (256 - len(loop) - 2).to_bytes(1, "little") + STOP
     memory = {remapped: int32(1), shadow: int32(1000)}
     computer = Computer(code, memory, mode=Altp2mMode.MIXED, views=True)
+    if paged:
+        computer.go_long()
     host, domid = computer.host, computer.domid
     view = computer.view((restricted >> 12, R), enter=False)
     host.altp2m_change_gfn(domid, view, remapped >> 12, shadow >> 12)
@@ -1283,6 +1287,16 @@ def test_switching_views_touches_only_what_differs(
     of_data = [address for address in asked if DATA <= address < DATA + 10 * PAGE_SIZE]
     assert sorted(of_data) == [remapped] * 20 + [restricted] * 20
     assert asked.count(CODE) <= 1
+    if paged:  # and of the guest's own tables, only what was changed, though it was not told
+        computer.map(last, DATA | PRESENT | WRITABLE)
+        computer.write(DATA, int32(7))
+        asked.clear()
+        computer.set(rip=CODE, rax=0, rbp=4)
+        computer.vcpu.halted = False
+        host.run(domid, 400 if counted else None)
+        assert computer.register("rdx") == 7
+        assert asked.count(last) == 1
+        assert DATA not in asked
 
 
 def insider(code: bytes, **registers: int) -> Computer:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -96,6 +96,10 @@ class Place(NamedTuple):
 
     mfn: int
     rights: str
+    gfns: Collection[int] = ()
+    """The pages that this depends on: itself, and those of the guest's own tables."""
+    entries: Mapping[int, bytes] = {}
+    """And the entries that led there, by where they are in the host's memory."""
 
 
 class Where(NamedTuple):
@@ -154,8 +158,8 @@ class Engine:
         self._interrupt: int | None = None
         self._no_code: tuple[int, BaseException] | None = None
         self._pages_are_wrong = False
-        self.remembered: set[int] = set()
-        """The addresses of the linear pages that Unicorn knows."""
+        self.remembered: dict[int, Place] = {}
+        """What Unicorn was told, by the address of the linear page."""
         self._counts = 0
         """As many instructions as anything takes, where the last run counted."""
         self.reads_ahead = True
@@ -195,7 +199,7 @@ class Engine:
             return False
         entry.paddr = place.mfn * PAGE_SIZE
         entry.perms = sum(_PERMISSIONS[right] for right in place.rights)
-        self.remembered.add(address & -PAGE_SIZE)
+        self.remembered[address & -PAGE_SIZE] = place
         return True
 
     def _anything(self, entry: Any) -> bool:
@@ -229,15 +233,16 @@ class Engine:
         assert status == 0, status
         self.remembered.clear()
 
-    def forget(self, pages: Sequence[int]) -> None:
+    def forget(self, pages: Collection[int]) -> None:
         """Ask again for some, if they are used."""
         if len(pages) > _MOST_FORGOTTEN:
             self.forget_pages()
         elif pages:
             self._invalidate(pages)
-            self.remembered.difference_update(pages)
+            for page in pages:
+                self.remembered.pop(page, None)
 
-    def _invalidate(self, pages: Sequence[int]) -> None:
+    def _invalidate(self, pages: Collection[int]) -> None:
         addresses = struct.pack(f"<{len(pages)}Q", *pages)
         own = _INVALIDATE.ljust(_LIST) + addresses
         self._frames.page(self._hidden)[: len(own)] = own
@@ -547,7 +552,9 @@ class Core:
         hidden, self.scratch, self.marker, self.nothing = self._own
         """Frames of the core's own: its own code, two for what leads nowhere, one for holes."""
         self.where: Where | None = None
-        """Where the engine ran last, if what it remembers is still of use."""
+        """Where the engine ran last."""
+        self.stayed = False
+        """Whether it has not left guest mode since, so that the CPU would not have looked anew."""
         self.engine = Engine(frames, hidden)
         self.stepper = Engine(frames, hidden)
         const = _unicorn().unicorn_const

@@ -133,6 +133,10 @@ _CPUID = {
 """Leaves a guest may look at; all others are zero."""
 
 
+_MOST_REMEMBERED = 128
+"""Of so many pages it takes as long to see which are still right as to ask anew for those used."""
+
+
 class _Denied(Exception):  # noqa: N818 - the view's answer
     """An access of a page that the tables do not allow, or have no entry for."""
 
@@ -233,33 +237,39 @@ class MachineCode(Processor):
 
     def _resolve(self, linear: int, kind: str, user: bool) -> Place:
         """Find a page for the engine; a Fault or _Denied where it may not be used so."""
+        frames = self.monitor.domain.machine.frames
+        gfns = []
+        entries = {}
 
         def load(physical: int, size: int) -> int:
+            gfn, offset = divmod(physical, PAGE_SIZE)
             mfn, _ = self._check(physical, "r", linear, kind, _IN_WALK)
-            at = physical % PAGE_SIZE
-            frame = self.monitor.domain.machine.frames.peek(mfn)
-            return int.from_bytes(frame[at : at + size], "little")
+            at = mfn * PAGE_SIZE + offset
+            value = entries[at] = frames.memory[at : at + size]
+            gfns.append(gfn)
+            return int.from_bytes(value, "little")
 
         def store(physical: int, size: int, value: int) -> None:
             mfn, _ = self._check(physical, "w", linear, kind, _IN_WALK)
             at = physical % PAGE_SIZE
-            frame = self.monitor.domain.machine.frames.page(mfn)
-            frame[at : at + size] = value.to_bytes(size, "little")
+            marked = entries[mfn * PAGE_SIZE + at] = value.to_bytes(size, "little")
+            frames.page(mfn)[at : at + size] = marked
 
         physical, allowed = linear & _PAGE_OF_32_BITS, "rwx"
         if self._paged:
             physical, allowed = self._paging(user).translate(linear, kind, load, store)
         mfn, rights = self._check(physical, kind, linear, kind, AT_PAGE)
         granted = "".join(right for right in allowed if rights & _RIGHTS[right])
+        gfns.append(physical // PAGE_SIZE)
         if kind == "x":
             self.core.note_code(linear, mfn)
-            return Place(mfn, granted.replace("w", ""))
+            return Place(mfn, granted.replace("w", ""), gfns, entries)
         if self.core.has_code(mfn):
             if kind == "w":
                 self.core.note_write()
             else:
                 granted = granted.replace("w", "")
-        return Place(mfn, granted.replace("x", ""))
+        return Place(mfn, granted.replace("x", ""), gfns, entries)
 
     def _walk_freely(self, linear: int, kind: str, user: bool = False) -> int:
         """Translate without the view's restrictions and without leaving marks; a Fault if none."""
@@ -300,7 +310,7 @@ class MachineCode(Processor):
 
     def _fetch(self, linear: int) -> bytes:
         """Fetch as many bytes as an instruction may have, up to the page's end."""
-        mfn, _ = self._resolve(linear, "x", self.privilege == 3)
+        mfn = self._resolve(linear, "x", self.privilege == 3).mfn
         at = linear % PAGE_SIZE
         return bytes(self.monitor.domain.machine.frames.peek(mfn)[at : at + _INSTRUCTION_BYTES])
 
@@ -308,7 +318,7 @@ class MachineCode(Processor):
         """Read linear memory as the CPU does for itself, as a supervisor."""
         found = b""
         for start, count in pages(linear, size):
-            mfn, _ = self._resolve(start, "r", user=False)
+            mfn = self._resolve(start, "r", user=False).mfn
             at = start % PAGE_SIZE
             found += bytes(self.monitor.domain.machine.frames.peek(mfn)[at : at + count])
         return found
@@ -340,10 +350,9 @@ class MachineCode(Processor):
 
     def _run_engine(self, limit: int) -> Fault | SoftwareInterrupt | None:
         core, where = self.core, self._where()
-        if core.where != where:
+        if core.where != where or (self._paged and not core.stayed):
             self._forget_pages(core.where, where)
-        # Where the guest has tables of its own, pages are forgotten when it leaves guest mode.
-        core.where = None if self._paged else where
+        core.where, core.stayed = where, False
         core.check_code()
         self._enter(core.engine)
         try:
@@ -352,15 +361,33 @@ class MachineCode(Processor):
             self._leave(core.engine)
 
     def _forget_pages(self, before: Where | None, now: Where) -> None:
-        """Have the engine ask again for the pages that differ; for all where that is not known."""
-        engine = self.core.engine
-        if self._paged or before is None or before.table.generation != before.generation:
+        """Have the engine ask again for the pages that differ; for all where that is not known.
+
+        The CPU has left guest mode, and looks anew at the guest's own tables, too.
+        """
+        engine, memory = self.core.engine, self.monitor.domain.machine.frames.memory
+        if (
+            before is None
+            or before.processor is not now.processor
+            or before.table.generation != before.generation
+            or len(engine.remembered) > _MOST_REMEMBERED
+        ):
             engine.forget_pages()
             return
-        was, here = before.table.lookup, now.table.lookup
-        engine.forget(
-            [at for at in engine.remembered if was(at // PAGE_SIZE) != here(at // PAGE_SIZE)]
-        )
+        remembered = engine.remembered.items()
+        stale = {
+            at
+            for at, place in remembered
+            for entry, value in place.entries.items()
+            if memory[entry : entry + len(value)] != value
+        }
+        if before.table is not now.table:
+            was, here = before.table.lookup, now.table.lookup
+            used = {gfn for _, place in remembered for gfn in place.gfns}
+            differ = {gfn for gfn in used if was(gfn) != here(gfn)}
+            if differ:
+                stale |= {at for at, place in remembered if not differ.isdisjoint(place.gfns)}
+        engine.forget(stale)
 
     def _step_engine(
         self,
@@ -382,8 +409,6 @@ class MachineCode(Processor):
             self._leave(core.stepper)
             core.stepper.save_tables(self.vcpu, self._state)
             self._loaded = bytes(self.vcpu.context)
-            if self._paged:
-                core.where = None  # it may have changed what the other engine has cached
 
     def _step_once(
         self,
@@ -432,7 +457,7 @@ class MachineCode(Processor):
         if isinstance(stopped, SoftwareInterrupt):
             return (yield from self._interrupted(stopped.vector)), 0
         if not self.vcpu.monitor_trap_flag and not self.core.exits_at(self._linear_rip):
-            self.core.where = self._where()  # it has not left guest mode
+            self.core.stayed = True
         return Done.NATIVE, max(limit, 1)
 
     def _violate(self, denied: _Denied) -> Waits[Done]:
