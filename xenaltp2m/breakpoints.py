@@ -3,17 +3,22 @@
 
 A page with breakpoints is executed from a *shadow*, a copy with int3 in it, that one view shows
 instead of the page. Whoever reads sees the page itself, what is written lands in the page itself,
-and the shadow's own gfn looks as if nothing were there. Three views make this:
+and the shadow's own gfn looks as if nothing were there. Memory can be watched, too, in the same
+views. There are three, and two more where memory is watched:
 
-    view  | a page with breakpoints         | a shadow's own gfn
-    ------|---------------------------------|---------------------------
-    hooks | its shadow, to be executed only | the sink: reads as ones
-    step  | itself, not to be written       | the sink
-    write | itself                          | the sink
+    view  | a page with breakpoints         | a shadow's own gfn      | a page with watches
+    ------|---------------------------------|-------------------------|------------------------
+    hooks | its shadow, to be executed only | the sink: reads as ones | not to be used unheard
+    step  | itself, not to be written       | the sink                | not to be used unheard
+    seen  | itself, not to be written       | the sink                | not to be written
+    used  | itself, not to be written       | the sink                | anything
+    write | itself                          | the sink                | anything
 
-The vCPUs are in ``hooks``. One that comes upon an int3, or reads such a page, executes that one
-instruction in ``step``; one that writes to such a page executes it in ``write``. No other vCPU sees
-any of this, and none is stopped.
+The vCPUs are in ``hooks``. One that comes upon an int3, or reads a page with breakpoints, executes
+that one instruction in ``step``; one that writes to such a page executes it in ``write``. One that
+reads what is watched executes the instruction in ``seen``, one that writes to it in ``used``: so
+what else the same instruction does is heard of, too. No other vCPU sees any of this, and none is
+stopped.
 
 A shadow whose page was written to is *stale*: until it is copied anew it may not be executed, so
 that the next vCPU that wants to tells. Writes that move the bounds of instructions are noticed
@@ -24,57 +29,52 @@ page is looked at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from xenaltp2m.abi.vm_event import AccessFlag
+from xenaltp2m.abi.x86 import PTE_ACCESSED, PTE_DIRTY, PTE_PRESENT, page_table_entry_size
 from xenaltp2m.errors import AlreadyError, InvalidArgumentError, XenError
 from xenaltp2m.events import Event, MemAccess, Registers, Singlestep, SoftwareBreakpoint
 from xenaltp2m.handle import Handle, UndoList
+from xenaltp2m.instructions import LONGEST_ACCESS, access_size
 from xenaltp2m.responses import REINJECT, RESUME, STEP, Response
+from xenaltp2m.shadows import Shadows
 from xenaltp2m.types import PAGE_SHIFT, PAGE_SIZE, Access, Gfn, VcpuId
 from xenaltp2m.view import check_gfn
 
 if TYPE_CHECKING:
     from xenaltp2m.altp2m import Altp2m
-    from xenaltp2m.domain import Domain
+    from xenaltp2m.memory import Memory
     from xenaltp2m.monitor import Monitor
     from xenaltp2m.view import View
 
 _INT3 = 0xCC
 _BEFORE = 14
 """Bytes before an address from which on an instruction may reach behind it."""
-_SHADOWS_AT_ONCE = 16
-_NOTHING = b"\xff" * PAGE_SIZE
-"""What a guest reads where there is no memory."""
 _OFFSET = PAGE_SIZE - 1
 _GENERAL_PROTECTION, _HARDWARE_EXCEPTION = 13, 3
 _W, _X = AccessFlag.W, AccessFlag.X
 _READ_ONES, _WRITE_NOWHERE = (
-    Response.emulate(read_data=_NOTHING[:64]),
+    Response.emulate(read_data=b"\xff" * 64),
     Response.emulate(write=False),
 )
 
 
-class Hit:
-    """A vCPU that is about to execute the instruction of a breakpoint, and waits.
+class _Stop:
+    """A vCPU that waits.
 
     Attributes:
-        breakpoint: The breakpoint.
         event: What the monitor told.
     """
 
-    __slots__ = ("_registers", "breakpoint", "event")
+    __slots__ = ("_registers", "event")
 
-    def __init__(self, hit: Breakpoint, event: Event, registers: dict[str, int]) -> None:
-        self.breakpoint = hit
+    def __init__(self, event: Event, registers: dict[str, int]) -> None:
         self.event = event
         self._registers = registers
-
-    def __repr__(self) -> str:
-        return f"<Hit of {self.breakpoint!r} by vCPU {self.vcpu}>"
 
     @property
     def vcpu(self) -> VcpuId:
@@ -83,7 +83,7 @@ class Hit:
 
     @property
     def registers(self) -> Registers:
-        """Its registers, before the instruction."""
+        """Its registers."""
         return self.event.registers
 
     def set_registers(self, **values: int) -> None:
@@ -96,7 +96,54 @@ class Hit:
         self._registers.update(values)
 
 
+class Hit(_Stop):
+    """A vCPU that is about to execute the instruction of a breakpoint, and waits.
+
+    Attributes:
+        breakpoint: The breakpoint.
+    """
+
+    __slots__ = ("breakpoint",)
+
+    def __init__(self, hit: Breakpoint, event: Event, registers: dict[str, int]) -> None:
+        super().__init__(event, registers)
+        self.breakpoint = hit
+
+    def __repr__(self) -> str:
+        return f"<Hit of {self.breakpoint!r} by vCPU {self.vcpu}>"
+
+
+class Touch(_Stop):
+    """A vCPU that is about to use memory that is watched, or just has, and waits.
+
+    Attributes:
+        watch: The watch.
+        address: Where the access begins, guest-physical: it may be before what is watched.
+        written: Whether it writes; it may read as well, which Xen does not tell.
+        certain: Whether it is known to reach what is watched. It is not where it begins less than
+            64 bytes before and nothing tells how long it is: the package capstone does.
+    """
+
+    __slots__ = ("address", "certain", "watch", "written")
+
+    def __init__(
+        self,
+        watch: Watch,
+        event: Event,
+        registers: dict[str, int],
+        access: _Access,
+    ) -> None:
+        super().__init__(event, registers)
+        self.watch = watch
+        self.address, self.written = access.address, access.written
+        self.certain = access.begins_in(watch) or access.size is not None
+
+    def __repr__(self) -> str:
+        return f"<Touch of {self.watch!r} by vCPU {self.vcpu}>"
+
+
 Callback: TypeAlias = Callable[[Hit], object]
+TouchCallback: TypeAlias = Callable[[Touch], object]
 
 
 class Breakpoint:
@@ -124,6 +171,82 @@ class Breakpoint:
     def remove(self) -> None:
         """Take it out; again is harmless."""
         self._owner.remove(self)
+
+
+class Watch:
+    """A range of bytes in the guest's memory. Made by :meth:`Breakpoints.watch`.
+
+    Attributes:
+        address: Guest-physical.
+        length: Bytes.
+        reads: Whether reads are told, too.
+        hits: How often it was used.
+        passed: How often something else in its pages was, in the same way.
+    """
+
+    def __init__(
+        self,
+        owner: Breakpoints,
+        address: int,
+        length: int,
+        reads: bool,
+        before: TouchCallback | None,
+        after: TouchCallback | None,
+    ) -> None:
+        self._owner = owner
+        self.address, self.length, self.reads = address, length, reads
+        self.before, self.after = before, after
+        self.hits = self.passed = 0
+
+    def __repr__(self) -> str:
+        return f"<Watch of {self.length} bytes at {self.address:#x}>"
+
+    @property
+    def gfns(self) -> range:
+        """The pages it is in."""
+        last = self.address + self.length - 1
+        return range(self.address >> PAGE_SHIFT, (last >> PAGE_SHIFT) + 1)
+
+    @property
+    def inserted(self) -> bool:
+        """Whether it is, still."""
+        return self._owner._watches(self)
+
+    def read(self) -> bytes:
+        """Read what is there now."""
+        return self._owner._domain.memory.read(self.address, self.length)
+
+    def remove(self) -> None:
+        """Take it out; again is harmless."""
+        self._owner.remove(self)
+
+
+class _Access:
+    """A use of memory."""
+
+    __slots__ = ("_event", "_looked", "_memory", "address", "size", "written")
+
+    def __init__(self, event: MemAccess, memory: Memory) -> None:
+        self.address = event.gfn << PAGE_SHIFT | event.offset
+        self.written = bool(event.access_flags & _W)
+        self.size: int | None = None
+        """Bytes, once somebody had to know."""
+        self._event, self._memory, self._looked = event, memory, False
+
+    def begins_in(self, watch: Watch) -> bool:
+        """Whether its first byte is watched."""
+        return watch.address <= self.address < watch.address + watch.length
+
+    def may_reach(self, watch: Watch) -> bool:
+        """Whether some of it is watched, as far as can be told."""
+        if self.begins_in(watch):
+            return True
+        if not self.address < watch.address < self.address + LONGEST_ACCESS:
+            return False
+        if not self._looked:
+            self._looked = True
+            self.size = access_size(self._event, self._memory)
+        return self.size is None or watch.address < self.address + self.size
 
 
 class _Page:
@@ -162,81 +285,6 @@ def _start(offset: int) -> int:
     return max(offset - _BEFORE, 0)
 
 
-class _Shadows:
-    """Pages of our own above the guest's memory: a sink, and shadows, hidden in every view."""
-
-    def __init__(self, domain: Domain, views: Sequence[View], undo: UndoList) -> None:
-        self._domain = domain
-        self._backend = domain.xen.backend
-        self._views = views
-        self._undo = undo
-        self._free: list[int] = []
-        self._memory: dict[int, memoryview] = {}
-        self._maps: list[list[memoryview]] = []
-        self._sink = 0
-
-    def __contains__(self, gfn: int) -> bool:
-        return gfn in self._memory
-
-    def take(self) -> tuple[int, memoryview]:
-        """Return a shadow that nobody uses, and its memory."""
-        if not self._free:
-            self._grow()
-        gfn = self._free.pop()
-        return gfn, self._memory[gfn]
-
-    def give_back(self, gfn: int) -> None:
-        """Have it for the next one; it is hidden again."""
-        self._memory[gfn][:] = _NOTHING
-        self._free.append(gfn)
-
-    def hide(self, view: View, gfn: int) -> None:
-        """Let a view show the sink instead."""
-        view.remap(gfn, self._sink, access=Access.R)
-
-    def is_hidden(self, gfn: int) -> bool:
-        """Whether every view has the rights there that belong to the sink."""
-        return all(view.access(gfn) == Access.R for view in self._views)
-
-    def are_hidden(self) -> bool:
-        """The same of all of them and the sink."""
-        return all(self.is_hidden(gfn) for gfn in self._memory)
-
-    def abandon(self) -> None:
-        """Let go of the mappings: the domain is gone."""
-        for pages in list(self._maps):
-            with suppress(XenError):
-                self._unmap(pages)
-
-    def _unmap(self, pages: list[memoryview]) -> None:
-        self._backend.foreignmemory_unmap(pages)
-        self._maps = [others for others in self._maps if others is not pages]
-
-    def _grow(self) -> None:
-        """Add some. The domain stands still, for until they are hidden they can be seen."""
-        domain, backend, domid = self._domain, self._backend, int(self._domain.domid)
-        with domain.paused():
-            gfns = domain.add_pages(_SHADOWS_AT_ONCE)
-            self._undo.push("", partial(domain.remove_pages, gfns))
-            pages = backend.foreignmemory_map(domid, True, gfns)
-            self._maps.append(pages)
-            self._undo.push(
-                f"mapping of gfns {gfns.start:#x}..{gfns.stop - 1:#x} of domain {domid}",
-                partial(self._unmap, pages),
-            )
-            for gfn, page in zip(gfns, pages, strict=True):
-                page[:] = _NOTHING
-                self._memory[gfn] = page
-            shadows = gfns
-            if not self._sink:
-                self._sink, shadows = gfns[0], gfns[1:]
-            for view in self._views:
-                view.set_access(self._sink, Access.R)
-                for gfn in shadows:
-                    self.hide(view, gfn)
-            self._free += reversed(shadows)
-
-
 class Breakpoints(Handle):
     """A domain's breakpoints, in views of their own, which its vCPUs are moved to.
 
@@ -271,27 +319,30 @@ class Breakpoints(Handle):
         self._domid = int(self._domain.domid)
         self._fast, self._int3 = fast, int3
         self._pages: dict[int, _Page] = {}
+        self._watched: dict[int, list[Watch]] = {}
+        """By gfn."""
+        self._awaited: dict[int, list[tuple[Watch, _Access]]] = {}
+        """Of vCPUs whose step is told of: what wants to know when it was executed."""
+        self._afters = 0
+        """How many watches want to know."""
         self._writers: dict[int, int] = {}
         """The gfn that each vCPU is writing to, as far as is known."""
         self._views: list[View] = []
+        self._ids: set[int] = set()
+        self._watch_views: tuple[View, View] | None = None
+        """``seen`` and ``used``, once something is watched."""
+        self._responses: dict[tuple[View, bool], Response] = {}
         self._added = UndoList()
         """What the shadows are."""
-        self._shadows = _Shadows(altp2m.domain, self._views, self._added)
+        self._shadows = Shadows(altp2m.domain, self._views, self._added)
         try:
             for kind in (MemAccess, SoftwareBreakpoint):
                 with suppress(AlreadyError):
                     monitor.enable(kind)
             for label in ("hooks", "step", "write"):
-                self._views.append(altp2m.create_view(label=label))
+                self._create_view(label)
             self.hooks, self._step_view, self._write_view = self._views
-            self._ids = {int(view.id) for view in self._views}
             self._back = RESUME.in_view(self.hooks)
-            self._step, self._write = STEP.in_view(self._step_view), STEP.in_view(self._write_view)
-            if fast:
-                self._step, self._write = (
-                    Response.fast_singlestep(through=view, back_to=self.hooks)
-                    for view in self._views[1:]
-                )
             monitor.answer_by_default(self)
             altp2m.switch_to_view(self.hooks)
             monitor._close_first(self)
@@ -301,6 +352,57 @@ class Breakpoints(Handle):
             self._roll_back(undo, error, heir=self._domain._undo)
             super().abandon()
             raise
+
+    def _through(self, view: View, event: Event) -> Response:
+        """Have an instruction executed in a view.
+
+        From its first step on it is one that is told of, or none: Xen tells of no step once it has
+        begun a fast one.
+        """
+        vcpu = int(event.vcpu)
+        if event.view == self.hooks.id:
+            if self._afters or not self._fast:
+                self._awaited[vcpu] = []
+            else:
+                self._awaited.pop(vcpu, None)
+        told = vcpu in self._awaited
+        found = self._responses.get((view, told))
+        if found is None:
+            found = STEP.in_view(view)
+            if not told:
+                found = Response.fast_singlestep(through=view, back_to=self.hooks)
+            self._responses[view, told] = found
+        return found
+
+    def _create_view(self, label: str) -> View:
+        view = self._altp2m.create_view(label=label)
+        self._views.append(view)
+        self._ids.add(int(view.id))
+        return view
+
+    def _create_watch_views(self) -> None:
+        """Have ``seen`` and ``used``, with the pages that there are."""
+        made: list[View] = []
+        undo = UndoList()
+        try:
+            with self._domain.paused():
+                for label in ("seen", "used"):
+                    view = self._create_view(label)
+                    undo.push("", partial(self._destroy_view, view))
+                    self._shadows.hide_all(view)
+                    made.append(view)
+                self._watch_views = made[0], made[1]
+                for gfn in self._pages:
+                    self._set_rights(gfn)
+        except BaseException as error:
+            self._watch_views = None
+            self._roll_back(undo, error, heir=self._undo)
+            raise
+
+    def _destroy_view(self, view: View) -> None:
+        self._views.remove(view)
+        self._ids.discard(int(view.id))
+        view.close()
 
     def __repr__(self) -> str:
         return f"<Breakpoints of domain {self._domid}>"
@@ -341,9 +443,65 @@ class Breakpoints(Handle):
         page.hooks[offset].append(made)
         return made
 
-    def remove(self, unwanted: Breakpoint) -> None:
-        """Take a breakpoint out; one that was taken out already is passed over."""
+    def watch(
+        self,
+        address: int,
+        length: int,
+        before: TouchCallback | None = None,
+        *,
+        after: TouchCallback | None = None,
+        reads: bool = False,
+    ) -> Watch:
+        """Have something called when the guest writes to some bytes, or reads them.
+
+        What the guest does with the rest of their pages costs it time, and is counted. Fetches are
+        not heard of: that is what breakpoints are for.
+
+        Args:
+            address: Guest-physical.
+            length: Bytes.
+            before: Called with a :class:`Touch` before the instruction executes; as the callback
+                of :meth:`insert`.
+            after: The same when it has.
+            reads: Whether reads are told, too.
+
+        Raises:
+            InvalidArgumentError: The range is empty, or not in memory.
+            NotMappedError: It is not in ordinary RAM.
+            OutOfMemoryError: The host, or the domain's p2m pool, is exhausted.
+        """
         self._check_open()
+        if length <= 0:
+            raise InvalidArgumentError(f"{length} bytes cannot be watched")
+        made = Watch(self, address, length, reads, before, after)
+        self._domain.memory.read(address, length)
+        for gfn in made.gfns:
+            if gfn in self._shadows:
+                raise InvalidArgumentError(f"gfn {gfn:#x} is a shadow, not the guest's", gfn=gfn)
+        if self._watch_views is None:
+            self._create_watch_views()
+        undo = UndoList()
+        try:
+            for gfn in made.gfns:
+                undo.push("", partial(self._unwatch, made, gfn))
+                self._watched.setdefault(gfn, []).append(made)
+                self._set_rights(gfn)
+            self._count_afters()
+        except BaseException as error:
+            self._roll_back(undo, error, heir=self._undo)
+            raise
+        return made
+
+    def remove(self, unwanted: Breakpoint | Watch) -> None:
+        """Take a breakpoint or a watch out; one that was taken out already is passed over."""
+        self._check_open()
+        if isinstance(unwanted, Watch):
+            undo = UndoList()
+            for gfn in unwanted.gfns:
+                undo.push("", partial(self._unwatch, unwanted, gfn))
+            undo.unwind(f"removing {unwanted!r}")
+            self._count_afters()
+            return
         if not self._has(unwanted):
             return
         gfn, offset = divmod(unwanted.address, PAGE_SIZE)
@@ -371,14 +529,12 @@ class Breakpoints(Handle):
             NotMappedError: A page with breakpoints is gone: remove them.
         """
         self._check_open()
-        hooks, step = self.hooks, self._step_view
         lost = []
-        for gfn, page in self._pages.items():
-            executable = Access.X if page.planted else Access.N
-            expected = executable if page.shadow_gfn else Access.RW
-            as_it_was = hooks.access(gfn) == expected
-            if page.shadow_gfn:
-                as_it_was &= step.access(gfn) == Access.RX
+        for gfn in self._pages.keys() | self._watched.keys():
+            page = self._pages.get(gfn)
+            rights = self._rights(gfn)
+            as_it_was = all(view.effective_access(gfn) == rights[view] for view in rights)
+            if page is not None and page.shadow_gfn:
                 as_it_was &= self._shadows.is_hidden(page.shadow_gfn)
             if not as_it_was:
                 lost.append(Gfn(gfn))
@@ -397,6 +553,43 @@ class Breakpoints(Handle):
             page.planted = False
             self.hooks.set_access(gfn, Access.N)
 
+    def _rights(self, gfn: int) -> dict[View, Access]:
+        """What may be done with a page in each view but ``write``, where everything may."""
+        page, watches = self._pages.get(gfn), self._watched.get(gfn, ())
+        code = Access.RX if page is not None and page.shadow_gfn else Access.RWX
+        hooks = step = code
+        if page is not None:
+            hooks = Access.RW
+            if page.shadow_gfn:
+                hooks = Access.X if page.planted else Access.N
+        if watches:
+            unheard = Access.X if any(watch.reads for watch in watches) else Access.RX
+            hooks, step = hooks & unheard, step & unheard
+        rights = {self.hooks: hooks, self._step_view: step}
+        if self._watch_views:
+            seen, used = self._watch_views
+            rights |= {seen: Access.RX if watches else code, used: code}
+        return rights
+
+    def _set_rights(self, gfn: int) -> None:
+        for view, access in self._rights(gfn).items():
+            view.set_access(gfn, access)
+
+    def _count_afters(self) -> None:
+        watches = {watch for some in self._watched.values() for watch in some}
+        self._afters = sum(watch.after is not None for watch in watches)
+
+    def _unwatch(self, watch: Watch, gfn: int) -> None:
+        watches = self._watched.get(gfn, [])
+        if watch in watches:
+            watches.remove(watch)
+        if not watches:
+            self._watched.pop(gfn, None)
+        self._set_rights(gfn)
+
+    def _watches(self, watch: Watch) -> bool:
+        return watch in self._watched.get(watch.gfns[0], ())
+
     def _has(self, one: Breakpoint) -> bool:
         gfn, offset = divmod(one.address, PAGE_SIZE)
         page = self._pages.get(gfn)
@@ -404,36 +597,32 @@ class Breakpoints(Handle):
 
     def _take(self, gfn: int) -> _Page:
         """Begin to shadow a page; its shadow is stale, which keeps all order simple."""
-        hooks, step = self.hooks, self._step_view
+        hooks = self.hooks
         undo = UndoList()
         try:
             pages = self._backend.foreignmemory_map(self._domid, False, [gfn])
             unmap = partial(self._backend.foreignmemory_unmap, pages)
             undo.push(f"mapping of gfn {gfn:#x} of domain {self._domid}", unmap)
-            if not self._int3:
-                undo.push("", partial(hooks.set_access, gfn, Access.RWX))
-                hooks.set_access(gfn, Access.RW)
-                page = _Page(pages[0], 0, memoryview(b""), unmap)
-            else:
+            shadow_gfn, shadow = 0, memoryview(b"")
+            if self._int3:
                 shadow_gfn, shadow = self._shadows.take()
                 undo.push("", partial(self._shadows.give_back, shadow_gfn))
-                page = _Page(pages[0], shadow_gfn, shadow, unmap)
-                undo.push("", partial(step.set_access, gfn, Access.RWX))
-                step.set_access(gfn, Access.RX)
+            undo.push("", partial(self._set_rights, gfn))
+            page = self._pages[gfn] = _Page(pages[0], shadow_gfn, shadow, unmap)
+            undo.push("", partial(self._pages.__delitem__, gfn))
+            if self._int3:
                 # The remapped page gets the rights that its new gfn has: none for now. That gfn
                 # has to show the shadow meanwhile, which looks like nothing, still.
                 undo.push("", partial(self._shadows.hide, hooks, shadow_gfn))
                 hooks.revert(shadow_gfn)
                 hooks.set_access(shadow_gfn, Access.N)
-                self._pages[gfn] = page  # from here on somebody may ask
-                undo.push("", partial(self._pages.__delitem__, gfn))
                 hooks.remap(gfn, shadow_gfn, access=Access.N)
                 undo.push("", partial(hooks.revert, gfn))
                 self._shadows.hide(hooks, shadow_gfn)
+            self._set_rights(gfn)
         except BaseException as error:
             self._roll_back(undo, error, heir=self._undo)
             raise
-        self._pages[gfn] = page
         return page
 
     def _release(self, gfn: int) -> None:
@@ -443,10 +632,9 @@ class Breakpoints(Handle):
         undo.push("", page.unmap)
         if page.shadow_gfn:
             undo.push("", partial(self._shadows.give_back, page.shadow_gfn))
-            undo.push("", partial(self._step_view.set_access, gfn, Access.RWX))
+        undo.push("", partial(self._set_rights, gfn))
+        if page.shadow_gfn:
             undo.push("", partial(self.hooks.revert, gfn))
-        else:
-            undo.push("", partial(self.hooks.set_access, gfn, Access.RWX))
         del self._pages[gfn]
         undo.unwind(f"removing the breakpoints of gfn {gfn:#x}")
 
@@ -460,7 +648,7 @@ class Breakpoints(Handle):
             return self._breakpoint(event)
         if isinstance(event, MemAccess):
             return self._violation(event)
-        if isinstance(event, Singlestep) and not self._fast:
+        if isinstance(event, Singlestep):
             return self._stepped(event)
         return None
 
@@ -469,7 +657,8 @@ class Breakpoints(Handle):
         page = self._pages.get(gfn)
         if event.view == self.hooks.id and page is not None and offset in page.hooks:
             self._writers.pop(int(event.vcpu), None)
-            over = REINJECT if page.memory[offset] == _INT3 else self._step
+            is_own = page.memory[offset] == _INT3
+            over = REINJECT if is_own else self._through(self._step_view, event)
             return self._hit(page.hooks[offset], event, over)
         # The guest's own; or one that was removed since: the instruction comes again.
         return REINJECT if self._is_int3(gfn, offset) else RESUME
@@ -482,19 +671,36 @@ class Breakpoints(Handle):
             return True  # no such page: then none of ours was there
 
     def _hit(self, breakpoints: list[Breakpoint], event: Event, over: Response) -> Response:
-        """Call all that want to know; answer even where that fails."""
+        """Call all that want to know of an execution."""
         registers: dict[str, int] = {}
-        failures: list[BaseException] = []
-        for one in tuple(breakpoints):
+        calls = []
+        for one in breakpoints:
             one.hits += 1
+            calls.append(partial(one.callback, Hit(one, event, registers)))
+        return self._call(calls, breakpoints, registers, event, over)
+
+    def _call(
+        self,
+        calls: Sequence[Callable[[], object]],
+        still: Collection[object],
+        registers: dict[str, int],
+        event: Event,
+        over: Response,
+    ) -> Response:
+        """Call all that want to know; answer even where that fails.
+
+        Where nobody wants to know ``still``, the instruction comes again.
+        """
+        failures: list[BaseException] = []
+        for call in calls:
             try:
-                one.callback(Hit(one, event, registers))
+                call()
             except BaseException as error:  # noqa: BLE001 - raised below
                 failures.append(error)
         if self.closed:
             response = RESUME
         else:
-            response = RESUME if not breakpoints or "rip" in registers else over
+            response = over if still and "rip" not in registers else self._back
         if registers:
             response = response.with_registers(**registers)
         if failures:
@@ -505,29 +711,75 @@ class Breakpoints(Handle):
         return response
 
     def _violation(self, event: MemAccess) -> Response | None:
-        gfn, flags = int(event.gfn), event.access_flags
-        page = self._pages.get(gfn)
-        if page is None:
+        gfn, flags, vcpu = int(event.gfn), event.access_flags, int(event.vcpu)
+        page, watches = self._pages.get(gfn), self._watched.get(gfn)
+        if page is None and watches is None:
             return self._nothing(event) if gfn in self._shadows else self._strange(event)
         if event.view == self.hooks.id:
-            self._writers.pop(int(event.vcpu), None)
-        if flags & _W:
-            return self._written(event)
-        if flags & _X and event.view == self.hooks.id:
-            return self._fetched(page, event)
-        return self._step
+            self._writers.pop(vcpu, None)
+            if page is not None and flags & _X and not flags & _W:
+                return self._fetched(page, event)
+        if page is not None and flags & _W:
+            self._outdate(gfn)
+            self._writers[vcpu] = gfn
+        if watches:
+            return self._touched(watches, event, is_code=page is not None)
+        return self._through(self._write_view if flags & _W else self._step_view, event)
+
+    def _touched(self, watches: list[Watch], event: MemAccess, *, is_code: bool) -> Response:
+        access = _Access(event, self._domain.memory)
+        reached = []
+        for watch in watches:
+            if access.written or watch.reads:
+                if access.may_reach(watch):
+                    watch.hits += 1
+                    reached.append(watch)
+                else:
+                    watch.passed += 1
+        registers: dict[str, int] = {}
+
+        def calls(what: str) -> list[Callable[[], object]]:
+            wanted = [(watch, getattr(watch, what)) for watch in reached]
+            return [
+                partial(call, Touch(watch, event, registers, access))
+                for watch, call in wanted
+                if call
+            ]
+
+        if access.written and event.access_flags & AccessFlag.FAULT_IN_GPT and not is_code:
+            before = calls("before")
+            return self._call(
+                [*before, partial(self._mark, event), *calls("after")], (), registers, event, RESUME
+            )
+        assert self._watch_views is not None
+        through, used = self._watch_views
+        if access.written:
+            through = self._write_view if is_code else used
+        over = self._through(through, event)
+        self._awaited.get(int(event.vcpu), []).extend(
+            (watch, access) for watch in reached if watch.after is not None
+        )
+        return self._call(calls("before"), watches, registers, event, over)
+
+    def _mark(self, event: MemAccess) -> None:
+        """Mark an entry of the guest's page tables as used, which the CPU wanted to.
+
+        It could do so in ``used``, but what else the instruction does there would not be heard of.
+        """
+        size = page_table_entry_size(event.registers.cr4)
+        address = event.gfn << PAGE_SHIFT | event.offset & -size
+        memory = self._domain.memory
+        with self._domain.paused():  # another vCPU may change it, too
+            entry = int.from_bytes(memory.read(address, size), "little")
+            if entry & PTE_PRESENT:
+                entry |= PTE_DIRTY if entry & PTE_ACCESSED else PTE_ACCESSED
+                memory.write(address, entry.to_bytes(size, "little"))
 
     def _strange(self, event: MemAccess) -> Response | None:
         """A page that is not ours, or is no more: then the access is allowed by now."""
         if event.view not in self._ids or self.hooks.access(int(event.gfn)) != Access.RWX:
             return None
         return RESUME
-
-    def _written(self, event: MemAccess) -> Response:
-        """Let a write happen to the page itself; the shadow is copied when it is next wanted."""
-        self._outdate(int(event.gfn))
-        self._writers[int(event.vcpu)] = int(event.gfn)
-        return self._write
 
     def _fetched(self, page: _Page, event: MemAccess) -> Response:
         gfn, offset = int(event.gfn), event.registers.rip & _OFFSET
@@ -540,7 +792,8 @@ class Breakpoints(Handle):
                 self.hooks.set_access(gfn, Access.X)
             return RESUME
         found = page.hooks.get(offset) if event.offset == offset else None
-        return self._step if found is None else self._hit(found, event, self._step)
+        over = self._through(self._step_view, event)
+        return over if found is None else self._hit(found, event, over)
 
     def _is_being_written(self, gfn: int) -> bool:
         """Whether a vCPU that was let write to a page may not have done so yet."""
@@ -555,10 +808,16 @@ class Breakpoints(Handle):
         return False
 
     def _stepped(self, event: Singlestep) -> Response | None:
-        if event.view not in self._ids:
+        if event.view not in self._ids or event.view == self.hooks.id:
             return None
         self._writers.pop(int(event.vcpu), None)
-        return self._back
+        registers: dict[str, int] = {}
+        calls = [
+            partial(watch.after, Touch(watch, event, registers, access))
+            for watch, access in self._awaited.pop(int(event.vcpu), ())
+            if watch.after is not None and watch.inserted
+        ]
+        return self._call(calls, calls, registers, event, self._back)
 
     def _nothing(self, event: MemAccess) -> Response:
         """Answer for a shadow's own gfn as Xen does where there is no memory."""

@@ -136,7 +136,7 @@ class Symbols:
         Raises:
             SymbolError: It cannot be read, or is none of these.
         """
-        with _opened(path) as stream:
+        with opened(path) as stream:
             magic = stream.read(len(_ELF_MAGIC))
             stream.seek(0)
             if magic == _ELF_MAGIC:
@@ -242,7 +242,7 @@ class Image(Symbols):
         Raises:
             SymbolError: It cannot be read, or is not a usable image.
         """
-        with _opened(path) as stream:
+        with opened(path) as stream:
             return cls(stream, os.fspath(path))
 
     def locate(self, address: int) -> Location | None:
@@ -303,7 +303,12 @@ class Image(Symbols):
 
 
 @contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open an ordinary file within the block; nothing else is waited for.
+
+    Raises:
+        SymbolError: It cannot be opened, or is no ordinary file.
+    """
     name = os.fspath(path)
     try:
         stream = open(name, "rb", opener=_open_at_once)  # noqa: SIM115 - closed below

@@ -35,6 +35,7 @@ _MOST_PLACES = 1 << 10
 _IN_REGISTERS = "rdi", "rsi", "rdx", "rcx", "r8", "r9"
 """The first six arguments (System V ABI, AMD64)."""
 _CR3_ADDRESS = 0x000F_FFFF_FFFF_F000
+"""The rest is a PCID, which changes as a kernel sees fit, and how to cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,11 +260,11 @@ class Trace(Handle):
         if len(self._waiting) >= _MOST_WAITING:
             del self._waiting[next(iter(self._waiting))]
             self.unfinished += 1
-        self._waiting[place, call.cr3, call.stack + width] = call
+        self._waiting[place, call.cr3 & _CR3_ADDRESS, call.stack + width] = call
 
     def _returned(self, hit: Hit) -> None:
         registers = hit.registers
-        came = hit.breakpoint.address, registers.cr3, registers.rsp
+        came = hit.breakpoint.address, registers.cr3 & _CR3_ADDRESS, registers.rsp
         call = self._waiting.pop(came, None)
         if call is None:
             return  # somebody else comes by

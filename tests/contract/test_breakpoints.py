@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 import xenaltp2m as xa
-from xenaltp2m.breakpoints import Breakpoint, Hit
+from xenaltp2m.breakpoints import Breakpoint, Hit, Touch
 
 from .conftest import LIVE
-from .guests import CALLS, RunningGuest, hooked, running, serve
+from .guests import CALLS, LINE, RunningGuest, hooked, running, serve
 
 HOSTS = ["xen"] if LIVE else ["mock-4.14", "mock-4.17", "mock-4.20"]
 WAYS = [(True, True), (False, True), (True, False)]
@@ -96,6 +96,40 @@ def test_every_call_of_every_vcpu_is_counted(racer: RunningGuest, fast: bool, in
     assert by_vcpu == dict.fromkeys(range(racer.vcpus), calls)
     assert hook.hits == racer.words("total")[0] == calls * racer.vcpus
     assert racer.lines("noticed") == [0] * racer.vcpus
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "toggle"])
+@pytest.mark.parametrize("reads", [False, True], ids=["writes", "reads"])
+def test_a_watched_variable(host_name: str, fast: bool, reads: bool) -> None:
+    """A vCPU's counter, in a page with those of the others, beside a breakpoint."""
+    calls, one = max(CALLS // 10, 20), 1
+    with running(host_name, "racer", 4) as guest:
+        guest.write_word("go", calls)
+        written: list[int] = []
+        vcpus = set()
+        with hooked(guest, fast=fast) as (monitor, breakpoints):
+
+            def note(touch: Touch) -> None:
+                vcpus.add(touch.vcpu)
+                if touch.written:
+                    written.append(int.from_bytes(touch.watch.read(), "little"))
+                if written and written[-1] == calls:
+                    monitor.stop()  # it goes on reading
+
+            watch = breakpoints.watch(
+                guest.address("made") + one * LINE, 4, after=note, reads=reads
+            )
+            hook = breakpoints.insert(guest.address("hit"), lambda hit: None)
+            guest.start()
+            serve(monitor, breakpoints, lambda: guest.lines("done") == [calls] * 4)
+        assert written == list(range(1, calls + 1))
+        assert vcpus == {one}
+        if not reads:
+            assert (watch.hits, watch.passed) == (calls, 3 * calls)
+        else:
+            assert watch.hits > 2 * calls
+        assert hook.hits == guest.words("total")[0] == 4 * calls
+        assert guest.lines("noticed") == [0] * 4
 
 
 ENOUGH = 60

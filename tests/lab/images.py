@@ -686,6 +686,8 @@ def linux_guest() -> Path:
             archive = Cpio(out)
             archive.parents("dev/console")
             archive.add("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
+            archive.add("dev/null", stat.S_IFCHR | 0o666, device=(1, 3))
+            archive.add("dev/zero", stat.S_IFCHR | 0o666, device=(1, 5))
             archive.add("init", stat.S_IFREG | 0o755, script.read_bytes())
             archive.tree(busybox, "bin/busybox")
             archive.close()

@@ -101,7 +101,7 @@ def main() -> int:
         skew = []
         if arguments.xen != SKEWED:
             skew = ["--put", f"{foreign_libraries(scratch / 'skew')}:skew"]
-        status = boot(arguments.xen, wheel, results / "live", MAIN, *skew)
+        status = boot(arguments.xen, wheel, results / "live", MAIN, "--linux", *skew)
         off = boot(arguments.xen, wheel, results / "off", OFF, "--xen-option=-altp2m")
     counts = total(results)
     failed = counts["failures"] + counts["errors"]

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from errno import EBUSY, EINVAL, ENOMEM, EPERM, ESRCH
 from typing import TypeVar
@@ -19,79 +19,23 @@ from xenaltp2m.breakpoints import Breakpoints, Hit
 from xenaltp2m.handle import Handle
 
 from .faults import Failing
+from .hooked import (
+    INC_EAX,
+    INC_ECX,
+    NOP,
+    RET,
+    STEPS,
+    WAYS,
+    Hooked,
+    Make,
+    call,
+    store_byte,
+)
 from .machinecode import CODE, FOREVER, HALT, OTHER, STACK, Computer
 
-WAYS = pytest.mark.parametrize(
-    ("fast", "int3"), [(True, True), (False, True), (True, False)], ids=["fast", "toggle", "page"]
-)
-STEPS = pytest.mark.parametrize("fast", [True, False], ids=["fast", "toggle"])
-NOP, INC_EAX, INC_ECX, RET = b"\x90", b"\x40", b"\x41", b"\xc3"
 ONES = 0xFFFF_FFFF
 BP, GP = 3, 13
-
-
-def store_byte(address: int, value: int) -> bytes:
-    return b"\xc6\x05" + address.to_bytes(4, "little") + bytes([value])
-
-
-def call(at: int, target: int) -> bytes:
-    """CALL, of which the first byte is at an address."""
-    return b"\xe8" + (target - at - 5).to_bytes(4, "little", signed=True)
-
-
-class Hooked:
-    """A machine with breakpoints, that has not begun."""
-
-    def __init__(
-        self,
-        code: bytes,
-        memory: Mapping[int, bytes] | None = None,
-        *,
-        fast: bool = True,
-        int3: bool = True,
-        stack: ExitStack,
-        xen: tuple[int, int] = (4, 17),
-        **registers: int,
-    ) -> None:
-        self.host = MockBackend(xen, memory_pages=1 << 13)
-        self.computer = Computer(code, memory, host=self.host)
-        self.computer.set(**registers)
-        self.computer.describe()
-        self.domid = self.computer.domid
-        self.xen = stack.enter_context(xa.connect(self.host))
-        self.dom = stack.enter_context(self.xen.domain(self.domid))
-        self.altp2m = stack.enter_context(self.dom.altp2m())
-        self.monitor = stack.enter_context(self.dom.monitor())
-        self.breakpoints = stack.enter_context(
-            Breakpoints(self.altp2m, self.monitor, fast=fast, int3=int3)
-        )
-        self.seen: list[int] = []
-
-    def note(self, hit: Hit) -> None:
-        """A callback."""
-        self.seen.append(hit.registers.rip)
-
-    def go(self) -> Hooked:
-        """Run until nothing happens."""
-        self.host.steps_at_once = 200
-        self.monitor.run(self.breakpoints, timeout=0.01)
-        return self
-
-    def register(self, name: str) -> int:
-        return self.computer.register(name)
-
-    @property
-    def halted(self) -> bool:
-        """Whether it came to its end, with no exception."""
-        info = self.dom.info()
-        return info.shutdown and self.computer.vector is None
-
-    def read(self, address: int, size: int) -> bytes:
-        return self.dom.memory.read(address, size)
-
-
 H = TypeVar("H", bound=Handle)
-Make = Callable[..., Hooked]
 
 
 @pytest.fixture
@@ -369,9 +313,12 @@ def work(host: Failing, fast: bool, int3: bool, domid: int, opened: list[Handle]
     breakpoints.insert(CODE, lambda hit: None)
     breakpoints.insert(THERE, lambda hit: hit.breakpoint.remove())
     breakpoints.insert(OTHER, lambda hit: None)
+    stack = breakpoints.watch(STACK - 4, 4, lambda touch: None, reads=True)
+    breakpoints.watch(THERE, 1, after=lambda touch: touch.watch.remove())
     host.steps_at_once = 200
     monitor.run(breakpoints, timeout=0.01)
     first.remove()
+    stack.remove()
     for handle in reversed(opened[1:]):
         handle.close()
 

@@ -31,7 +31,8 @@ EFER_SCE, EFER_LME, EFER_LMA, EFER_NXE = 1 << 0, 1 << 8, 1 << 10, 1 << 11
 FLAG_TF, FLAG_IF, FLAG_DF, FLAG_OF, FLAG_NT = 1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 14
 FLAG_RF, FLAG_VM, FLAG_AC = 1 << 16, 1 << 17, 1 << 18
 
-_PRESENT, _WRITABLE, _USER, _ACCESSED, _DIRTY, _LARGE = 1, 2, 4, 1 << 5, 1 << 6, 1 << 7
+PTE_PRESENT, PTE_ACCESSED, PTE_DIRTY = 1, 1 << 5, 1 << 6
+_WRITABLE, _USER, _LARGE = 2, 4, 1 << 7
 _NO_EXECUTE = 1 << 63
 _FRAME = 0x000F_FFFF_FFFF_F000
 _U32, _U64 = (1 << 32) - 1, (1 << 64) - 1
@@ -134,12 +135,12 @@ class Paging:
         if kind not in rights:
             raise self._fault(address, kind, _ERROR_PRESENT)
         marked = walk.entries[1:] if len(self.levels) == 3 else walk.entries  # PDPTEs are not
-        dirty = walk.entries[-1].value & _DIRTY
+        dirty = walk.entries[-1].value & PTE_DIRTY
         for entry in marked:
-            marks = _ACCESSED | (_DIRTY if kind == _WRITE and entry is marked[-1] else 0)
+            marks = PTE_ACCESSED | (PTE_DIRTY if kind == _WRITE and entry is marked[-1] else 0)
             if marks & ~entry.value:
                 store(entry.address, entry.size, entry.value | marks)
-                dirty |= marks & _DIRTY
+                dirty |= marks & PTE_DIRTY
         page = walk.physical & ~(PAGE_SIZE - 1)
         return Translation(page, rights if dirty else rights.replace(_WRITE, ""))
 
@@ -165,7 +166,7 @@ class Paging:
             where = base + (address >> shift & ((1 << bits) - 1)) * size
             value = load(where, size)
             entries.append(Entry(where, size, value))
-            if not value & _PRESENT:
+            if not value & PTE_PRESENT:
                 raise self._fault(address, kind, 0)
             base = value & _FRAME
             if shift == 30 and not long:  # its rights are those of the tables below
@@ -217,6 +218,11 @@ class Paging:
         if kind == _FETCH and (no_execute or self.cr4 & CR4_SMEP):
             code |= _ERROR_FETCH
         return Fault(PF, code, address, kind)
+
+
+def page_table_entry_size(cr4: int) -> int:
+    """How many bytes an entry of page tables has."""
+    return 8 if cr4 & CR4_PAE else 4
 
 
 def canonical(address: int, bits: int = 48) -> bool:

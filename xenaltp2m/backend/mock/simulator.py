@@ -499,7 +499,8 @@ class MachineCode(Processor):
             if kind == "w":
                 return Place(core.scratch, "rw")
             physical = self._walk_freely(linear, kind, user)
-            return Place(self._find_in_view(physical // PAGE_SIZE).mfn, "rx")
+            # What is executed and read in one page shall come to the marker, too.
+            return Place(self._find_in_view(physical // PAGE_SIZE).mfn, kind)
 
         def on_access(seen: Seen) -> None:
             if seen.kind == denied and seen.address // PAGE_SIZE == marker:

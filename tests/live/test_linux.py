@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A Debian kernel as a guest: what its processes ask of it, by breakpoints that it cannot see.
+
+Its init has a process copy 50 times 1234 bytes, says "beat" and a number, and sleeps, for ever.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+import xenaltp2m as xa
+from xenaltp2m.symbols import Symbols
+from xenaltp2m.tracing import Call, Return, Trace
+
+CONSOLE = Path("/var/log/xen/console/guest-linux.log")
+OPTIONS = "console=hvc0 nokaslr quiet cryptomgr.notests mitigations=off work"
+NAMES = "_text", "_etext", "ksys_write", "do_sys_openat2"
+COPIES, BYTES, ROUNDS = 50, 1234, 6
+PATIENCE = 300
+AT_FDCWD = -100 & (1 << 32) - 1
+STDOUT, STDERR = 1, 2
+
+
+@dataclass
+class Linux:
+    dom: xa.Domain
+    symbols: Symbols
+
+    def beats(self) -> int:
+        """The latest number on its console."""
+        words = CONSOLE.read_text(errors="replace").split()
+        return int(words[len(words) - 1 - words[::-1].index("beat") + 1])
+
+    def code(self) -> str:
+        """A checksum of the kernel's code."""
+        start, end = (self.symbols.address(name) for name in ("_text", "_etext"))
+        data = self.dom.memory.address_space().read(start, end - start)
+        return hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def linux(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Linux]:
+    """Booted, at work."""
+    CONSOLE.unlink(missing_ok=True)
+    extra = f'extra="{OPTIONS} symbols={"|".join(NAMES)}"'
+    subprocess.run(["xl", "create", "-q", "-e", "/lab/linux/linux.cfg", extra], check=True)
+    try:
+        end = time.monotonic() + PATIENCE
+        while not (CONSOLE.exists() and "beat 2" in CONSOLE.read_text(errors="replace")):
+            assert time.monotonic() < end, "it does not boot"
+            time.sleep(0.5)
+        lines = CONSOLE.read_text(errors="replace").splitlines()
+        kernel = [line.strip() for line in lines if line.strip().endswith(NAMES)]
+        kallsyms = tmp_path_factory.mktemp("linux") / "kallsyms"
+        kallsyms.write_text("".join(f"{line}\n" for line in kernel))
+        with xa.connect() as xen, xen.domain("linux") as dom:
+            yield Linux(dom, Symbols.open(kallsyms))
+    finally:
+        subprocess.run(["xl", "destroy", "linux"], check=True)
+
+
+def test_system_calls_are_counted_one_by_one(linux: Linux) -> None:
+    """Each process opens two files and writes 50 times; the shell says which beat it is."""
+    code = linux.code()
+    calls: list[tuple[str, object]] = []
+    returned: list[int] = []
+    with Trace(
+        linux.dom, "ksys_write", "do_sys_openat2", symbols=linux.symbols, arguments=3, returns=True
+    ) as trace:
+
+        def take(seen: Call | Return) -> None:
+            if isinstance(seen, Return):
+                assert seen.call.name == calls[-1][0]  # one processor, and no call waits
+                returned.append(seen.value)
+                return
+            space = linux.dom.memory.address_space(seen.registers)
+            first, pointer, third = seen.arguments
+            if seen.name == "do_sys_openat2":
+                assert first & (1 << 32) - 1 == AT_FDCWD
+                calls.append((seen.name, space.read_string(pointer)))
+            elif third == BYTES:
+                assert space.read(pointer, BYTES) == bytes(BYTES)  # from /dev/zero
+                assert first == STDOUT
+                calls.append((seen.name, BYTES))
+            elif first == STDOUT:
+                calls.append((seen.name, space.read(pointer, third)))
+            else:
+                assert first == STDERR  # what was copied, in words
+            if calls.count(("do_sys_openat2", b"/dev/zero")) == ROUNDS + 1:
+                trace.stop()
+
+        trace.run(take, timeout=PATIENCE)
+        assert trace.unfinished == trace.dropped == 0
+    starts = [at for at, call in enumerate(calls) if call == ("do_sys_openat2", b"/dev/zero")]
+    beats = []
+    for start, end in pairwise(starts):
+        assert calls[start + 1] == ("do_sys_openat2", b"/dev/null")
+        assert calls[start + 2 : start + 2 + COPIES] == [("ksys_write", BYTES)] * COPIES
+        (name, said), redirected = calls[start + 2 + COPIES : end]
+        assert redirected == ("do_sys_openat2", b"/dev/null")
+        assert name == "ksys_write"
+        assert isinstance(said, bytes)
+        beats.append(int(said.removeprefix(b"beat ")))
+    assert len(beats) == ROUNDS
+    assert beats == list(range(beats[0], beats[0] + ROUNDS))
+    assert returned.count(BYTES) >= ROUNDS * COPIES
+    # All of it as it was, and it goes on.
+    assert linux.code() == code
+    assert not linux.dom.altp2m_active
+    beat, end_of_patience = linux.beats(), time.monotonic() + PATIENCE
+    while linux.beats() < beat + 3:
+        assert time.monotonic() < end_of_patience, "it has stopped"
+        time.sleep(0.5)

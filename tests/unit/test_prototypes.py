@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What functions take: as gcc describes it, and as the code it makes passes it."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import xenaltp2m as xa
+from xenaltp2m.prototypes import Prototypes
+from xenaltp2m.symbols import Image
+
+SOURCE = """
+typedef unsigned int u32; typedef u32 (*callback)(int); typedef const char *text;
+enum color { RED, GREEN }; struct pair { int a, b; }; struct big { long a[5]; };
+union either { int a; float b; };
+int none(void) { return 1; }
+long seven(int a, unsigned char b, const char *c, void *d, enum color e, u32 f, short g, long *h)
+{ return a + b + f + g; }
+int small(int a, struct pair p, int c) { return a + p.a + c; }
+int variadic(const char *format, ...) { return format[0]; }
+u32 typed(callback back, text t, char *const *argv, const volatile u32 *p, union either u, int v)
+{ return back(1) + t[0] + *p + v; }
+static inline __attribute__((always_inline)) int inlined(int x) { return x * 2; }
+int caller(int x) { return inlined(x) + 1; }
+static __attribute__((noinline)) int hidden(int only) { return only + 1; }
+struct big makes(int a) { struct big b = {{a}}; return b; }
+int uses(int x) { return hidden(x); }
+"""
+SHOWN = {
+    "none": "int none(void)",
+    "seven": (
+        "long int seven(int a, unsigned char b, const char * c, void * d, enum color e, u32 f, "
+        "short int g, long int * h)"
+    ),
+    "small": "int small(int a, struct pair p, int c)",
+    "variadic": "int variadic(const char * format, ...)",
+    "typed": (
+        "u32 typed(callback back, text t, char *const * argv, volatile const u32 * p, "
+        "union either u, int v)"
+    ),
+    "caller": "int caller(int x)",
+    "hidden": "int hidden(int only)",
+    "makes": "struct big makes(int a)",
+    "uses": "int uses(int x)",
+}
+
+# Every parameter has a number of its own; the callee gives back all words it may be in.
+PASSED = {
+    "integers": ("int a, long b, char c, short d, void *e, int f, int g, long h", "w" * 8),
+    "floats": ("float a, double b, int c, long double d, int e, double f", "ffwdwf"),
+    "many_floats": (
+        ", ".join(f"double d{n}" for n in range(9)) + ", int i, double last",
+        "f" * 8 + "sws",
+    ),
+    "wide": ("int a, __int128 b, int c", "wWw"),
+    "wide_last": (
+        "int a, int b, int c, int d, int e, __int128 w, int f, int g, __int128 h, int i",
+        "wwwwwWwwWw",
+    ),
+    "structure": ("int a, struct big b, int c, long d, long e, long f, long g, long h", "wBwwwwww"),
+    "small_one": ("int a, struct pair b, int c", "w??"),
+}
+"""Source of the parameters; of each: w a word, W two, B a structure of five, f in a register for
+floating point, d a long double, s a double on the stack, ? not known."""
+
+
+def compiled(path: Path, source: str, *options: str) -> Path:
+    made = path / "image"
+    subprocess.run(
+        ["gcc", "-x", "c", "-", "-o", str(made), *options],
+        input=source, text=True, check=True,
+    )  # fmt: skip
+    return made
+
+
+@pytest.fixture(
+    params=[
+        "-gdwarf-4 -O0",
+        "-gdwarf-5 -O2",
+        "-gdwarf-5 -O2 -gz",
+        "-gdwarf-4 -O2 -ffunction-sections",
+    ]
+)
+def image(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    options = [*request.param.split(), "-nostdlib", "-static", "-Wl,-e,none"]
+    return compiled(tmp_path, SOURCE, *options)
+
+
+def test_as_the_source_has_them(image: Path) -> None:
+    symbols = Image.open(image)
+    with Prototypes.open(image) as prototypes:
+        found = {name: str(prototypes.at(symbols.address(name))) for name in SHOWN}
+        assert found == SHOWN
+        kinds = {
+            name: [one.type.kind for one in prototype.parameters]
+            for name in ("seven", "typed")
+            if (prototype := prototypes.at(symbols.address(name))) is not None
+        }
+        assert kinds["seven"] == [
+            "signed", "unsigned", "string", "pointer", "unsigned", "unsigned", "signed", "pointer"
+        ]  # fmt: skip
+        assert kinds["typed"] == [
+            "pointer", "string", "pointer", "pointer", "structure", "signed"
+        ]  # fmt: skip
+        assert prototypes.at(symbols.address("seven+1")) is None
+        assert prototypes.at(0) is None
+
+
+def test_functions_and_their_sizes(image: Path) -> None:
+    symbols = Image.open(image)
+    with Prototypes.open(image) as prototypes:
+        found = {one.name: (one.address, one.size) for one in prototypes.functions()}
+    assert found == {
+        name: (symbols.symbol(name).address, symbols.symbol(name).size) for name in SHOWN
+    }
+
+
+@pytest.mark.parametrize("name", PASSED)
+def test_where_the_compiler_puts_them(tmp_path: Path, name: str) -> None:
+    """The callee is in assembly: it prints the words that a breakpoint could see."""
+    parameters, classes = PASSED[name]
+    values = []
+    for number, letter in enumerate(classes, 1):
+        wide = f"(__int128){number + 1000} << 64 | {number}"
+        big = f"(struct big){{{{{number}, 1, 2, 3, 4}}}}"
+        values.append({"W": wide, "B": big, "?": f"{number}"}.get(letter, str(number)))
+    if name == "small_one":
+        values[1] = "(struct pair){7, 8}"
+    source = f"""
+struct pair {{ int a, b; }}; struct big {{ long a[5]; }};
+unsigned long words[24];
+__attribute__((noinline)) void described({parameters}) {{ __asm__ volatile(""); }}
+void {name}({parameters});
+__asm__(".globl {name}; {name}: mov %rdi, words; mov %rsi, words+8; mov %rdx, words+16;"
+        "mov %rcx, words+24; mov %r8, words+32; mov %r9, words+40; xor %ecx, %ecx;"
+        "1: mov 8(%rsp, %rcx, 8), %rax; mov %rax, words+48(, %rcx, 8);"
+        "inc %ecx; cmp $16, %ecx; jne 1b; ret");
+int printf(const char *, ...);
+int main(void)
+{{
+    {name}({", ".join(values)});
+    for (int i = 0; i < 22; i++) printf("%ld ", words[i]);
+}}
+"""
+    made = compiled(tmp_path, source, "-g", "-O0", "-no-pie")
+    words = list(map(int, subprocess.check_output([made]).split()))
+    with Prototypes.open(made) as prototypes:
+        prototype = prototypes.at(Image.open(made).address("described"))
+    assert prototype is not None
+    assert len(prototype.parameters) == len(classes)
+    for number, (letter, parameter) in enumerate(
+        zip(classes, prototype.parameters, strict=True), 1
+    ):
+        if letter in "f?":
+            assert parameter.word is None, parameter
+        elif letter in "wWB":
+            assert parameter.word is not None
+            assert words[parameter.word] & 0xFF == number, parameter
+            if letter == "W":
+                assert words[parameter.word + 1] == 1000 + number
+        else:
+            assert parameter.word is not None
+            assert parameter.word >= 6
+    assert prototype.words == 1 + max(one.word or 0 for one in prototype.parameters)
+
+
+def test_images_without_it(tmp_path: Path) -> None:
+    made = compiled(tmp_path, SOURCE, "-nostdlib", "-static", "-Wl,-e,none")
+    with pytest.raises(xa.SymbolError, match="no debugging information"), Prototypes.open(made):
+        pass
+    with pytest.raises(xa.SymbolError, match="damaged"):
+        Prototypes(io.BytesIO(b"\x7fELF" + bytes(100)), "bad")
+    missing = tmp_path / "nothing"
+    with pytest.raises(xa.SymbolError, match="No such file"), Prototypes.open(missing):
+        pass

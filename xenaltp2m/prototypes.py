@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What functions take, by the debugging information (DWARF) of their image.
+
+The file may come from anywhere. How much of it is looked at is bounded, and whatever is wrong with
+it ends in a :class:`~xenaltp2m.errors.SymbolError`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NamedTuple, Self, TypeVar
+
+from elftools.dwarf.ranges import BaseAddressEntry
+from elftools.elf.elffile import ELFFile
+
+from xenaltp2m.errors import SymbolError
+from xenaltp2m.symbols import opened
+
+MAX_UNITS = 1 << 16
+"""A Linux kernel with all its modules has some 20 000 compilation units."""
+MAX_ENTRIES = 1 << 20
+"""Entries looked at in one search; the largest unit of a Linux kernel has a quarter."""
+MAX_SECTION = 1 << 30
+"""Bytes of a section, unpacked."""
+_DEEPEST = 16
+"""Types that refer to types, at most."""
+_MOST_PARAMETERS = 64
+_WORD = 8
+_REGISTER_WORDS = 6
+_SIGNED = frozenset((0x05, 0x06, 0x0D))
+"""DW_ATE_signed, signed_char, signed_fixed."""
+_FLOATING = frozenset((0x03, 0x04, 0x09, 0x0F))
+"""DW_ATE_complex_float, float, imaginary_float, decimal_float."""
+_STRUCTURES = frozenset(f"DW_TAG_{kind}_type" for kind in ("structure", "union", "class", "array"))
+_QUALIFIERS = {
+    "DW_TAG_const_type": "const", "DW_TAG_volatile_type": "volatile",
+    "DW_TAG_restrict_type": "restrict", "DW_TAG_atomic_type": "_Atomic",
+}  # fmt: skip
+_T = TypeVar("_T")
+
+
+class Type(NamedTuple):
+    """A C type, as far as it tells how a value is passed and shown."""
+
+    name: str
+    """As C spells it, or nearly."""
+    size: int
+    """Bytes."""
+    kind: str
+    """"signed", "unsigned", "pointer", "string", "float", "structure" or "void"."""
+
+
+VOID = Type("void", 0, "void")
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter of a function.
+
+    Attributes:
+        word: Which of the words that :class:`~xenaltp2m.tracing.Call` has as its arguments it is
+            in: the first six are in registers. None where it is in none: a floating-point number.
+    """
+
+    name: str
+    type: Type
+    word: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Prototype:
+    """What a function takes and returns.
+
+    Attributes:
+        variadic: Whether it takes more than these.
+    """
+
+    name: str
+    parameters: tuple[Parameter, ...]
+    result: Type
+    variadic: bool = False
+
+    @property
+    def words(self) -> int:
+        """How many arguments a call has to tell, to have them all."""
+        return 1 + max((one.word for one in self.parameters if one.word is not None), default=-1)
+
+    def __str__(self) -> str:
+        shown = [f"{one.type.name} {one.name}".strip() for one in self.parameters]
+        shown += ["..."] if self.variadic else []
+        return f"{self.result.name} {self.name}({', '.join(shown) or 'void'})"
+
+
+class Function(NamedTuple):
+    """A function that the image has code of."""
+
+    name: str
+    address: int
+    size: int
+
+
+class Prototypes:
+    """The prototypes of an image's functions. Closing it closes the file.
+
+    Use it in a ``with`` statement; they are read when they are asked for.
+    """
+
+    def __init__(self, stream: BinaryIO, name: str) -> None:
+        """Read the headers.
+
+        Args:
+            stream: The file; it stays the caller's to close.
+            name: What messages call it.
+
+        Raises:
+            SymbolError: It is not an ELF image, is damaged, or has no debugging information.
+        """
+        self.name = name
+        self._left = 0
+        with self._reading():
+            elf = ELFFile(stream)
+            self._is_64_bit = elf.elfclass == 64
+            for section in elf.iter_sections():
+                if section.name.startswith((".debug", ".zdebug")) and (
+                    section.data_size > MAX_SECTION
+                ):
+                    raise SymbolError(
+                        f"{name}: {section.name} has {section.data_size} bytes; the limit is "
+                        f"{MAX_SECTION}"
+                    )
+            self._dwarf: Any = None
+            if elf.has_dwarf_info(strict=True):
+                self._dwarf = elf.get_dwarf_info(relocate_dwarf_sections=False, follow_links=False)
+        if self._dwarf is None:
+            raise SymbolError(
+                f"{name} has no debugging information",
+                hint=("use an image that is not stripped, such as a -dbg package's vmlinux",),
+            )
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: str | os.PathLike[str]) -> Iterator[Self]:
+        """Read them from a file within the block.
+
+        Raises:
+            SymbolError: As the constructor, or the file cannot be read.
+        """
+        name = os.fspath(path)
+        with opened(path) as stream:
+            yield cls(stream, name)
+
+    def at(self, address: int) -> Prototype | None:
+        """Return the prototype of the function that begins at an address, as the file has it.
+
+        None where nothing is known: it was not written in C, or inlined everywhere else.
+
+        Raises:
+            SymbolError: The information is damaged, or past a limit.
+        """
+        self._left = MAX_ENTRIES
+        with self._reading():
+            unit = self._unit_of(address)
+            if unit is None:
+                return None
+            for entry in self._functions(unit):
+                if _number(entry, "DW_AT_low_pc") == address:
+                    return self._prototype(entry)
+        return None
+
+    def functions(self) -> Iterator[Function]:
+        """Yield all functions that have a name and code of their own.
+
+        Raises:
+            SymbolError: As :meth:`at`.
+        """
+        self._left = MAX_ENTRIES
+        for unit in self._units():
+            found = []
+            with self._reading():
+                for entry in self._functions(unit):
+                    low, high = _bounds(entry)
+                    name = _text(self._attribute(entry, "DW_AT_name"))
+                    if low is not None and name:
+                        found.append(Function(name, low, max(high - low, 0)))
+            yield from found
+
+    # Units and entries.
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except SymbolError:
+            raise
+        except Exception as error:
+            # Damaged tables raise nearly anything there.
+            raise SymbolError(f"{self.name}: its debugging information is damaged") from error
+
+    def _units(self) -> Iterator[Any]:
+        with self._reading():
+            units = self._dwarf.iter_CUs()
+            for _ in range(MAX_UNITS):
+                unit = next(units, None)
+                if unit is None:
+                    return
+                yield unit
+        raise SymbolError(f"{self.name} has more than {MAX_UNITS} compilation units")
+
+    def _unit_of(self, address: int) -> Any:
+        for unit in self._units():
+            top = self._take(unit.get_top_DIE())
+            if "DW_AT_ranges" in top.attributes:
+                if any(low <= address < high for low, high in self._ranges(unit, top)):
+                    return unit
+                continue
+            low, high = _bounds(top)
+            if low is not None and low <= address < high:
+                return unit
+        return None
+
+    def _ranges(self, unit: Any, top: Any) -> Iterator[tuple[int, int]]:
+        lists = self._dwarf.range_lists()
+        offset = top.attributes["DW_AT_ranges"].value
+        if lists is None:
+            return
+        base = _number(top, "DW_AT_low_pc") or 0
+        for entry in lists.get_range_list_at_offset(offset, cu=unit):
+            self._take(entry)
+            if isinstance(entry, BaseAddressEntry):
+                base = entry.base_address
+                continue
+            begin = 0 if getattr(entry, "is_absolute", False) else base
+            yield begin + entry.begin_offset, begin + entry.end_offset
+
+    def _functions(self, unit: Any) -> Iterator[Any]:
+        """Those at the top of a unit or in a namespace, with code or not."""
+        waiting = [unit.get_top_DIE()]
+        while waiting:
+            for entry in waiting.pop().iter_children():
+                self._take(entry)
+                if entry.tag == "DW_TAG_subprogram":
+                    yield entry
+                elif entry.tag == "DW_TAG_namespace":
+                    waiting.append(entry)
+
+    def _take(self, entry: _T) -> _T:
+        """Look at an entry, unless there were too many."""
+        self._left -= 1
+        if self._left < 0:
+            raise SymbolError(f"{self.name}: more than {MAX_ENTRIES} entries to search")
+        return entry
+
+    def _attribute(self, entry: Any, name: str) -> Any:
+        """An attribute, of the entry or what it is made from."""
+        for _ in range(_DEEPEST):
+            found = entry.attributes.get(name)
+            if found is not None:
+                return found
+            for link in ("DW_AT_abstract_origin", "DW_AT_specification"):
+                if link in entry.attributes:
+                    entry = self._take(entry.get_DIE_from_attribute(link))
+                    break
+            else:
+                return None
+        return None
+
+    # What they say.
+
+    def _prototype(self, entry: Any) -> Prototype:
+        name = _text(self._attribute(entry, "DW_AT_name"))
+        taken: list[tuple[str, Type]] = []
+        variadic = False
+        for child in entry.iter_children():
+            self._take(child)
+            variadic |= child.tag == "DW_TAG_unspecified_parameters"
+            if child.tag == "DW_TAG_formal_parameter":
+                if len(taken) == _MOST_PARAMETERS:
+                    raise SymbolError(f"{self.name}: {name} has more than {len(taken)} parameters")
+                taken.append((_text(self._attribute(child, "DW_AT_name")), self._type_of(child)))
+        result = self._type_of(entry)
+        place = _places_64 if self._is_64_bit else _places_32
+        words = place([of for _, of in taken], result)
+        parameters = tuple(
+            Parameter(named, of, word) for (named, of), word in zip(taken, words, strict=True)
+        )
+        return Prototype(name, parameters, result, variadic)
+
+    def _type_of(self, entry: Any) -> Type:
+        """The type that an entry refers to."""
+        for _ in range(_DEEPEST):
+            if "DW_AT_type" in entry.attributes:
+                return self._type(entry.get_DIE_from_attribute("DW_AT_type"))
+            origin = next(
+                (
+                    link
+                    for link in ("DW_AT_abstract_origin", "DW_AT_specification")
+                    if link in entry.attributes
+                ),
+                None,
+            )
+            if origin is None:
+                return VOID
+            entry = self._take(entry.get_DIE_from_attribute(origin))
+        return VOID
+
+    def _type(self, entry: Any, depth: int = 0) -> Type:
+        self._take(entry)
+        if depth == _DEEPEST:
+            raise SymbolError(f"{self.name}: a type refers to more than {_DEEPEST} others")
+
+        def below() -> Type:
+            if "DW_AT_type" not in entry.attributes:
+                return VOID
+            return self._type(entry.get_DIE_from_attribute("DW_AT_type"), depth + 1)
+
+        tag, name = entry.tag, _text(entry.attributes.get("DW_AT_name"))
+        size = _number(entry, "DW_AT_byte_size") or 0
+        if tag in ("DW_TAG_pointer_type", "DW_TAG_reference_type", "DW_TAG_rvalue_reference_type"):
+            target = below()
+            star = "*" if tag == "DW_TAG_pointer_type" else "&"
+            text = target.name + ("" if target.name.endswith(("*", "&")) else " ") + star
+            is_text = target.name.removeprefix("const ") == "char"
+            return Type(text, _WORD if self._is_64_bit else 4, "string" if is_text else "pointer")
+        if tag in _QUALIFIERS:
+            target = below()
+            if target.name.endswith("*"):
+                return target._replace(name=f"{target.name}{_QUALIFIERS[tag]}")
+            return target._replace(name=f"{_QUALIFIERS[tag]} {target.name}")
+        if tag == "DW_TAG_typedef":
+            target = below()
+            return target._replace(name=name or target.name)
+        if tag == "DW_TAG_base_type":
+            encoding = _number(entry, "DW_AT_encoding")
+            kind = "signed" if encoding in _SIGNED else "unsigned"
+            return Type(name, size, "float" if encoding in _FLOATING else kind)
+        if tag == "DW_TAG_enumeration_type":
+            return Type(f"enum {name}".strip(), size, "unsigned")
+        if tag in _STRUCTURES:
+            what = tag.removeprefix("DW_TAG_").removesuffix("_type").replace("ure", "")
+            return Type(f"{what} {name}".strip(), size, "structure")
+        if tag == "DW_TAG_subroutine_type":
+            return Type("function", size, "structure")
+        return Type(name or "?", size, "unsigned")
+
+
+def _places_64(types: list[Type], result: Type) -> list[int | None]:
+    """Tell in which word each parameter is (System V ABI, AMD64, 3.2.3)."""
+    registers = list(range(_REGISTER_WORDS))
+    stack, floating = _REGISTER_WORDS, 8
+    if result.kind == "structure" and result.size > 2 * _WORD:
+        registers.pop(0)  # where to put it
+    found: list[int | None] = []
+    known = True
+    for one in types:
+        words = max(-(-one.size // _WORD), 1)
+        if one.kind == "structure" and words <= 2:
+            known = False  # which registers it takes depends on all that is in it
+        if not known:
+            found.append(None)
+        elif one.kind == "float" and words == 1 and floating:
+            floating -= 1
+            found.append(None)
+        elif one.kind not in ("structure", "float") and words <= len(registers):
+            found.append(registers[0])
+            del registers[:words]
+        else:
+            if words == 2 and one.kind != "structure":
+                stack += stack % 2  # aligned to 16 bytes, as the first one is
+            found.append(stack)
+            stack += words
+    return found
+
+
+def _places_32(types: list[Type], result: Type) -> list[int | None]:
+    """Tell in which word each parameter is: all are on the stack (System V ABI, Intel386)."""
+    at = int(result.kind == "structure")
+    found: list[int | None] = []
+    for one in types:
+        found.append(at)
+        at += max(-(-one.size // 4), 1)
+    return found
+
+
+def _bounds(entry: Any) -> tuple[int | None, int]:
+    low, high = _number(entry, "DW_AT_low_pc"), entry.attributes.get("DW_AT_high_pc")
+    if low is None or high is None:
+        return None, 0
+    return low, high.value + (0 if high.form == "DW_FORM_addr" else low)
+
+
+def _number(entry: Any, name: str) -> int | None:
+    found = entry.attributes.get(name)
+    return found.value if found is not None and isinstance(found.value, int) else None
+
+
+def _text(attribute: Any) -> str:
+    if attribute is None or not isinstance(attribute.value, bytes):
+        return ""
+    return attribute.value.decode("utf-8", "backslashreplace")

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Pages of our own in a guest, above its memory, that no view shows it by their own gfns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING
+
+from xenaltp2m.errors import XenError
+from xenaltp2m.types import PAGE_SIZE, Access
+
+if TYPE_CHECKING:
+    from xenaltp2m.domain import Domain
+    from xenaltp2m.handle import UndoList
+    from xenaltp2m.view import View
+
+_AT_ONCE = 16
+_NOTHING = b"\xff" * PAGE_SIZE
+"""What a guest reads where there is no memory."""
+
+
+class Shadows:
+    """A sink, and shadows, hidden in every view."""
+
+    def __init__(self, domain: Domain, views: Sequence[View], undo: UndoList) -> None:
+        self._domain = domain
+        self._backend = domain.xen.backend
+        self._views = views
+        self._undo = undo
+        self._free: list[int] = []
+        self._memory: dict[int, memoryview] = {}
+        self._maps: list[list[memoryview]] = []
+        self._sink = 0
+
+    def __contains__(self, gfn: int) -> bool:
+        return gfn in self._memory
+
+    def take(self) -> tuple[int, memoryview]:
+        """Return a shadow that nobody uses, and its memory."""
+        if not self._free:
+            self._grow()
+        gfn = self._free.pop()
+        return gfn, self._memory[gfn]
+
+    def give_back(self, gfn: int) -> None:
+        """Have it for the next one; it is hidden again."""
+        self._memory[gfn][:] = _NOTHING
+        self._free.append(gfn)
+
+    def hide(self, view: View, gfn: int) -> None:
+        """Let a view show the sink instead."""
+        view.remap(gfn, self._sink, access=Access.R)
+
+    def hide_all(self, view: View) -> None:
+        """The same in a view that is new."""
+        if self._sink:
+            view.set_access(self._sink, Access.R)
+        for gfn in self._memory:
+            if gfn != self._sink:
+                self.hide(view, gfn)
+
+    def is_hidden(self, gfn: int) -> bool:
+        """Whether every view has the rights there that belong to the sink."""
+        return all(view.access(gfn) == Access.R for view in self._views)
+
+    def are_hidden(self) -> bool:
+        """The same of all of them and the sink."""
+        return all(self.is_hidden(gfn) for gfn in self._memory)
+
+    def abandon(self) -> None:
+        """Let go of the mappings: the domain is gone."""
+        for pages in list(self._maps):
+            with suppress(XenError):
+                self._unmap(pages)
+
+    def _unmap(self, pages: list[memoryview]) -> None:
+        self._backend.foreignmemory_unmap(pages)
+        self._maps = [others for others in self._maps if others is not pages]
+
+    def _grow(self) -> None:
+        """Add some. The domain stands still, for until they are hidden they can be seen."""
+        domain, backend, domid = self._domain, self._backend, int(self._domain.domid)
+        with domain.paused():
+            gfns = domain.add_pages(_AT_ONCE)
+            self._undo.push("", partial(domain.remove_pages, gfns))
+            pages = backend.foreignmemory_map(domid, True, gfns)
+            self._maps.append(pages)
+            self._undo.push(
+                f"mapping of gfns {gfns.start:#x}..{gfns.stop - 1:#x} of domain {domid}",
+                partial(self._unmap, pages),
+            )
+            for gfn, page in zip(gfns, pages, strict=True):
+                page[:] = _NOTHING
+                self._memory[gfn] = page
+            shadows = gfns
+            if not self._sink:
+                self._sink, shadows = gfns[0], gfns[1:]
+            for view in self._views:
+                view.set_access(self._sink, Access.R)
+                for gfn in shadows:
+                    self.hide(view, gfn)
+            self._free += reversed(shadows)
