@@ -39,6 +39,7 @@ from xenaltp2m.vcpu import Vcpu
 from xenaltp2m.view import check_gfn
 
 if TYPE_CHECKING:
+    from xenaltp2m.tracing import Trace
     from xenaltp2m.xen import Xen
 
 _HVM_PARAM_ALTP2M = 35
@@ -192,6 +193,12 @@ class Domain(Handle):
         wanted = tuple(map(subscription, subscriptions))
         self._monitor = Monitor(self, wanted, access_required)
         return self._monitor
+
+    def trace(self, *functions: str, **options: Any) -> Trace:
+        """Trace calls of functions: :class:`xenaltp2m.tracing.Trace` has the options."""
+        from xenaltp2m.tracing import Trace
+
+        return Trace(self, *functions, **options)
 
     def vcpu(self, number: int) -> Vcpu:
         """Return a vCPU.

@@ -25,6 +25,8 @@ MAX_ENTRIES = 1 << 20
 """Entries looked at in one search; the largest unit of a Linux kernel has a quarter."""
 MAX_SECTION = 1 << 30
 """Bytes of a section, unpacked."""
+_MOST_UNPACKED = 64
+"""Times the file's size."""
 _DEEPEST = 16
 """Types that refer to types, at most."""
 _MOST_PARAMETERS = 64
@@ -123,14 +125,11 @@ class Prototypes:
         with self._reading():
             elf = ELFFile(stream)
             self._is_64_bit = elf.elfclass == 64
+            limit = min(MAX_SECTION, _MOST_UNPACKED * stream.seek(0, os.SEEK_END))
             for section in elf.iter_sections():
-                if section.name.startswith((".debug", ".zdebug")) and (
-                    section.data_size > MAX_SECTION
-                ):
-                    raise SymbolError(
-                        f"{name}: {section.name} has {section.data_size} bytes; the limit is "
-                        f"{MAX_SECTION}"
-                    )
+                size = section.data_size
+                if section.name.startswith((".debug", ".zdebug")) and size > limit:
+                    raise SymbolError(f"{name}: {section.name} has {size} bytes: too many")
             self._dwarf: Any = None
             if elf.has_dwarf_info(strict=True):
                 self._dwarf = elf.get_dwarf_info(relocate_dwarf_sections=False, follow_links=False)

@@ -7,6 +7,7 @@ for them, and gives both back when it is closed.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping
@@ -78,6 +79,9 @@ class Trace(Handle):
         dropped: How many calls were left out because there were too many in a second.
         unfinished: Of how many calls the return was not waited for any longer, for there were too
             many.
+        reapplied: How many pages with breakpoints :meth:`verify` has found reset by Xen.
+        busy: Seconds that were spent on calls and returns, callbacks included.
+        ended: How the domain ended, once it has.
     """
 
     def __init__(
@@ -118,7 +122,10 @@ class Trace(Handle):
         self._cr3 = None if wanted is None else {each & _CR3_ADDRESS for each in wanted}
         self._interval = 0.0 if not most_per_second else 1.0 / most_per_second
         self.hits: Counter[str] = Counter(dict.fromkeys(names, 0))
-        self.dropped = self.unfinished = 0
+        self.dropped = self.unfinished = self.reapplied = 0
+        self.busy = 0.0
+        self._until = math.inf
+        self.ended: DomainEnded | None = None
         self._begun = time.monotonic()
         self._next = 0.0
         self._seen: deque[Seen] = deque()
@@ -179,18 +186,26 @@ class Trace(Handle):
                 while self._seen:
                     yield self._seen.popleft()
 
-    def run(self, callback: Callable[[Seen], object], timeout: float | None = None) -> None:
+    def run(
+        self,
+        callback: Callable[[Seen], object],
+        timeout: float | None = None,
+        *,
+        seconds: float = math.inf,
+    ) -> None:
         """Call a function with what happens, while the vCPU waits: the fastest way.
 
         Args:
             callback: What it raises is raised here, once the vCPU was answered.
             timeout: As for :meth:`calls`.
+            seconds: After so long this ends, with the next that happens, told or not.
         """
         self._callback = callback
+        self._until = time.perf_counter() + seconds
         try:
-            self._monitor.run(self._breakpoints, timeout)
+            self._monitor.run(self._handle, timeout)
         finally:
-            self._callback = self._seen.append
+            self._callback, self._until = self._seen.append, math.inf
 
     def stop(self) -> None:
         """End the iteration that runs, or the next one; from any thread or signal handler."""
@@ -198,12 +213,23 @@ class Trace(Handle):
 
     def verify(self) -> None:
         """Make breakpoints again that Xen has reset: see :meth:`Breakpoints.verify`."""
-        self._breakpoints.verify()
+        self.reapplied += len(self._breakpoints.verify())
+
+    def _handle(self, event: Event) -> Response | None:
+        if isinstance(event, DomainEnded):
+            self.ended = event
+            return None
+        begun = time.perf_counter()
+        try:
+            return self._breakpoints(event)
+        finally:
+            now = time.perf_counter()
+            self.busy += now - begun
+            if now >= self._until:
+                self._monitor.stop()
 
     def _answer(self, event: Event) -> None:
-        if isinstance(event, DomainEnded):
-            return
-        response: Response | None = self._breakpoints(event)
+        response = self._handle(event)
         if response is not None:
             event.reply(response)
 

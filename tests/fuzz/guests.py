@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Throws mutated images, lists of symbols and page tables at what reads them.
+"""Throws mutated images, prototypes, lists of symbols and page tables at what reads them.
 
-    guests.py [--count 210000] [--seed 1]
+    guests.py [--count 280000] [--seed 1]
 
 Each input must lead to a result or to the one error that is meant for it, within a second and with
 no more memory than a small multiple of its size; and what a result says of itself must hold.
@@ -16,6 +16,7 @@ import resource
 import signal
 import struct
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tests.unit.test_prototypes import SOURCE, compiled
 from xenaltp2m import symbols
 from xenaltp2m.abi.x86 import (
     CR0_PE,
@@ -37,6 +39,7 @@ from xenaltp2m.abi.x86 import (
     Paging,
 )
 from xenaltp2m.errors import SymbolError
+from xenaltp2m.prototypes import Prototypes
 
 GUESTS = Path(__file__).resolve().parents[2] / "examples" / "guest"
 IMAGES = [path.read_bytes() for path in sorted(GUESTS.glob("*.elf"))]
@@ -140,7 +143,38 @@ def page_tables(chance: random.Random) -> None:
         assert len(found.entries) == loads
 
 
-KINDS: list[Callable[[random.Random], None]] = [an_image, a_list, page_tables]
+def described() -> list[bytes]:
+    """Images with debugging information of both kinds, packed and not."""
+    with tempfile.TemporaryDirectory(prefix="xenaltp2m-fuzz-") as directory:
+        return [
+            compiled(
+                Path(directory), SOURCE, *options.split(), "-nostdlib", "-static", "-Wl,-e,none"
+            ).read_bytes()
+            for options in ("-gdwarf-4 -O0", "-gdwarf-5 -O2", "-gdwarf-5 -O2 -gz")
+        ]
+
+
+DESCRIBED = described()
+FUNCTIONS = [[one.address for one in symbols.Image(image).symbols] for image in DESCRIBED]
+
+
+def prototypes(chance: random.Random) -> None:
+    """Debugging information: mostly what lies behind the code."""
+    which = chance.randrange(len(DESCRIBED))
+    data = bytearray(mutated(chance, DESCRIBED[which]))
+    for _ in range(chance.choice([0, 1, 2, 8])):
+        at = chance.randrange(min(0x1000, len(data) - 1), len(data))
+        data[at] = chance.choice([0, 1, 0x7F, 0x80, 0xFF, chance.getrandbits(8)])
+    try:
+        found = Prototypes(io.BytesIO(data), "fuzzed")
+        for address in chance.sample(FUNCTIONS[which], 3):
+            found.at(address)
+        list(found.functions())
+    except SymbolError:
+        return
+
+
+KINDS: list[Callable[[random.Random], None]] = [an_image, a_list, page_tables, prototypes]
 
 
 def too_long(number: int, frame: FrameType | None) -> None:
@@ -150,8 +184,8 @@ def too_long(number: int, frame: FrameType | None) -> None:
 
 def main() -> int:
     """Fuzz from the command line."""
-    parser = argparse.ArgumentParser(description="Fuzz symbols and page tables.")
-    parser.add_argument("--count", type=int, default=210_000, help="inputs")
+    parser = argparse.ArgumentParser(description="Fuzz symbols, prototypes and page tables.")
+    parser.add_argument("--count", type=int, default=280_000, help="inputs")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     signal.signal(signal.SIGALRM, too_long)

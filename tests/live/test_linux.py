@@ -7,6 +7,7 @@ Its init has a process copy 50 times 1234 bytes, says "beat" and a number, and s
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 import time
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ from xenaltp2m.tracing import Call, Return, Trace
 
 CONSOLE = Path("/var/log/xen/console/guest-linux.log")
 OPTIONS = "console=hvc0 nokaslr quiet cryptomgr.notests mitigations=off work"
-NAMES = "_text", "_etext", "ksys_write", "do_sys_openat2"
+NAMES = "_text", "_etext", "ksys_write", "do_sys_openat2", "entry_SYSCALL_64"
+"""With the last, KASLR is looked for."""
 COPIES, BYTES, ROUNDS = 50, 1234, 6
 PATIENCE = 300
 AT_FDCWD = -100 & (1 << 32) - 1
@@ -112,10 +114,34 @@ def test_system_calls_are_counted_one_by_one(linux: Linux) -> None:
     assert len(beats) == ROUNDS
     assert beats == list(range(beats[0], beats[0] + ROUNDS))
     assert returned.count(BYTES) >= ROUNDS * COPIES
-    # All of it as it was, and it goes on.
+    is_unharmed(linux, code)
+
+
+def is_unharmed(linux: Linux, code: str) -> None:
+    """All of it as it was, and it goes on."""
     assert linux.code() == code
     assert not linux.dom.altp2m_active
-    beat, end_of_patience = linux.beats(), time.monotonic() + PATIENCE
+    beat, end = linux.beats(), time.monotonic() + PATIENCE
     while linux.beats() < beat + 3:
-        assert time.monotonic() < end_of_patience, "it has stopped"
+        assert time.monotonic() < end, "it has stopped"
         time.sleep(0.5)
+
+
+def test_the_command_line(linux: Linux) -> None:
+    code = linux.code()
+    command = ["xenaltp2m", "trace", "linux", "--symbols", linux.symbols.name, "--json"]
+    command += ["do_sys_openat2:d,s", "ksys_write:u,s,u", "--returns", "--count", "120"]
+    run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
+    *told, summary = map(json.loads, run.stdout.splitlines())
+    calls = [one for one in told if one["event"] == "call"]
+    assert len(calls) == 120
+    writes = [one["arguments"] for one in calls if one["function"] == "ksys_write"]
+    opens = [one["arguments"] for one in calls if one["function"] == "do_sys_openat2"]
+    assert {one["1"] for one in opens} == {"/dev/null", "/dev/zero"}
+    assert {one["0"] for one in writes} <= {STDOUT, STDERR}
+    assert sum(one["2"] == BYTES for one in writes) >= COPIES
+    assert any(one["1"].startswith("beat ") for one in writes)
+    returned = [one["value"] for one in told if one["event"] == "return"]
+    assert returned.count(BYTES) >= COPIES
+    assert summary["summary"]["unfinished"] == 0
+    is_unharmed(linux, code)

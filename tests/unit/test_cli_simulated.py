@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -62,3 +64,97 @@ def test_an_image_of_no_pvh_guest_is_memory(
     protect = ["--connect", "mock", "protect", "guest", "--image", str(image)]
     assert cli.main([*protect, "--symbol", "target", "--hold", "0", "--json"]) == cli.DONE
     assert json.loads(capsys.readouterr().out)["symbols"][0]["matches"] is True
+
+
+RACER = GUESTS / "racer.elf"
+
+
+def traced(
+    capsys: pytest.CaptureFixture[str], *arguments: str, image: Path = RACER
+) -> tuple[list[Any], Any]:
+    trace = ["--connect", "mock", "trace", "guest", "--symbols", str(image), "--json", "--quiet"]
+    assert cli.main([*trace, *arguments]) == cli.DONE
+    *told, summary = map(json.loads, capsys.readouterr().out.splitlines())
+    return told, summary["summary"]
+
+
+def test_trace_tells_calls_and_returns(capsys: pytest.CaptureFixture[str]) -> None:
+    told, summary = traced(capsys, "hit:u", "--returns", "--count", "40")
+    calls = [one for one in told if one["event"] == "call"]
+    assert len(calls) == 40
+    assert {one["caller_symbol"] for one in calls} == {"wrong_after_hit+0x2e"}
+    for vcpu in (0, 1):
+        own = [one for one in told if one["vcpu"] == vcpu]
+        passed = [one["arguments"]["0"] for one in own if one["event"] == "call"]
+        assert passed == list(range(passed[0], passed[0] + len(passed)))
+        came_back = [one["value"] for one in own if one["event"] == "return"]
+        assert came_back == [3 * n + 1 for n in passed][: len(came_back)]
+    assert summary["by_function"] == {"hit": summary["calls"]}
+    assert (summary["dropped"], summary["unfinished"], summary["reapplied"]) == (0, 0, 0)
+
+
+def test_trace_leaves_out_what_is_not_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+    told, summary = traced(capsys, "hit", "--rate", "0.001", "--duration", "0.3")
+    assert len(told) == 1
+    assert summary["dropped"] == summary["calls"] - 1 > 0
+    told, summary = traced(capsys, "hit", "--cr3", "0x1000", "--duration", "0.3")
+    assert told == []
+    assert summary["calls"] > 0
+
+
+def test_trace_in_a_64_bit_guest(capsys: pytest.CaptureFixture[str]) -> None:
+    """target64(a, b, c) returns a + 2b + 3c."""
+    told, _ = traced(
+        capsys, "target64:u,u,u", "--returns", "--count", "9", image=GUESTS / "paged.elf"
+    )
+    calls = [list(one["arguments"].values()) for one in told if one["event"] == "call"]
+    values = [one["value"] for one in told if one["event"] == "return"]
+    assert values == [a + 2 * b + 3 * c for a, b, c in calls][: len(values)]
+    assert len(calls) == 9
+
+
+DESCRIBED = r"""
+__asm__(".section .note.pvh, \"a\"; .long 4, 4, 18; .asciz \"Xen\"; .long _start; .text");
+__attribute__((noinline)) int said(const char *text, int number, char letter)
+{ __asm__ volatile(""); return number - 2; }
+char stack[256];
+void again(void) { for (;;) said("hello\n", -3, 'x'); }
+__asm__(".globl _start; _start: mov $stack + 256, %esp; jmp again");
+"""
+
+
+def test_trace_shows_what_the_image_says_of_arguments(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = tmp_path / "guest.elf"
+    subprocess.run(
+        ["gcc", "-m32", "-g", "-O1", "-ffreestanding", "-fno-pie", "-no-pie", "-nostdlib",
+         "-static", "-fno-stack-protector", "-fcf-protection=none",
+         "-Wl,-Ttext=0x100000,--build-id=none", "-x", "c", "-", "-o", str(image)],
+        input=DESCRIBED, text=True, check=True,
+    )  # fmt: skip
+    told, _ = traced(capsys, "said", "--count", "2", image=image)
+    assert [one["arguments"] for one in told] == [
+        {"text": "hello\n", "number": -3, "letter": ord("x")}
+    ] * 2
+    trace = ["--connect", "mock", "trace", "guest", "--symbols", str(image), "said", "--returns"]
+    assert cli.main([*trace, "--count", "2"]) == cli.DONE
+    shown = capsys.readouterr()
+    assert r'said(text="hello\n", number=-3, letter=120)  from again+' in shown.out
+    assert "said returned = -5" in shown.out
+    assert "int said(const char * text, int number, char letter)" in shown.err
+    assert re.search(r"^said +\d+ +\d+$", shown.out, re.MULTILINE)
+
+
+def test_trace_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    trace = ["--connect", "mock", "trace", "guest", "--symbols", str(RACER)]
+    assert cli.main([*trace, "hot"]) == cli.USAGE
+    assert "did you mean hit?" in capsys.readouterr().err
+    for wrong in ("hit:q", "hit:99", ":3", "hit:"):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main([*trace, wrong])
+        assert "behind the name stands" in capsys.readouterr().err
+    for options in (["--top", "--json"], ["--rate", "0"], ["--count", "0"], ["--cr3", "x"]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main([*trace, "hit", *options])
+    assert capsys.readouterr().out == ""

@@ -51,6 +51,7 @@ class Console:
         self.as_json = as_json
         self._quiet = quiet
         self._status = ""
+        self._rows_in_place = 0
 
     def result(self, document: dict[str, Any], table: Table) -> None:
         """Print the result, as JSON or as a table."""
@@ -64,6 +65,14 @@ class Console:
         if not (sys.stdout.isatty() and _print_rich(table)):
             print(table.plain())
         sys.stdout.flush()
+
+    def in_place(self, table: Table) -> None:
+        """Show a table where the one before is, where somebody watches."""
+        if sys.stdout.isatty() and not self.as_json:
+            back = f"\033[{self._rows_in_place}A\033[J" if self._rows_in_place else ""
+            text = table.plain()
+            self._rows_in_place = text.count("\n") + 1
+            print(f"{back}{text}", flush=True)
 
     def line(self, text: str) -> None:
         """Print a line of a result that comes bit by bit, above the status."""

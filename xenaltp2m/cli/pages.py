@@ -42,6 +42,17 @@ def seconds(text: str) -> float:
     return found
 
 
+def number_among(text: str, among: range, what: str) -> int:
+    """Turn an argument into one of these numbers."""
+    try:
+        number = int(text, 0)
+    except ValueError:
+        number = -1
+    if number not in among:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    return number
+
+
 def pages(image: Image, symbols: Sequence[Symbol]) -> list[int]:
     """The gfns of all symbols, few enough to count: sizes are whatever the image says."""
     gfns: set[int] = set()

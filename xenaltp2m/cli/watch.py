@@ -22,6 +22,7 @@ from xenaltp2m.cli.pages import (
     access_among,
     check_loaded,
     counted,
+    number_among,
     pages,
     run_of_gfns,
     seconds,
@@ -155,21 +156,11 @@ def _gfns(text: str) -> range:
 
 
 def _msr(text: str) -> int:
-    return _number(text, range(_MSR_LIMIT), "the number of an MSR")
+    return number_among(text, range(_MSR_LIMIT), "the number of an MSR")
 
 
 def _count(text: str) -> int:
-    return _number(text, range(1, 1 << 63), "a number of hits")
-
-
-def _number(text: str, among: range, what: str) -> int:
-    try:
-        number = int(text, 0)
-    except ValueError:
-        number = -1
-    if number not in among:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-    return number
+    return number_among(text, range(1, 1 << 63), "a number of hits")
 
 
 def run(options: argparse.Namespace, console: Console) -> None:

@@ -1,0 +1,487 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""``trace``: tell of each call of a guest's functions, as it happens."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from functools import partial
+from typing import Any
+
+import xenaltp2m as xa
+from xenaltp2m.cli.console import Console, Table, printable
+from xenaltp2m.cli.host import Stop, connect, is_altp2m_active
+from xenaltp2m.cli.pages import counted, number_among, seconds
+from xenaltp2m.memory import AddressSpace
+from xenaltp2m.prototypes import Parameter, Prototype, Prototypes, Type
+from xenaltp2m.symbols import Image, Symbols
+from xenaltp2m.tracing import Call, Return, Seen, Trace
+
+SUMMARY = "trace calls of a guest's functions: a line for each call, then undo everything"
+
+KEYS = """\
+Each function gets a breakpoint that the guest cannot see: int3 in a copy of its page, which is
+executed and never read. No vCPU waits but the one that calls.
+
+A FUNCTION is a name of the file with --symbols, or name+0x10. What it takes is shown as the file's
+debugging information (DWARF) has it, if it has some. Else, or to have it otherwise, add
+  :3        three words, in hexadecimal
+  :d,s,x    the first as a signed number, the second as the text it points to, the third in
+            hexadecimal; u is an unsigned number
+Numbers are of 8 bytes, in a 32-bit guest of 4.
+
+A line has: seconds since the start, vCPU, the call, the place it was called from. With --returns
+another tells what it came back with, and how long that took.
+
+A kernel that KASLR has moved is found where it is by a vCPU's MSR_LSTAR, if the file says where
+entry_SYSCALL_64 is; --slide says how far otherwise.
+
+It ends after --duration or --count, with the domain, on Ctrl-C or SIGTERM, and when nobody reads
+its output any more; all of these undo everything.
+
+--json prints one object in a line for each call:
+  time         Unix time
+  event        "call", or "return" with --returns; at last "DomainEnded" where the domain has gone
+  function, vcpu, cr3
+  arguments    {name or number: number, text, or null where it cannot be told}
+  caller       the return address, or null; caller_symbol what it lies in, or null
+  value, seconds    of a return: what it returned, and how long the call took
+and a last line {"summary": {...}}:
+  calls, seconds, rate    in all
+  busy         the part of the time that was spent here, a vCPU waiting, from 0 to 1
+  dropped      calls that --rate has left out
+  unfinished   calls whose return was not waited for any longer
+  reapplied    pages that Xen had reset, and that were made again
+  by_function  {name: calls}
+"""
+
+_TICK_SECONDS = 0.25
+_VERIFY_SECONDS = 5.0
+_LINES_AT_ONCE = 200
+_TEXT_LIMIT = 80
+_KINDS = {"x": "pointer", "d": "signed", "u": "unsigned", "s": "string"}
+_SMALL = 1 << 12
+"""Unsigned numbers from here on are shown in hexadecimal."""
+_MOST_WORDS = 32
+_WORD = Type("", 8, "word")
+"""Of which nothing is known: a small negative number is shown as one."""
+_SYSTEM_CALL = "entry_SYSCALL_64"
+
+
+class _Wanted:
+    """A function, and what is known of what it takes."""
+
+    def __init__(self, name: str, prototype: Prototype | None) -> None:
+        self.name = name
+        self.prototype = prototype
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.set_defaults(usage_error=parser.error)
+    parser.add_argument("domain", metavar="DOMAIN", help="domid, name or uuid")
+    parser.add_argument(
+        "functions", type=_wanted, nargs="+", metavar="FUNCTION[:ARGUMENTS]",
+        help="what to trace, and how to show what it takes",
+    )  # fmt: skip
+    parser.add_argument(
+        "--symbols", required=True, metavar="FILE",
+        help="ELF image, System.map, or a copy of the guest's /proc/kallsyms",
+    )  # fmt: skip
+    parser.add_argument(
+        "--slide", type=_slide, metavar="N", help="how far KASLR has moved the kernel, in bytes"
+    )
+    parser.add_argument("--returns", action="store_true", help="tell of returns, too")
+    parser.add_argument(
+        "--cr3", type=_cr3, action="append", metavar="N",
+        help="tell only of calls with these page tables; may be given again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rate",
+        type=seconds,
+        metavar="N",
+        help="tell of so many calls in a second; count the rest",
+    )
+    parser.add_argument(
+        "--top", action="store_true",
+        help="instead of lines, a table of how often each is called, in place",
+    )  # fmt: skip
+    parser.add_argument(
+        "--toggle", action="store_true", help="step by single-steps that Xen tells of: slower"
+    )
+    parser.add_argument(
+        "--duration", type=seconds, metavar="SECONDS", help="end after so long (default: Ctrl-C)"
+    )
+    parser.add_argument("--count", type=_count, metavar="N", help="end after so many calls")
+
+
+def _wanted(text: str) -> _Wanted:
+    name, colon, kinds = text.rpartition(":")
+    if not colon:
+        return _Wanted(text, None)
+    letters = kinds.split(",")
+    if kinds.isdecimal():
+        letters = ["x"] * min(int(kinds), _MOST_WORDS + 1)
+    if not name or len(letters) > _MOST_WORDS or not set(letters) <= _KINDS.keys():
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: behind the name stands a number up to {_MOST_WORDS}, or letters of x, d, "
+            "u and s with commas"
+        )
+    parameters = tuple(
+        Parameter("", Type("", 8, _KINDS[letter]), word) for word, letter in enumerate(letters)
+    )
+    return _Wanted(name, Prototype(name, parameters, _WORD))
+
+
+def _count(text: str) -> int:
+    return number_among(text, range(1, 1 << 63), "a number of calls")
+
+
+def _slide(text: str) -> int:
+    return number_among(text, range(1 << 63), "a number of bytes")
+
+
+def _cr3(text: str) -> int:
+    return number_among(text, range(1 << 64), "a value of CR3")
+
+
+def run(options: argparse.Namespace, console: Console) -> None:
+    """Run the command."""
+    if options.top and console.as_json:
+        options.usage_error("--top is a table, --json is none")
+    if options.rate == 0:
+        options.usage_error("--rate 0 tells nothing")
+    symbols = Symbols.open(options.symbols)
+    image = symbols if isinstance(symbols, Image) else None
+    prototypes = _prototypes(options, symbols)
+    with ExitStack() as stack:
+        stop = stack.enter_context(Stop())
+        xen = stack.enter_context(connect(options, console, image))
+        domain = stack.enter_context(xen.domain(options.domain))
+        symbols = _slid(options, domain, symbols)
+        for name in prototypes:
+            symbols.address(name)  # before anything is changed
+        was_active = is_altp2m_active(domain, console)
+        stop.hold_back()
+        trace = stack.enter_context(
+            domain.trace(
+                *prototypes,
+                symbols=symbols,
+                arguments={name: one.words for name, one in prototypes.items() if one is not None},
+                returns=options.returns,
+                cr3=options.cr3,
+                most_per_second=options.rate,
+                fast=not options.toggle,
+            )
+        )
+        stop.wake = trace.stop
+        teller = _Teller(options, console, domain, symbols, prototypes, trace)
+        teller.tell_start()
+        teller.listen(stop)
+    undone = ["breakpoints removed", "vCPUs moved back", "monitor closed"]
+    if not was_active:
+        undone.append("altp2m off")
+    console.note(f"Undone: {', '.join(undone)}.")
+    teller.sum_up()
+
+
+def _prototypes(options: argparse.Namespace, symbols: Symbols) -> dict[str, Prototype | None]:
+    """What each function takes, as the arguments or the file have it."""
+    found = {one.name: one.prototype for one in options.functions}
+    with ExitStack() as stack:
+        described = None
+        if isinstance(symbols, Image) and None in found.values():
+            with suppress(xa.SymbolError):
+                described = stack.enter_context(Prototypes.open(options.symbols))
+        for name, prototype in found.items():
+            if prototype is None and described is not None:
+                found[name] = described.at(symbols.address(name))
+    return found
+
+
+def _slid(options: argparse.Namespace, domain: xa.Domain, symbols: Symbols) -> Symbols:
+    """The symbols where the guest has them."""
+    if options.slide is not None:
+        return symbols.slid(options.slide)
+    registers = domain.vcpu(0).registers()
+    try:
+        symbols.symbol(_SYSTEM_CALL)
+    except xa.SymbolError:
+        return symbols
+    if not registers.msr_lstar:
+        return symbols
+    return symbols.slid(symbols.find_slide(registers))
+
+
+class _Teller:
+    """Tells and counts calls."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        console: Console,
+        domain: xa.Domain,
+        symbols: Symbols,
+        prototypes: dict[str, Prototype | None],
+        trace: Trace,
+    ) -> None:
+        self._console = console
+        self._domain = domain
+        self._symbols = symbols
+        self._prototypes = prototypes
+        self._trace = trace
+        self._top = options.top
+        self._duration: float | None = options.duration
+        self._most = math.inf if options.count is None else options.count
+        self._start = self._end = time.monotonic()
+        self._deadline = self._start + (math.inf if options.duration is None else options.duration)
+        self._told = 0
+        self._lines: list[str] = []
+        self._next_tick = self._next_check = self._start
+        self._rates: dict[str, tuple[float, int]] = {}
+        self._stop: Stop | None = None
+
+    def tell_start(self) -> None:
+        """Say what goes on."""
+        until = "until Ctrl-C"
+        if self._duration is not None:
+            until = f"for {self._duration:g} s"
+        if self._most < math.inf:
+            until += f", or {counted(int(self._most), 'call')}"
+        shown = [
+            name if prototype is None or prototype.result is _WORD else str(prototype)
+            for name, prototype in self._prototypes.items()
+        ]
+        slide = f", moved by {self._symbols.slide:#x}" if self._symbols.slide else ""
+        self._console.note(
+            f"Tracing domain {self._domain.domid} ({self._domain.name}) {until}{slide}: "
+            f"{'; '.join(shown)}"
+        )
+
+    # Listening.
+
+    def listen(self, stop: Stop) -> None:
+        """Tell what happens until something says that it is enough."""
+        self._stop = stop
+        self._next_check = self._start + _VERIFY_SECONDS
+        trace = self._trace
+        while not stop.came and trace.ended is None and (left := self._left()) > 0:
+            tick = min(left, _TICK_SECONDS)
+            trace.run(self._take, tick, seconds=tick)
+            self._tick()
+        self._end = time.monotonic()
+        if trace.ended is not None:
+            self._lines.append(self._of_end(trace.ended))
+        self._flush()
+        self._console.status("")
+
+    def _left(self) -> float:
+        return 0 if self._told >= self._most else self._deadline - time.monotonic()
+
+    def _take(self, seen: Seen) -> None:
+        if self._left() <= 0:
+            self._trace.stop()
+            return
+        if isinstance(seen, Call):
+            self._told += 1
+        if not self._top:
+            line = self._document(seen) if self._console.as_json else self._text(seen)
+            self._lines.append(line)
+        if self._left() <= 0:
+            self._trace.stop()
+        if len(self._lines) >= _LINES_AT_ONCE:
+            self._flush()
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self._flush()
+        if now < self._next_tick:
+            return
+        self._next_tick = now + _TICK_SECONDS
+        if self._top:
+            self._print(partial(self._console.in_place, self._table(rates=True)))
+        else:
+            calls, passed = self._trace.hits.total(), now - self._start
+            rate = calls / passed if passed else 0.0
+            status = f"{counted(calls, 'call')}, {rate:.0f} per second, {passed:.0f} s"
+            self._print(partial(self._console.status, status))
+        if now >= self._next_check:
+            self._next_check = now + _VERIFY_SECONDS
+            before = self._trace.reapplied
+            self._trace.verify()
+            if again := self._trace.reapplied - before:
+                self._console.warn(
+                    f"{counted(again, 'page')} with breakpoints had none for a while: Xen has "
+                    "reset views, for the host p2m changed; calls may be missing"
+                )
+
+    def _flush(self) -> None:
+        if self._lines:
+            text = "\n".join(self._lines)
+            self._lines.clear()
+            self._print(partial(self._console.line, text))
+
+    def _print(self, act: Any) -> None:
+        assert self._stop is not None
+        self._stop.printing(act)
+        if self._stop.came:
+            self._trace.stop()
+
+    # Telling.
+
+    def _text(self, seen: Seen) -> str:
+        head = f"{seen.time:11.6f}  vCPU {seen.vcpu}  "
+        if isinstance(seen, Return):
+            prototype = self._prototypes[seen.call.name]
+            result = _WORD if prototype is None else prototype.result
+            value = "" if result.kind == "void" else f" = {self._number(seen.value, result)}"
+            took = 1e3 * (seen.time - seen.call.time)
+            return f"{head}{printable(seen.call.name)} returned{value}  ({took:.3f} ms)"
+        shown = ", ".join(f"{name}={text}" if name else text for name, text in self._shown(seen))
+        place = "" if seen.caller is None else f"  from {self._place(seen.caller)}"
+        return f"{head}{printable(seen.name)}({shown}){place}"
+
+    def _document(self, seen: Seen) -> str:
+        told: dict[str, Any] = {"time": round(time.time(), 6)}
+        if isinstance(seen, Return):
+            told |= {
+                "event": "return", "function": seen.call.name, "vcpu": seen.vcpu,
+                "cr3": seen.call.cr3, "value": seen.value,
+                "seconds": round(seen.time - seen.call.time, 6),
+            }  # fmt: skip
+        else:
+            caller = None if seen.caller is None else self._symbols.locate(seen.caller)
+            told |= {
+                "event": "call", "function": seen.name, "vcpu": seen.vcpu, "cr3": seen.cr3,
+                "arguments": {
+                    name or str(number): value
+                    for number, (name, value) in enumerate(self._values(seen))
+                },
+                "caller": seen.caller,
+                "caller_symbol": None if caller is None else str(caller),
+            }  # fmt: skip
+        return json.dumps(told)
+
+    def _of_end(self, ended: xa.DomainEnded) -> str:
+        if not self._console.as_json:
+            return f"{self._end - self._start:11.6f}  {ended}"
+        told = {"time": round(time.time(), 6), "event": "DomainEnded"}
+        return json.dumps(told | {"shutdown_reason": ended.shutdown_reason})
+
+    def _parameters(self, call: Call) -> Iterator[tuple[Parameter, int | None]]:
+        prototype = self._prototypes[call.name]
+        for one in () if prototype is None else prototype.parameters:
+            known = one.word is not None and one.word < len(call.arguments)
+            yield one, call.arguments[one.word] if known and one.word is not None else None
+
+    def _values(self, call: Call) -> Iterator[tuple[str, int | str | None]]:
+        """What JSON has."""
+        space = self._space(call)
+        for one, word in self._parameters(call):
+            value: int | str | None = word
+            if word is not None and one.type.kind == "string":
+                text = _read_text(space, word)
+                value = word if text is None else text
+            elif word is not None:
+                value = _number(word, one.type)
+            yield one.name, value
+
+    def _shown(self, call: Call) -> Iterator[tuple[str, str]]:
+        """What people read."""
+        space = self._space(call)
+        for one, word in self._parameters(call):
+            shown = "?"
+            if word is not None and one.type.kind == "structure":
+                shown = "{...}"
+            elif word is not None:
+                text = _read_text(space, word) if one.type.kind == "string" else None
+                shown = self._number(word, one.type) if text is None else _quoted(text)
+            yield printable(one.name), shown
+
+    def _space(self, call: Call) -> AddressSpace:
+        return self._domain.memory.address_space(call.registers)
+
+    def _number(self, word: int, of: Type) -> str:
+        value = _number(word, of)
+        if of.kind == "pointer" and (found := self._symbols.locate(value)) is not None:
+            return f"{value:#x} ({printable(str(found))})"
+        if of.kind == "word" and value >= (1 << 64) - _SMALL:
+            value -= 1 << 64
+        decimal = of.kind == "signed" or (of.kind != "pointer" and value < _SMALL)
+        return str(value) if decimal else f"{value:#x}"
+
+    def _place(self, address: int) -> str:
+        found = self._symbols.locate(address)
+        return f"{address:#x}" if found is None else printable(str(found))
+
+    # Counting.
+
+    def _table(self, *, rates: bool = False) -> Table:
+        passed = (time.monotonic() if rates else self._end) - self._start
+        total = self._trace.hits.total()
+        rows = []
+        for name, calls in self._trace.hits.most_common():
+            rate = calls / passed if passed > 0 else 0.0
+            if rates:
+                rate = self._rate(name, calls)
+            rows.append((name, str(calls), f"{rate:.0f}"))
+        rate = total / passed if passed > 0 else 0.0
+        title = f"{counted(total, 'call')} in {passed:.1f} s, {rate:.0f} per second"
+        return Table(("function", "calls", "per second"), rows, title=title)
+
+    def _rate(self, name: str, calls: int) -> float:
+        """How often it was called since the last look."""
+        now = time.monotonic()
+        then, before = self._rates.get(name, (self._start, 0))
+        self._rates[name] = now, calls
+        return (calls - before) / (now - then) if now > then else 0.0
+
+    def sum_up(self) -> None:
+        """Print how many calls there were, and of what."""
+        trace, passed = self._trace, self._end - self._start
+        total = trace.hits.total()
+        busy = min(trace.busy / passed, 1.0) if passed > 0 else 0.0
+        if self._console.as_json:
+            document = {
+                "calls": total,
+                "seconds": round(passed, 6),
+                "rate": round(total / passed if passed > 0 else 0.0, 3),
+                "busy": round(busy, 6),
+                "dropped": trace.dropped,
+                "unfinished": trace.unfinished,
+                "reapplied": trace.reapplied,
+                "by_function": dict(trace.hits),
+            }
+            self._console.line(json.dumps({"summary": document}))
+            return
+        self._console.line("")
+        self._console.table(self._table())
+        more = [f"{100 * busy:.0f} % of the time in handlers"]
+        more += [f"{trace.dropped} left out by --rate"] if trace.dropped else []
+        more += [f"{trace.unfinished} returns not waited for"] if trace.unfinished else []
+        more += [f"{counted(trace.reapplied, 'page')} made again"] if trace.reapplied else []
+        self._console.line(", ".join(more))
+
+
+def _number(word: int, of: Type) -> int:
+    """A value of a type, in a word."""
+    bits = 8 * of.size if 0 < of.size < 8 else 64
+    value = word & (1 << bits) - 1
+    return value - (1 << bits) if of.kind == "signed" and value >> bits - 1 else value
+
+
+def _read_text(space: AddressSpace, address: int) -> str | None:
+    try:
+        found = space.read_string(address, _TEXT_LIMIT + 1)
+    except (xa.NotMappedError, xa.InvalidArgumentError):
+        return None
+    return found.decode("utf-8", "backslashreplace")
+
+
+def _quoted(text: str) -> str:
+    more = "..." if len(text) > _TEXT_LIMIT else ""
+    return json.dumps(text[:_TEXT_LIMIT]) + more
