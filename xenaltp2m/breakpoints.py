@@ -35,7 +35,14 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from xenaltp2m.abi.vm_event import AccessFlag
-from xenaltp2m.abi.x86 import PTE_ACCESSED, PTE_DIRTY, PTE_PRESENT, page_table_entry_size
+from xenaltp2m.abi.x86 import (
+    CR0_PG,
+    PTE_ACCESSED,
+    PTE_DIRTY,
+    PTE_PRESENT,
+    Fault,
+    page_table_entry_size,
+)
 from xenaltp2m.errors import AlreadyError, InvalidArgumentError, XenError
 from xenaltp2m.events import Event, MemAccess, Registers, Singlestep, SoftwareBreakpoint
 from xenaltp2m.handle import Handle, UndoList
@@ -47,13 +54,14 @@ from xenaltp2m.view import check_gfn
 
 if TYPE_CHECKING:
     from xenaltp2m.altp2m import Altp2m
-    from xenaltp2m.memory import Memory
+    from xenaltp2m.memory import AddressSpace, Memory
     from xenaltp2m.monitor import Monitor
     from xenaltp2m.view import View
 
 _INT3 = 0xCC
 _BEFORE = 14
 """Bytes before an address from which on an instruction may reach behind it."""
+_MOST_LOOKS = 16
 _OFFSET = PAGE_SIZE - 1
 _GENERAL_PROTECTION, _HARDWARE_EXCEPTION = 13, 3
 _W, _X = AccessFlag.W, AccessFlag.X
@@ -219,6 +227,89 @@ class Watch:
     def remove(self) -> None:
         """Take it out; again is harmless."""
         self._owner.remove(self)
+
+
+class LinearBreakpoint:
+    """A breakpoint at a linear address. Made by :meth:`Breakpoints.insert_linear`.
+
+    Attributes:
+        address: Linear.
+        space: The page tables it is meant in.
+        physical: Where it is now; None while the tables lead nowhere.
+        hits: How often it was hit.
+        moves: How often the tables came to lead elsewhere, or nowhere.
+    """
+
+    def __init__(
+        self, owner: Breakpoints, space: AddressSpace, address: int, callback: Callback
+    ) -> None:
+        self._owner = owner
+        self.space, self.address, self.callback = space, address, callback
+        self.physical: int | None = None
+        self.hits = self.moves = 0
+        self._there: Breakpoint | None = None
+        self._watches: dict[int, Watch] = {}
+        """Of the entries that lead there, by their addresses."""
+
+    def __repr__(self) -> str:
+        return f"<LinearBreakpoint at {self.address:#x} by cr3 {self.space.paging.cr3:#x}>"
+
+    def remove(self) -> None:
+        """Take it out, and what watches the page tables for it; again is harmless."""
+        undo = UndoList()
+        for watch in self._watches.values():
+            undo.push("", watch.remove)
+        if self._there is not None:
+            undo.push("", self._there.remove)
+        undo.unwind(f"removing {self!r}")
+        self._watches.clear()
+        self._there = self.physical = None
+
+    def _hit(self, hit: Hit) -> None:
+        self.hits += 1
+        self.callback(hit)
+
+    def _follow(self, _touch: Touch | None = None) -> None:
+        """Go where the tables lead now, and hear of it when they lead elsewhere.
+
+        Entries may be written while their neighbours are looked at; so it is looked again until
+        all that were read are watched.
+        """
+        for _ in range(_MOST_LOOKS):
+            entries, physical = self._look()
+            new = entries.keys() - self._watches.keys()
+            for entry in new:
+                self._watches[entry] = self._owner.watch(entry, entries[entry], after=self._follow)
+            if not new:
+                break
+        for entry in self._watches.keys() - entries.keys():
+            self._watches.pop(entry).remove()
+        if physical == self.physical:
+            return
+        before, self._there = self._there, None
+        if before is not None:
+            before.remove()
+        self.moves += 1
+        self.physical = physical
+        if physical is not None:
+            self._there = self._owner.insert(physical, self._hit)
+
+    def _look(self) -> tuple[dict[int, int], int | None]:
+        """Walk: the entries that were read, address and size, and where they lead."""
+        memory = self._owner._domain.memory
+        entries: dict[int, int] = {}
+
+        def load(physical: int, size: int) -> int:
+            value = int.from_bytes(memory.read(physical, size), "little")
+            entries[physical] = size
+            return value
+
+        try:
+            physical = self.space.paging.walk(self.address, load).physical
+            memory.read(physical, 1)
+        except (Fault, InvalidArgumentError):
+            return entries, None
+        return entries, physical
 
 
 class _Access:
@@ -441,6 +532,39 @@ class Breakpoints(Handle):
             if page.planted:
                 page.shadow[offset] = _INT3
         page.hooks[offset].append(made)
+        return made
+
+    def insert_linear(
+        self, space: AddressSpace, address: int, callback: Callback
+    ) -> LinearBreakpoint:
+        """As :meth:`insert`, by a linear address, which need not be mapped yet.
+
+        The entries of the page tables that lead there are watched: once they lead to memory there
+        is a breakpoint in it, and where they come to lead elsewhere it goes along. A vCPU that
+        executes the instruction in the moment after another has mapped it may be missed.
+
+        Args:
+            space: What :meth:`Memory.address_space` returned, of a guest with paging on. The
+                tables must stay tables: remove the breakpoint when the process ends.
+            address: Linear.
+            callback: As for :meth:`insert`.
+
+        Raises:
+            InvalidArgumentError: The guest has paging off, or this is no address.
+            OutOfMemoryError: The host, or the domain's p2m pool, is exhausted.
+        """
+        self._check_open()
+        if not space.paging.cr0 & CR0_PG:
+            raise InvalidArgumentError("paging is off there: linear addresses are physical")
+        space.check(address)
+        made = LinearBreakpoint(self, space, address, callback)
+        try:
+            made._follow()
+        except BaseException as error:
+            undo = UndoList()
+            undo.push("", made.remove)
+            self._roll_back(undo, error, heir=self._undo)
+            raise
         return made
 
     def watch(

@@ -253,10 +253,14 @@ class AddressSpace:
             return LinearPage(address, PAGE_SIZE, True, True, True)
         return LinearPage(*self._walk(address)[:5])
 
-    def _walk(self, address: int) -> Walk:
+    def check(self, address: int) -> None:
+        """Refuse what is no linear address."""
         bits = 64 if self.paging.efer & EFER_LMA else 32
         if not isinstance(address, int) or not 0 <= address < 1 << bits:
             raise InvalidArgumentError(f"{address!r} is not an address of {bits} bits")
+
+    def _walk(self, address: int) -> Walk:
+        self.check(address)
         try:
             return self.paging.walk(address, self._load)
         except Fault as fault:

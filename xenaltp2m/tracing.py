@@ -26,6 +26,7 @@ from xenaltp2m.symbols import Image, Symbols
 if TYPE_CHECKING:
     from xenaltp2m.domain import Domain
     from xenaltp2m.events import Event
+    from xenaltp2m.memory import AddressSpace
     from xenaltp2m.responses import Response
     from xenaltp2m.types import VcpuId
 
@@ -110,12 +111,12 @@ class Trace(Handle):
 
         Raises:
             SymbolError: A name is not known.
-            NotMappedError: The guest's page tables lead nowhere there, yet.
+            NotMappedError: Its address is none while paging is off.
         """
         if not names:
             raise InvalidArgumentError("say which functions to trace")
         self._domain, self._symbols, self._returns = domain, symbols, returns
-        places = {name: self._physical(name) for name in names}
+        places = {name: self._place(name) for name in names}
         super().__init__()
         self._arguments = arguments
         wanted = [cr3] if isinstance(cr3, int) else cr3
@@ -141,8 +142,12 @@ class Trace(Handle):
             self._undo.push("", self._monitor.close)
             self._breakpoints = Breakpoints(altp2m, self._monitor, fast=fast)
             self._undo.push("", self._breakpoints.close)
-            for name, address in places.items():
-                self._breakpoints.insert(address, partial(self._called, name))
+            for name, place in places.items():
+                called = partial(self._called, name)
+                if isinstance(place, int):
+                    self._breakpoints.insert(place, called)
+                else:
+                    self._breakpoints.insert_linear(*place, called)
         except BaseException as error:
             self._roll_back(self._undo, error, heir=domain._undo)
             super().abandon()
@@ -151,13 +156,24 @@ class Trace(Handle):
     def __repr__(self) -> str:
         return f"<Trace of {', '.join(self.hits)} in domain {self._domain.domid}>"
 
-    def _physical(self, place: str) -> int:
-        linear = self._symbols.address(place)
+    def _place(self, name: str) -> int | tuple[AddressSpace, int]:
+        """Where a function is: physical; or linear, if the page tables lead nowhere there yet."""
+        linear = self._symbols.address(name)
         registers = self._domain.vcpu(0).registers()
         if registers.cr0 & CR0_PG:
-            return self._domain.memory.address_space(registers).translate(linear).physical
+            space = self._domain.memory.address_space(registers)
+            try:
+                return space.translate(linear).physical
+            except NotMappedError:
+                return space, linear
         if isinstance(self._symbols, Image):
             return self._symbols.physical_of(linear)
+        if linear >= 1 << 32:
+            raise NotMappedError(
+                f"{name} is at {linear:#x}, and vCPU 0 has not turned paging on yet",
+                domid=int(self._domain.domid),
+                hint=("begin when the guest's kernel runs, or give its ELF image as the symbols",),
+            )
         return linear
 
     # Listening.

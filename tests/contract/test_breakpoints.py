@@ -249,3 +249,40 @@ def test_views_that_xen_has_reset_are_made_again(host_name: str) -> None:
             # No call has been lost since: those in flight are not done yet.
             assert 0 <= hook.hits - before - (guest.words("total")[0] - total) <= 8
         assert guest.lines("noticed") == [0] * 4
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "toggle"])
+def test_a_page_that_comes_and_goes(host_name: str, fast: bool) -> None:
+    """paged.c maps pages when they are used, and unmaps them: a breakpoint goes along."""
+    lazy = 0xFFFF_8100_0000_0000
+    with running(host_name, "paged") as guest:
+        frames = range(guest.address("lazy_frames"), guest.address("lazy_frames") + 6 * 4096, 4096)
+        places: list[int | None] = []
+        with hooked(guest, fast=fast) as (monitor, breakpoints):
+            hooks = []
+
+            def begin(hit: Hit) -> None:
+                hit.breakpoint.remove()
+                space = guest.dom.memory.address_space(hit.registers)
+                hooks.append(breakpoints.insert_linear(space, lazy, lambda hit: None))
+                # Heard of each time user_main() has run, which is once in a pass.
+                breakpoints.insert(guest.address("user_target"), look)
+
+            def look(hit: Hit) -> None:
+                places.append(hooks[0].physical)
+                if len(places) == PASSES:
+                    monitor.stop()
+
+            breakpoints.insert(guest.address("target64"), begin)
+            guest.start()
+            serve(monitor, breakpoints, lambda: len(places) >= PASSES)
+        [hook] = hooks
+        # Mapped once and unmapped once in each pass.
+        assert 2 * (PASSES - 2) <= hook.moves <= 2 * (PASSES + 1)
+        assert set(places) <= {None, *frames}
+        assert hook.hits == 0
+        assert set(guest.words("noticed", guest.image.symbol("noticed").size // 4)) == {0}
+        assert guest.words("page_faults", size=8)[0] >= 8 * (PASSES - 2)
+
+
+PASSES = 12

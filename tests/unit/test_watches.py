@@ -6,12 +6,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 import xenaltp2m as xa
 from xenaltp2m import instructions
+from xenaltp2m.backend.mock import MockBackend
 from xenaltp2m.breakpoints import Touch, Watch
+from xenaltp2m.symbols import Symbols
 from xenaltp2m.types import PAGE_SIZE
 
 from .hooked import INC_EAX, NOP, STEPS, Hooked, Make, store_byte
@@ -23,6 +26,7 @@ from .machinecode import (
     PRESENT,
     TABLES,
     WRITABLE,
+    Computer,
 )
 
 AT = DATA + 0x100
@@ -294,3 +298,107 @@ def test_a_view_that_xen_has_reset(make: Make, fast: bool) -> None:
     assert guest.breakpoints.verify() == []
     assert guest.go().halted
     assert watch.hits == 1
+
+
+# Breakpoints at linear addresses.
+
+
+def store_entry(page: int, entry: int) -> bytes:
+    """In the last table, then INVLPG; 64-bit."""
+    at = address(TABLES + 3 * PAGE_SIZE + (page >> 12) * 8)
+    return b"\xc7\x04\x25" + at + address(entry) + b"\x0f\x01\x3c\x25" + address(page)
+
+
+def call_linear(target: int) -> bytes:
+    return b"\xb8" + address(target) + b"\xff\xd0"  # mov, call *%rax
+
+
+@STEPS
+def test_a_page_that_is_mapped_later(make: Make, fast: bool) -> None:
+    """It is not there at first; then it is, elsewhere, and gone again."""
+    new, first, second = 0x1F0000, 0x70000, 0x71000
+    present = PRESENT | WRITABLE
+    code = store_entry(new, first | present) + call_linear(new + 4)
+    code += store_entry(new, second | present) + call_linear(new + 4) * 2
+    code += store_entry(new, 0) + HALT
+    routine = NOP * 6 + b"\xff\xc3\xc3"  # inc %ebx; ret
+    guest = make(code, {first: routine, second: routine}, fast=fast, rbx=0)
+    guest.computer.go_long(flags=present)
+    guest.computer.map(new, 0)
+    seen: list[int | None] = []
+    space = guest.dom.memory.address_space()
+    hook = guest.breakpoints.insert_linear(space, new + 4, lambda hit: seen.append(hook.physical))
+    assert hook.physical is None
+    assert guest.go().halted
+    assert seen == [first + 4, second + 4, second + 4]
+    assert (hook.hits, hook.moves, hook.physical) == (3, 3, None)
+    assert guest.register("rbx") == 3
+    hook.remove()
+    hook.remove()
+    assert guest.breakpoints._watched == {}
+
+
+def test_tables_that_come_one_by_one(make: Make) -> None:
+    """Each level is not present at first."""
+    far = 0x7F_FFE0_0000  # tables of its own below the first
+    code = b"".join(
+        b"\xc7\x04\x25" + address(table + index * 8) + address(entry | PRESENT | WRITABLE)
+        for table, index, entry in [
+            (0x74000, 511, 0x75000), (TABLES, 0, TABLES + PAGE_SIZE),
+            (TABLES + PAGE_SIZE, 511, 0x74000), (0x75000, 0, 0x70000),
+        ]
+    )  # fmt: skip
+    code += b"\x48\xb8" + far.to_bytes(8, "little") + b"\xff\xd0" + HALT
+    guest = make(code, {0x70000: NOP * 2 + b"\xff\xc3\xc3"}, rbx=0)
+    guest.computer.go_long()
+    space = guest.dom.memory.address_space()
+    hook = guest.breakpoints.insert_linear(space, far, guest.note)
+    assert guest.go().halted
+    assert guest.seen == [far]
+    assert (hook.physical, guest.register("rbx")) == (0x70000, 1)
+
+
+def test_linear_addresses_are_checked(make: Make) -> None:
+    guest = make(HALT)
+    with pytest.raises(xa.InvalidArgumentError, match="paging is off"):
+        guest.breakpoints.insert_linear(guest.dom.memory.address_space(), CODE, guest.note)
+    guest.computer.go_long()
+    with pytest.raises(xa.InvalidArgumentError, match="not an address of 64 bits"):
+        guest.breakpoints.insert_linear(guest.dom.memory.address_space(), -1, guest.note)
+    assert guest.go().halted
+
+
+def test_a_trace_of_what_is_not_mapped_yet(tmp_path: Path) -> None:
+    new, there = 0x1F0000, 0x70000
+    code = store_entry(new, there | PRESENT | WRITABLE) + call_linear(new) * 3 + HALT
+    host = MockBackend(memory_pages=1 << 13)
+    computer = Computer(code, {there: NOP + b"\xc3"}, host=host)
+    computer.describe()
+    computer.go_long()
+    computer.map(new, 0)
+    kernel = tmp_path / "kallsyms"
+    kernel.write_text(f"{new:016x} T late\n{1 << 40:016x} T never\n")
+    symbols = Symbols.open(kernel)
+    with (
+        xa.connect(host) as xen,
+        xen.domain(computer.domid) as dom,
+        dom.trace("late", "never", symbols=symbols, returns=True) as trace,
+    ):
+        host.steps_at_once = 200
+        seen = list(trace.calls(timeout=0.01))
+        assert [type(one).__name__ for one in seen] == ["Call", "Return"] * 3
+        assert trace.hits == {"late": 3, "never": 0}
+        assert trace.ended is not None
+
+
+def test_a_trace_before_paging_is_on(tmp_path: Path) -> None:
+    host = MockBackend(memory_pages=1 << 13)
+    computer = Computer(HALT, host=host)
+    kernel = tmp_path / "kallsyms"
+    kernel.write_text(f"{0xFFFFFFFF81000000:016x} T early\n")
+    with (
+        xa.connect(host) as xen,
+        xen.domain(computer.domid) as dom,
+        pytest.raises(xa.NotMappedError, match="has not turned paging on yet"),
+    ):
+        dom.trace("early", symbols=Symbols.open(kernel))
