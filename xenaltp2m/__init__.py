@@ -6,7 +6,14 @@ Importing this opens no library and touches no hypervisor; :func:`connect` does.
 
 from xenaltp2m.abi.vm_event import AccessFlag, Flag, Reason
 from xenaltp2m.altp2m import Altp2m, DecorativeDefaultWarning, SuperpageDefaultWarning
-from xenaltp2m.breakpoints import Breakpoint, Breakpoints, Hit
+from xenaltp2m.breakpoints import (
+    Breakpoint,
+    Breakpoints,
+    Hit,
+    LinearBreakpoint,
+    Touch,
+    Watch,
+)
 from xenaltp2m.domain import Domain
 from xenaltp2m.errors import (
     AccessDeniedError,
@@ -116,6 +123,7 @@ __all__ = [
     "LeftoverError",
     "LibraryError",
     "LibraryMismatchWarning",
+    "LinearBreakpoint",
     "LinearPage",
     "MemAccess",
     "MemPaging",
@@ -137,6 +145,7 @@ __all__ = [
     "SuperpageDefaultWarning",
     "SuppressVeFailure",
     "SymbolError",
+    "Touch",
     "TrapType",
     "UnknownEvent",
     "UnsupportedError",
@@ -146,6 +155,7 @@ __all__ = [
     "View",
     "ViewId",
     "VmExit",
+    "Watch",
     "WriteCtrlreg",
     "Xen",
     "XenError",

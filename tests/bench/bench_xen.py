@@ -3,7 +3,8 @@
 
 In one boot of the lab, on a guest that trips on every instruction: hits a second of
 ``xen-access altp2m_exec``, of a C loop that does no more than it must (xen/loop.c) and of our
-monitor; and how long each takes to protect all gfns. Time there is a count of instructions, so
+monitor; on one that comes upon a breakpoint, of that loop and of ours; and how long each takes to
+protect all gfns. Time there is a count of instructions, so
 that figures repeat, and are not those of silicon: compare those of one run.
 
     python tests/bench/bench_xen.py [--json] [--xen 4.17] [--seconds 5]
@@ -34,7 +35,7 @@ def measure(xen: str, seconds: float, work: Path) -> tuple[int, Any]:
     """Run xen/measure.py in dom0; return its status and its figures."""
     loop = work / "loop"
     subprocess.run(["gcc", *FLAGS, "-o", loop, HERE / "xen" / "loop.c", "-ldl"], check=True)
-    puts = [loop, HERE / "xen" / "measure.py", HERE / "xen" / "monitor.py"]
+    puts = [loop, *(HERE / "xen" / f"{name}.py" for name in ("measure", "monitor", "breakpoints"))]
     puts += [ROOT / "examples" / "guest" / name for name in ("hello.elf", "hello.cfg")]
     command = [sys.executable, str(ROOT / "tests/lab/run.py"), "--xen", xen]
     command += ["--results", str(work / "results"), "--timeout", str(WALL_LIMIT)]
@@ -59,14 +60,20 @@ def per_gfn(row: dict[str, Any]) -> float:
 def report(figures: Any) -> str:
     """Put the figures in words."""
     hits, protecting = figures["hits"], figures["protecting"]
-    lines = ["a guest that trips on every instruction      hits a virtual second   of xen-access's"]
-    for name, row in hits.items():
-        if "error" in row:
-            lines.append(f"  {name:40} {row['error']}")
-            continue
-        of_peer = f"{rate(row) / rate(hits[PEER]):17.2f}" if "hits" in hits[PEER] else ""
-        lines.append(f"  {name:42} {rate(row):21.0f} {of_peer}")
-    lines.append("\nprotecting every gfn              gfns   virtual s   µs a gfn   times as fast")
+    lines = []
+    for title, rows in (
+        ("a guest that trips on every instruction", hits),
+        ("a breakpoint in a copy of a page", figures["breakpoints"]),
+    ):
+        lines.append(f"{title:44} hits a virtual second   of xen-access's")
+        for name, row in rows.items():
+            if "error" in row:
+                lines.append(f"  {name:40} {row['error']}")
+                continue
+            of_peer = f"{rate(row) / rate(hits[PEER]):17.2f}" if "hits" in hits[PEER] else ""
+            lines.append(f"  {name:42} {rate(row):21.0f} {of_peer}")
+        lines.append("")
+    lines.append("protecting every gfn              gfns   virtual s   µs a gfn   times as fast")
     for name, row in protecting.items():
         if "error" in row:
             lines.append(f"  {name:25} {row['error']}")

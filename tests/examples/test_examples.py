@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from xenaltp2m.symbols import Image
+from xenaltp2m.types import PAGE_SIZE
 from xenaltp2m.view import BATCH
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +53,13 @@ vCPU 0: hit(0x2) called from wrong_after_hit+0x2e
 vCPU 0: hit(0x2) = 0x7
 3 calls
 """,
+    "watch_variable.py": """\
+vCPU 1 has made it 1, before run+0x4e
+vCPU 1 has made it 2, before run+0x4e
+vCPU 1 has made it 3, before run+0x4e
+vCPU 1 has made it 4, before run+0x4e
+4 writes, and 4 beside it
+""",
     "verify_views.py": """\
 asked for r-x: gfns 0xf00..0x10ff
 256 are so, 256 are not
@@ -64,7 +74,7 @@ rip 0x1000 tried R at 0x101000
 }
 
 
-EVERY = [*PRINTED, "trace_calls.py"]
+EVERY = [*PRINTED, "trace_calls.py", "count_system_calls.py"]
 
 
 def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -97,6 +107,18 @@ def test_example_is_short_and_tells_what_it_does(name: str) -> None:
     assert done.returncode == 0
     assert "--connect {libxc,mock}" in done.stdout
     assert text.splitlines()[1].strip('"').split(".")[0] in " ".join(done.stdout.split())
+
+
+def test_count_system_calls_tells_processes_apart() -> None:
+    """The user code of paged.c runs in its last address space, and calls once in a pass."""
+    done = run("count_system_calls.py", "--connect", "mock")
+    assert done.returncode == 0, done.stderr
+    found = re.fullmatch(r"page tables at (0x\w+)  (\d+)\n", done.stdout)
+    assert found is not None
+    roots = Image.open(EXAMPLES / "guest" / "paged.elf")
+    symbol = roots.symbol("roots")
+    assert int(found[1], 0) - roots.physical(symbol) in range(0, symbol.size, PAGE_SIZE)
+    assert int(found[2]) > 1
 
 
 def test_bulk_access_shows_how_far_it_is() -> None:

@@ -66,7 +66,7 @@ def boot(xen: str, wheel: Path, results: Path, job: str, *more: str) -> int:
     puts = ["tests/__init__.py", "tests/contract", "tests/live"]
     names = "hello", "checker", "racer", "paged", "insider"
     puts += [f"examples/guest/{name}.elf" for name in names]
-    puts += ["tests/lab/guest/events.elf"]
+    puts += ["tests/lab/guest/events.elf", "examples/count_system_calls.py"]
     command = [sys.executable, str(HERE / "run.py"), "--xen", xen, "--results", str(results)]
     command += ["--wheel", str(wheel), *more]
     for put in puts:

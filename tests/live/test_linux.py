@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,8 +25,11 @@ from xenaltp2m.tracing import Call, Return, Trace
 
 CONSOLE = Path("/var/log/xen/console/guest-linux.log")
 OPTIONS = "console=hvc0 nokaslr quiet cryptomgr.notests mitigations=off work"
-NAMES = "_text", "_etext", "ksys_write", "do_sys_openat2", "entry_SYSCALL_64"
+NAMES = "_text", "_etext", "ksys_write", "do_sys_openat2", "do_syscall_64", "entry_SYSCALL_64"
 """With the last, KASLR is looked for."""
+WRITE, OPEN, OPENAT = 1, 2, 257
+SAID = 4
+"""Other writes in a round: what was copied, in words, and the beat."""
 COPIES, BYTES, ROUNDS = 50, 1234, 6
 PATIENCE = 300
 AT_FDCWD = -100 & (1 << 32) - 1
@@ -125,6 +130,23 @@ def is_unharmed(linux: Linux, code: str) -> None:
     while linux.beats() < beat + 3:
         assert time.monotonic() < end, "it has stopped"
         time.sleep(0.5)
+
+
+def test_system_calls_of_each_process(linux: Linux) -> None:
+    """examples/count_system_calls.py: of the copying processes, 50 writes each, and the rest."""
+    command = [sys.executable, "examples/count_system_calls.py", "--connect", "libxc"]
+    command += ["--domain", "linux", "--symbols", linux.symbols.name]
+    command += ["--entry", "do_syscall_64", "--number", "1", "--seconds", "8"]
+    run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
+    counts: dict[str, dict[int, int]] = {}
+    for cr3, number, hits in re.findall(r"at (0x\w+)  call (\d+)  (\d+)\n", run.stdout):
+        counts.setdefault(cr3, {})[int(number)] = int(hits)
+    assert len(counts) >= 2
+    writes = sum(of.get(WRITE, 0) for of in counts.values())
+    opens = sum(of.get(OPENAT, 0) + of.get(OPEN, 0) for of in counts.values())
+    rounds = opens // 2
+    assert rounds >= 2
+    assert COPIES * (rounds - 1) <= writes <= (COPIES + SAID) * (rounds + 1)
 
 
 def test_the_command_line(linux: Linux) -> None:

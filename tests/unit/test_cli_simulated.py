@@ -158,3 +158,40 @@ def test_trace_refuses(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit, match="2"):
             cli.main([*trace, "hit", *options])
     assert capsys.readouterr().out == ""
+
+
+def test_watch_of_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a page with counters of all vCPUs, the second one's."""
+    image = Image.open(RACER)
+    made = image.physical(image.symbol("made"))
+    watch = ["--connect", "mock", "watch", "guest", "--image", str(RACER)]
+    options = ["--bytes", f"{made + 64:#x}:4", "--count", "20"]
+    assert cli.main([*watch, *options, "--json", "--quiet"]) == cli.DONE
+    *hits, summary = map(json.loads, capsys.readouterr().out.splitlines())
+    assert {(hit["vcpu"], hit["tried"], hit["offset"]) for hit in hits} == {(1, "rw-", 64)}
+    assert {hit["target"] for hit in hits} == {"made+0x40"}
+    assert len(hits) == 20
+    assert summary["summary"]["passed"] >= 18
+    assert cli.main([*watch, *options, "--access", "n"]) == cli.DONE
+    out, err = capsys.readouterr()
+    assert "4 bytes at" in err
+    assert "views destroyed, altp2m off" in err
+    assert "r--" in out
+    assert "more beside the bytes that are watched" in out
+
+
+def test_watch_of_a_symbol_s_own_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    watch = ["--connect", "mock", "watch", "guest", "--image", str(CHECKER), "--symbol", "counter"]
+    assert cli.main([*watch, "--exact", "--count", "3", "--json", "--quiet"]) == cli.DONE
+    *hits, summary = map(json.loads, capsys.readouterr().out.splitlines())
+    assert {hit["symbol"] for hit in hits} == {"target"}
+    assert summary["summary"]["passed"] == 0
+    for wrong, why in (
+        (["--exact", "--gfn", "1"], "either bytes or whole pages"),
+        (["--exact", "--access", "rx"], "either writes are told"),
+        (["--bytes", "12"], "is not ADDRESS:LENGTH"),
+        (["--bytes", "0:0"], "is not ADDRESS:LENGTH"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main([*watch, *wrong])
+        assert why in capsys.readouterr().err

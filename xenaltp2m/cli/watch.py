@@ -39,6 +39,7 @@ p2m is not touched, so that other views and the guest's devices notice nothing.
 
 ACCESS is what the guest may do with the pages unseen. By default that is reading (r), which
 changes nothing and of which there is most: writes and fetches are told. For reads, too, say n.
+Of bytes, with --bytes or --exact, fetches are never told, and ACCESS is r or n.
 rx tells of writes only, x of reads and writes, rw of fetches. With n2rwx a page's first access is
 told, whatever it is, and nothing after it. r_pw is r, and lets the CPU's own page walk set
 accessed and dirty bits (Xen 4.20 and later).
@@ -65,10 +66,13 @@ and a last line {"summary": {...}}:
   hits, seconds, rate    in all
   by_event, by_vcpu      {name or number: hits}
   by_gfn                 {gfn: {tried: hits}}
+  passed                 with --bytes or --exact: how often something else in the pages was used
 """
 
+_OF_BYTES = (xa.Access.R, xa.Access.N)
 _ACCESSES = ("n", "r", "x", "rw", "rx", "n2rwx", "r_pw")
 _MOST_PAGES = 1 << 20
+_MOST_BYTES = 1 << 20
 _MOST_VERIFIED = 1 << 12
 _MOST_ROWS = 20
 _TICK_SECONDS = 0.25
@@ -102,6 +106,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="symbols",
         metavar="NAME",
         help="watch all pages of a symbol of the image; may be given again",
+    )
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="of a symbol, only its own bytes; what else its pages are used for is counted",
+    )
+    parser.add_argument(
+        "--bytes",
+        type=_bytes,
+        action="append",
+        default=[],
+        metavar="ADDRESS:LENGTH",
+        help="watch bytes by their guest-physical address; may be given again",
     )
     parser.add_argument(
         "--image",
@@ -155,6 +172,17 @@ def _gfns(text: str) -> range:
     return found
 
 
+def _bytes(text: str) -> tuple[int, int]:
+    address, _, length = text.partition(":")
+    with contextlib.suppress(ValueError):
+        found = int(address, 0), int(length, 0)
+        if 0 <= found[0] < GFN_LIMIT << 12 and 0 < found[1] <= _MOST_BYTES:
+            return found
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not ADDRESS:LENGTH, with 1 to {_MOST_BYTES} bytes"
+    )
+
+
 def _msr(text: str) -> int:
     return number_among(text, range(_MSR_LIMIT), "the number of an MSR")
 
@@ -168,39 +196,49 @@ def run(options: argparse.Namespace, console: Console) -> None:
     if options.symbols and options.image is None:
         options.usage_error("--symbol needs --image")
     kinds = _kinds(options)
-    if not (options.gfns or options.symbols or len(kinds) > 1):
+    if not (options.gfns or options.symbols or options.bytes or len(kinds) > 1):
         options.usage_error(
-            "say what to watch: --gfn, --symbol, --cr3, --msr, --cpuid, --breakpoints"
+            "say what to watch: --gfn, --symbol, --bytes, --cr3, --msr, --cpuid, --breakpoints"
         )
     image = None if options.image is None else Image.open(options.image)
+    ranges = _ranges(options, image)
     gfns = _pages(options, image)
+    if ranges and gfns:
+        options.usage_error("watch either bytes or whole pages")
+    if ranges and options.access not in _OF_BYTES:
+        options.usage_error("of bytes either writes are told, --access r, or all, --access n")
     with ExitStack() as stack:
         stop = stack.enter_context(Stop())
         xen = stack.enter_context(
             connect(options, console, image, partial(_script, gfns, options.msrs, image))
         )
         domain = stack.enter_context(xen.domain(options.domain))
-        was_active = is_altp2m_active(domain, console) if gfns else True
+        was_active = is_altp2m_active(domain, console) if gfns or ranges else True
         for name in dict.fromkeys(options.symbols):
             assert image is not None
             check_loaded(domain, image, image.symbol(name), console)
         stop.hold_back()
-        altp2m = stack.enter_context(domain.altp2m()) if gfns else None
-        view = None
+        altp2m = stack.enter_context(domain.altp2m()) if gfns or ranges else None
+        view = breakpoints = None
         with domain.paused():  # so that nothing happens half watched
             monitor = stack.enter_context(domain.monitor(*kinds))
             stop.wake = monitor.stop
-            if altp2m is not None:
+            if altp2m is not None and ranges:
+                breakpoints = stack.enter_context(xa.Breakpoints(altp2m, monitor))
+            elif altp2m is not None:
                 view = altp2m.create_view(label="watch")
                 view.set_access(gfns, options.access, progress=console.progress("protecting"))
                 altp2m.switch_to_view(view)
-        watch = _Watch(options, console, image, view)
-        _tell_start(domain, gfns, options, console, view)
+            watch = _Watch(options, console, image, view, breakpoints)
+            watch.watch_bytes(ranges)
+        _tell_start(domain, gfns, ranges, options, console, view)
         watch.check_view()
         watch.listen(monitor, stop)
     undone = ["monitor closed"]
     if view is not None:
         undone += ["vCPUs moved back", f"view {view.id} destroyed"]
+    if breakpoints is not None:
+        undone += ["vCPUs moved back", "views destroyed"]
     if not was_active:
         undone.append("altp2m off")
     console.note(f"Undone: {', '.join(undone)}.")
@@ -219,9 +257,17 @@ def _kinds(options: argparse.Namespace) -> list[xa.Subscription | type[xa.Event]
     return kinds
 
 
+def _ranges(options: argparse.Namespace, image: Image | None) -> list[tuple[int, int]]:
+    found = list(options.bytes)
+    if image is not None and options.exact:
+        symbols = [image.symbol(name) for name in dict.fromkeys(options.symbols)]
+        found += [(image.physical(symbol), max(symbol.size, 1)) for symbol in symbols]
+    return found
+
+
 def _pages(options: argparse.Namespace, image: Image | None) -> list[int]:
     wanted = set().union(*options.gfns)
-    if image is not None:
+    if image is not None and not options.exact:
         symbols = [image.symbol(name) for name in dict.fromkeys(options.symbols)]
         wanted.update(pages(image, symbols))
     if len(wanted) > _MOST_PAGES:
@@ -238,6 +284,7 @@ def _script(gfns: Sequence[int], msrs: Sequence[int], image: Image | None, pages
 def _tell_start(
     domain: xa.Domain,
     gfns: Sequence[int],
+    ranges: Sequence[tuple[int, int]],
     options: argparse.Namespace,
     console: Console,
     view: xa.View | None,
@@ -248,7 +295,10 @@ def _tell_start(
     if options.count is not None:
         until += f", or {counted(options.count, 'hit')}"
     if view is None:
-        console.note(f"Watching domain {domain.domid} ({domain.name}) {until}.")
+        parts = [f"{counted(length, 'byte')} at {address:#x}" for address, length in ranges[:4]]
+        parts += ["..."] if len(ranges) > 4 else []
+        what = f"{', '.join(parts)} of " if parts else ""
+        console.note(f"Watching {what}domain {domain.domid} ({domain.name}) {until}.")
         return
     runs = [
         [gfn for _, gfn in run]
@@ -272,7 +322,12 @@ class _Watch:
         console: Console,
         image: Image | None,
         view: xa.View | None,
+        breakpoints: xa.Breakpoints | None,
     ) -> None:
+        self._breakpoints = breakpoints
+        self._watches: list[xa.Watch] = []
+        self._touched = False
+        self._tells_int3 = options.breakpoints
         self._console = console
         self._image = image
         self._view = view
@@ -290,6 +345,18 @@ class _Watch:
         self._told: set[int] = set()
         self._next_tick = self._next_check = 0.0
 
+    def watch_bytes(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Watch bytes."""
+        if self._breakpoints is None:
+            return
+        reads = xa.Access.R not in self._access
+        for address, length in ranges:
+            made = self._breakpoints.watch(address, length, self._note_touch, reads=reads)
+            self._watches.append(made)
+
+    def _note_touch(self, _touch: xa.Touch) -> None:
+        self._touched = True
+
     # Listening.
 
     def listen(self, monitor: xa.Monitor, stop: Stop) -> None:
@@ -303,7 +370,8 @@ class _Watch:
                     if type(event) is xa.MemAccess and event.paused and event.view == view_id:
                         assert self._once_in_view_0 is not None
                         event.reply(self._once_in_view_0)
-                    stop.printing(partial(self._take, event))
+                    if self._is_told(event):
+                        stop.printing(partial(self._take, event))
                     going_on = not isinstance(event, xa.DomainEnded)
                     if stop.came or not going_on or self._left() <= 0:
                         break
@@ -313,6 +381,17 @@ class _Watch:
                 self._tick(stop)
         self._end = time.monotonic()
         self._console.status("")
+
+    def _is_told(self, event: xa.Event) -> bool:
+        """Answer what concerns watched bytes; tell whether it is one to tell of."""
+        if self._breakpoints is None:
+            return True
+        self._touched = False
+        response = self._breakpoints(event)
+        if response is None:
+            return True
+        event.reply(response)
+        return self._touched or (self._tells_int3 and isinstance(event, xa.SoftwareBreakpoint))
 
     def _left(self) -> float:
         """How many seconds are left; none once there were hits enough."""
@@ -346,6 +425,9 @@ class _Watch:
         With many pages that would take too long; those stay as they were set.
         """
         self._next_check = time.monotonic() + _VERIFY_SECONDS
+        if self._breakpoints is not None:
+            for gfn in self._breakpoints.verify():
+                self._warn_of(gfn)
         view = self._view
         if view is None or self._access is xa.Access.N2RWX:
             return
@@ -363,10 +445,13 @@ class _Watch:
             if gfn in still:
                 self._console.warn(f"gfn {gfn:#x} is not watched: it is not ordinary memory")
             else:
-                self._console.warn(
-                    f"gfn {gfn:#x} was not watched for a while: Xen has reset it, for the host "
-                    "p2m changed; it is watched again"
-                )
+                self._warn_of(gfn)
+
+    def _warn_of(self, gfn: int) -> None:
+        self._console.warn(
+            f"gfn {gfn:#x} was not watched for a while: Xen has reset it, for the host "
+            "p2m changed; it is watched again"
+        )
 
     # Telling.
 
@@ -431,6 +516,8 @@ class _Watch:
                 "by_vcpu": self._by(3),
                 "by_gfn": self._by_gfn(),
             }
+            if self._watches:
+                document["passed"] = sum(watch.passed for watch in self._watches)
             self._console.line(json.dumps({"summary": document}))
             return
         title = f"{counted(self._hits, 'hit')} in {passed:.1f} s, {rate:.0f} per second"
@@ -441,6 +528,9 @@ class _Watch:
             )
         else:
             self._console.line(title)
+        if self._watches:
+            passed_by = sum(watch.passed for watch in self._watches)
+            self._console.line(f"{passed_by} more beside the bytes that are watched")
 
     def _by(self, part: int) -> dict[str, int]:
         found: Counter[Any] = Counter()

@@ -5,6 +5,7 @@
  *
  *     loop DOMID bulk                              protects all gfns by one call
  *     loop DOMID toggle|fast SECONDS [GFN...]      answers violations of these gfns, or of all
+ *     loop DOMID toggle|fast SECONDS shadow GFN NEW    answers int3 in the page that is shown instead
  *
  * prints what it has measured as JSON.
  */
@@ -21,8 +22,8 @@
 #include <sys/mman.h>
 #include <time.h>
 
-enum { ACCESS_RW = 3 };
-enum { REASON_MEM_ACCESS = 1, REASON_SINGLESTEP = 7 };
+enum { ACCESS_RW = 3, ACCESS_X = 4, ACCESS_RWX = 7 };
+enum { REASON_MEM_ACCESS = 1, REASON_BREAKPOINT = 6, REASON_SINGLESTEP = 7 };
 enum {
     VCPU_PAUSED = 1 << 0,
     TOGGLE_SINGLESTEP = 1 << 4,
@@ -64,6 +65,9 @@ typedef struct library *handle;
     call(int, xc_altp2m_create_view, (handle, uint32_t, int, uint16_t *))             \
     call(int, xc_altp2m_destroy_view, (handle, uint32_t, uint16_t))                   \
     call(int, xc_altp2m_switch_to_view, (handle, uint32_t, uint16_t))                 \
+    call(int, xc_monitor_software_breakpoint, (handle, uint32_t, bool))               \
+    call(int, xc_altp2m_change_gfn, (handle, uint32_t, uint16_t, uint64_t, uint64_t)) \
+    call(int, xc_altp2m_set_mem_access, (handle, uint32_t, uint16_t, uint64_t, int))  \
     call(int, xc_altp2m_set_mem_access_multi,                                         \
          (handle, uint32_t, uint16_t, uint8_t *, uint64_t *, uint32_t))
 #define LIBXENEVTCHN(call)                                                            \
@@ -170,10 +174,10 @@ static uint32_t protect(struct agent *agent, char **texts, int count, double *se
     return number;
 }
 
-static void create_view(struct agent *agent)
+static void create_view(struct agent *agent, int access)
 {
     CHECKED(xc_altp2m_set_domain_state, agent->xc, agent->domid, true);
-    CHECKED(xc_altp2m_create_view, agent->xc, agent->domid, ACCESS_RW, &agent->view);
+    CHECKED(xc_altp2m_create_view, agent->xc, agent->domid, access, &agent->view);
 }
 
 static void remove_view(struct agent *agent)
@@ -181,6 +185,15 @@ static void remove_view(struct agent *agent)
     CHECKED(xc_altp2m_switch_to_view, agent->xc, agent->domid, 0);
     CHECKED(xc_altp2m_destroy_view, agent->xc, agent->domid, agent->view);
     CHECKED(xc_altp2m_set_domain_state, agent->xc, agent->domid, false);
+}
+
+/* Lets the view show another page, which is executed and not read. */
+static uint32_t show(struct agent *agent, uint64_t gfn, uint64_t shown)
+{
+    CHECKED(xc_altp2m_change_gfn, agent->xc, agent->domid, agent->view, gfn, shown);
+    CHECKED(xc_altp2m_set_mem_access, agent->xc, agent->domid, agent->view, gfn, ACCESS_X);
+    CHECKED(xc_monitor_software_breakpoint, agent->xc, agent->domid, true);
+    return 1;
 }
 
 static void attach(struct agent *agent)
@@ -210,11 +223,11 @@ static void answer(struct agent *agent, struct event *event, bool stepping)
 {
     uint32_t flags = event->flags & VCPU_PAUSED;
 
-    if (event->reason == REASON_MEM_ACCESS)
-        agent->accesses++;
-    else if (event->reason == REASON_SINGLESTEP)
-        agent->steps++;
-    if (stepping && event->reason == REASON_MEM_ACCESS) {
+    bool hit = event->reason == REASON_MEM_ACCESS || event->reason == REASON_BREAKPOINT;
+
+    agent->accesses += hit;
+    agent->steps += event->reason == REASON_SINGLESTEP;
+    if (stepping && hit) {
         flags |= ALTERNATE_P2M | (agent->fast ? FAST_SINGLESTEP : TOGGLE_SINGLESTEP);
         event->view = 0;
         if (agent->fast)
@@ -268,6 +281,7 @@ static void detach(struct agent *agent)
     CHECKED(xc_domain_pause, agent->xc, agent->domid);
     remove_view(agent);
     CHECKED(xc_monitor_singlestep, agent->xc, agent->domid, false);
+    xc_monitor_software_breakpoint(agent->xc, agent->domid, false); /* if it is on */
     drain(agent, false);
     CHECKED(xenevtchn_notify, agent->evtchn, agent->port);
     for (uint32_t vcpu = 0; vcpu <= LAST_VCPU; vcpu++)
@@ -286,10 +300,12 @@ int main(int argc, char **argv)
     unsigned long hits;
     uint32_t gfns;
     bool bulk = argc == 3 && strcmp(argv[2], "bulk") == 0;
+    bool shadow = argc == 7 && strcmp(argv[4], "shadow") == 0;
 
     agent.fast = argc > 3 && strcmp(argv[2], "fast") == 0;
     if (!bulk && !agent.fast && (argc < 4 || strcmp(argv[2], "toggle") != 0)) {
-        fprintf(stderr, "usage: loop DOMID bulk | loop DOMID toggle|fast SECONDS [GFN...]\n");
+        fprintf(stderr, "usage: loop DOMID bulk | loop DOMID toggle|fast SECONDS [GFN...]\n"
+                        "       loop DOMID toggle|fast SECONDS shadow GFN NEW\n");
         return 2;
     }
     agent.domid = (uint32_t)strtoul(argv[1], NULL, 0);
@@ -300,14 +316,17 @@ int main(int argc, char **argv)
     if (agent.xc == NULL)
         fail("xc_interface_open");
     if (bulk) {
-        create_view(&agent);
+        create_view(&agent, ACCESS_RW);
         gfns = protect(&agent, NULL, 0, &protecting);
         remove_view(&agent);
         printf("{\"gfns\": %u, \"seconds\": %.6f}\n", gfns, protecting);
     } else {
         attach(&agent);
-        create_view(&agent);
-        gfns = protect(&agent, argv + 4, argc - 4, &protecting);
+        create_view(&agent, shadow ? ACCESS_RWX : ACCESS_RW);
+        if (shadow)
+            gfns = show(&agent, strtoul(argv[5], NULL, 0), strtoul(argv[6], NULL, 0));
+        else
+            gfns = protect(&agent, argv + 4, argc - 4, &protecting);
         CHECKED(xc_monitor_singlestep, agent.xc, agent.domid, true);
         CHECKED(xc_altp2m_switch_to_view, agent.xc, agent.domid, agent.view);
         running = serve(&agent, strtod(argv[3], NULL));

@@ -108,6 +108,28 @@ def monitor(way: str, seconds: float) -> Any:
         return output("python3", "monitor.py", "hello", way, seconds, *code())
 
 
+def c_breakpoint(way: str, seconds: float) -> Any:
+    """An int3 in a copy of the page of target(), made here."""
+    with guest() as dom:
+        place = Image.open(HERE / "hello.elf").address("target")
+        gfn, offset = divmod(place, xa.PAGE_SIZE)
+        added = dom.add_pages(1)
+        [shadow] = added
+        copy = bytearray(dom.memory.read_page(gfn))
+        copy[offset] = 0xCC
+        dom.memory.write_page(shadow, copy)
+        try:
+            return output("./loop", dom.domid, way, seconds, "shadow", gfn, shadow)
+        finally:
+            dom.remove_pages(added)
+
+
+def breakpoints(way: str, seconds: float) -> Any:
+    with guest():
+        place = Image.open(HERE / "hello.elf").address("target")
+        return output("python3", "breakpoints.py", "hello", way, seconds, place)
+
+
 def c_bulk() -> Any:
     with guest() as dom:
         return output("./loop", dom.domid, "bulk")
@@ -125,13 +147,18 @@ def set_access() -> dict[str, Any]:
 def main() -> int:
     """Measure everything; what fails is told and does not keep the rest from being measured."""
     seconds = float(sys.argv[1])
-    found: dict[str, dict[str, Any]] = {"hits": {}, "protecting": {}}
+    found: dict[str, dict[str, Any]] = {"hits": {}, "breakpoints": {}, "protecting": {}}
     ways: list[tuple[str, str, Callable[[], Any]]] = [
         ("hits", "xen-access", lambda: xen_access(seconds)),
         ("hits", "C, toggle", lambda: c_loop("toggle", seconds)),
         ("hits", "C, fast", lambda: c_loop("fast", seconds)),
         ("hits", "xenaltp2m, toggle", lambda: monitor("toggle", seconds)),
         ("hits", "xenaltp2m, fast", lambda: monitor("fast", seconds)),
+        ("breakpoints", "C, toggle", lambda: c_breakpoint("toggle", seconds)),
+        ("breakpoints", "C, fast", lambda: c_breakpoint("fast", seconds)),
+        ("breakpoints", "Breakpoints, toggle", lambda: breakpoints("toggle", seconds)),
+        ("breakpoints", "Breakpoints, fast", lambda: breakpoints("fast", seconds)),
+        ("breakpoints", "Trace, fast", lambda: breakpoints("trace", seconds)),
         ("protecting", "C, one call", c_bulk),
         ("protecting", "xenaltp2m", set_access),
     ]
