@@ -32,7 +32,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from xenaltp2m.abi.vm_event import AccessFlag
 from xenaltp2m.abi.x86 import (
@@ -450,13 +450,15 @@ class Breakpoints(Handle):
         From its first step on it is one that is told of, or none: Xen tells of no step once it has
         begun a fast one.
         """
-        vcpu = int(event.vcpu)
-        if event.view == self.hooks.id:
-            if self._afters or not self._fast:
-                self._awaited[vcpu] = []
-            else:
-                self._awaited.pop(vcpu, None)
-        told = vcpu in self._awaited
+        told = False
+        if self._awaited or self._afters or not self._fast:
+            vcpu = int(event.vcpu)
+            if event.view == self.hooks.id:
+                if self._afters or not self._fast:
+                    self._awaited[vcpu] = []
+                else:
+                    self._awaited.pop(vcpu, None)
+            told = vcpu in self._awaited
         found = self._responses.get((view, told))
         if found is None:
             found = STEP.in_view(view)
@@ -766,7 +768,7 @@ class Breakpoints(Handle):
 
     def __call__(self, event: Event) -> Response | None:
         """Answer an event that a breakpoint, or its page, has caused; None for any other."""
-        if self.closed or self.hooks.closed:
+        if self._closed or self.hooks._closed:
             return self._answer_late(event)
         if isinstance(event, SoftwareBreakpoint):
             return self._breakpoint(event)
@@ -780,7 +782,8 @@ class Breakpoints(Handle):
         gfn, offset = int(event.gfn), event.registers.rip & _OFFSET
         page = self._pages.get(gfn)
         if event.view == self.hooks.id and page is not None and offset in page.hooks:
-            self._writers.pop(int(event.vcpu), None)
+            if self._writers:
+                self._writers.pop(int(event.vcpu), None)
             is_own = page.memory[offset] == _INT3
             over = REINJECT if is_own else self._through(self._step_view, event)
             return self._hit(page.hooks[offset], event, over)
@@ -800,12 +803,12 @@ class Breakpoints(Handle):
         calls = []
         for one in breakpoints:
             one.hits += 1
-            calls.append(partial(one.callback, Hit(one, event, registers)))
+            calls.append((one.callback, Hit(one, event, registers)))
         return self._call(calls, breakpoints, registers, event, over)
 
     def _call(
         self,
-        calls: Sequence[Callable[[], object]],
+        calls: Sequence[tuple[Callable[[Any], object], object]],
         still: Collection[object],
         registers: dict[str, int],
         event: Event,
@@ -816,15 +819,16 @@ class Breakpoints(Handle):
         Where nobody wants to know ``still``, the instruction comes again.
         """
         failures: list[BaseException] = []
-        for call in calls:
+        for call, what in calls:
             try:
-                call()
+                call(what)
             except BaseException as error:  # noqa: BLE001 - raised below
                 failures.append(error)
-        if self.closed:
+        response = over
+        if self._closed:
             response = RESUME
-        else:
-            response = over if still and "rip" not in registers else self._back
+        elif not still or "rip" in registers:
+            response = self._back
         if registers:
             response = response.with_registers(**registers)
         if failures:
@@ -862,18 +866,17 @@ class Breakpoints(Handle):
                     watch.passed += 1
         registers: dict[str, int] = {}
 
-        def calls(what: str) -> list[Callable[[], object]]:
-            wanted = [(watch, getattr(watch, what)) for watch in reached]
+        def calls(what: str) -> list[tuple[Callable[[Any], object], object]]:
             return [
-                partial(call, Touch(watch, event, registers, access))
-                for watch, call in wanted
-                if call
+                (getattr(watch, what), Touch(watch, event, registers, access))
+                for watch in reached
+                if getattr(watch, what) is not None
             ]
 
         if access.written and event.access_flags & AccessFlag.FAULT_IN_GPT and not is_code:
             before = calls("before")
             return self._call(
-                [*before, partial(self._mark, event), *calls("after")], (), registers, event, RESUME
+                [*before, (self._mark, event), *calls("after")], (), registers, event, RESUME
             )
         assert self._watch_views is not None
         through, used = self._watch_views
@@ -937,7 +940,7 @@ class Breakpoints(Handle):
         self._writers.pop(int(event.vcpu), None)
         registers: dict[str, int] = {}
         calls = [
-            partial(watch.after, Touch(watch, event, registers, access))
+            (watch.after, Touch(watch, event, registers, access))
             for watch, access in self._awaited.pop(int(event.vcpu), ())
             if watch.after is not None and watch.inserted
         ]

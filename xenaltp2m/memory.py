@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from xenaltp2m.abi.x86 import CR0_PG, EFER_LMA, GP, Fault, Paging, Walk
-from xenaltp2m.errors import InvalidArgumentError, NotMappedError
+from xenaltp2m.errors import InvalidArgumentError, NotMappedError, XenError
 from xenaltp2m.events import Registers
-from xenaltp2m.handle import UndoList
+from xenaltp2m.handle import Handle, UndoList
 from xenaltp2m.types import GFN_LIMIT, PAGE_SHIFT, PAGE_SIZE
 from xenaltp2m.view import check_gfn
 
@@ -93,13 +94,18 @@ class Memory:
         self.write(gfn << PAGE_SHIFT, data)
 
     def address_space(
-        self, registers: Registers | None = None, *, cr3: int | None = None
+        self,
+        registers: Registers | None = None,
+        *,
+        cr3: int | None = None,
+        mapped: MappedPages | None = None,
     ) -> AddressSpace:
         """Return the linear addresses of a vCPU, by the page tables it uses.
 
         Args:
             registers: An event's, or what :meth:`Vcpu.registers` returned; by default vCPU 0's now.
             cr3: Other page tables, of the same kind.
+            mapped: Where pages that are read stay mapped, for who reads much in a short time.
         """
         if registers is None:
             registers = self._domain.vcpu(0).registers()
@@ -111,7 +117,7 @@ class Memory:
             user=False,
             physical_bits=_PHYSICAL_BITS,
         )
-        return AddressSpace(self, paging)
+        return AddressSpace(self, paging, mapped)
 
     def read_va(self, cr3: int, address: int, length: int) -> bytes:
         """Read from a linear address by the page tables at ``cr3``, in the mode vCPU 0 is in.
@@ -165,16 +171,76 @@ class LinearPage(NamedTuple):
     executable: bool
 
 
+class MappedPages(Handle):
+    """Pages of a domain that stay mapped, so that reading them again takes no hypercall.
+
+    Who has pages taken from the guest meanwhile reads what they were.
+    """
+
+    def __init__(self, domain: Domain, most: int = 64) -> None:
+        """Map none, yet.
+
+        Args:
+            domain: The domain.
+            most: How many are mapped at once.
+        """
+        super().__init__()
+        self._domain, self._most = domain, most
+        self._backend = domain.xen.backend
+        self._pages: dict[int, list[memoryview]] = {}
+
+    def __repr__(self) -> str:
+        return f"<MappedPages of domain {self._domain.domid}>"
+
+    def page(self, gfn: int) -> memoryview:
+        """Return a page as it is at each moment, to read.
+
+        Raises:
+            InvalidArgumentError: It is not memory.
+
+        ``xenforeignmemory_map``.
+        """
+        self._check_open()
+        found = self._pages.get(gfn)
+        if found is None:
+            if len(self._pages) >= self._most:
+                self._unmap(next(iter(self._pages)))
+            found = self._backend.foreignmemory_map(int(self._domain.domid), False, [gfn])
+            self._pages[gfn] = found
+        return found[0]
+
+    def _unmap(self, gfn: int) -> None:
+        self._backend.foreignmemory_unmap(self._pages[gfn])
+        del self._pages[gfn]
+
+    def _take_back(self) -> None:
+        undo = UndoList()
+        for gfn in self._pages:
+            what = f"mapping of gfn {gfn:#x} of domain {self._domain.domid}"
+            undo.push(what, partial(self._unmap, gfn))
+        undo.unwind(f"closing {self!r}")
+
+    def abandon(self) -> None:
+        """Close where the domain is gone: the mappings are this process's own."""
+        for gfn in list(self._pages):
+            with suppress(XenError):
+                self._unmap(gfn)
+        super().abandon()
+
+    def _orphaned(self) -> bool:
+        return self._domain._orphaned()
+
+
 class AddressSpace:
     """A guest's linear addresses. Made by :meth:`Memory.address_space`.
 
     Pages that were read are remembered, from the second read on, for as long as no vCPU of the
-    domain has run. Everything in the guest's tables may be anything: a walk reads five entries at
-    most.
+    domain has run; or they are kept mapped. Everything in the guest's tables may be anything: a
+    walk reads five entries at most.
     """
 
-    def __init__(self, memory: Memory, paging: Paging) -> None:
-        self._memory = memory
+    def __init__(self, memory: Memory, paging: Paging, mapped: MappedPages | None = None) -> None:
+        self._memory, self._mapped = memory, mapped
         self._domain = memory._domain
         self.paging = paging
         self._vcpus: list[Vcpu] | None = None
@@ -239,7 +305,7 @@ class AddressSpace:
         found = b""
         for at, count in _parts(address, limit):
             gfn, offset = divmod(self._translate(at).physical, PAGE_SIZE)
-            part = self._page(gfn)[offset : offset + count]
+            part = bytes(self._page(gfn)[offset : offset + count])
             end = part.find(b"\0")
             if end >= 0:
                 return found + part[:end]
@@ -276,13 +342,15 @@ class AddressSpace:
         gfn, offset = divmod(physical, PAGE_SIZE)
         return int.from_bytes(self._page(gfn)[offset : offset + size], "little")
 
-    def _page(self, gfn: int) -> bytes:
+    def _page(self, gfn: int) -> bytes | memoryview:
         found = self._pages.get(gfn)
         if found is not None:
             return found
         if len(self._pages) >= _MOST_REMEMBERED:
             self._pages.clear()
         try:
+            if self._mapped is not None:
+                return self._mapped.page(gfn)
             found = self._pages[gfn] = self._memory.read_page(gfn)
         except InvalidArgumentError:
             raise NotMappedError(

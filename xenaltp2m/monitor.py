@@ -486,8 +486,10 @@ class Monitor(Handle):
         """
         self._begin()
         try:
-            while (event := self._next(timeout)) is not None:
+            while not self._closed and (event := self._next(timeout)) is not None:
                 response = handler(event)
+                if self._closed:
+                    return  # by the handler: the event was answered then
                 if response is not None:
                     self._answer(event, response)
                 elif type(event) is DomainEnded:
@@ -554,6 +556,8 @@ class Monitor(Handle):
                 or ring.state[0] != taken
                 or delayed
             ):
+                if self._closed:
+                    return  # by the handler: the event was answered then
                 if response is not None:
                     self._answer(event, response)
                 self._settle_taken(event)

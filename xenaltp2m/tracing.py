@@ -21,12 +21,12 @@ from xenaltp2m.breakpoints import Breakpoints, Hit
 from xenaltp2m.errors import InvalidArgumentError, NotMappedError
 from xenaltp2m.events import DomainEnded, Registers
 from xenaltp2m.handle import Handle
+from xenaltp2m.memory import AddressSpace, MappedPages
 from xenaltp2m.symbols import Image, Symbols
 
 if TYPE_CHECKING:
     from xenaltp2m.domain import Domain
     from xenaltp2m.events import Event
-    from xenaltp2m.memory import AddressSpace
     from xenaltp2m.responses import Response
     from xenaltp2m.types import VcpuId
 
@@ -142,6 +142,8 @@ class Trace(Handle):
             self._undo.push("", self._monitor.close)
             self._breakpoints = Breakpoints(altp2m, self._monitor, fast=fast)
             self._undo.push("", self._breakpoints.close)
+            self._mapped = MappedPages(domain)
+            self._undo.push("", self._mapped.close)
             for name, place in places.items():
                 called = partial(self._called, name)
                 if isinstance(place, int):
@@ -227,6 +229,10 @@ class Trace(Handle):
         """End the iteration that runs, or the next one; from any thread or signal handler."""
         self._monitor.stop()
 
+    def address_space(self, call: Call) -> AddressSpace:
+        """Return the linear addresses of the caller, quick to read while the trace is open."""
+        return self._domain.memory.address_space(call.registers, mapped=self._mapped)
+
     def verify(self) -> None:
         """Make breakpoints again that Xen has reset: see :meth:`Breakpoints.verify`."""
         self.reapplied += len(self._breakpoints.verify())
@@ -278,7 +284,7 @@ class Trace(Handle):
         """Read the return address, and the arguments wherever they are."""
         in_registers = [getattr(registers, name) for name in _IN_REGISTERS if width == 8][:count]
         on_stack = count - len(in_registers)
-        space = self._domain.memory.address_space(registers)
+        space = self._domain.memory.address_space(registers, mapped=self._mapped)
         try:
             raw = space.read(registers.rsp, width * (1 + on_stack))
         except (NotMappedError, InvalidArgumentError):
@@ -289,7 +295,7 @@ class Trace(Handle):
     def _await(self, call: Call, width: int) -> None:
         assert call.caller is not None
         try:
-            space = self._domain.memory.address_space(call.registers)
+            space = self.address_space(call)
             place = space.translate(call.caller).physical
         except (NotMappedError, InvalidArgumentError):
             return

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 from xenaltp2m.abi.layouts import HVM_CPU, HVM_CPU_TYPECODE, HVM_DESCRIPTOR
 from xenaltp2m.errors import InvalidArgumentError
-from xenaltp2m.events import Registers
+from xenaltp2m.events import Registers, registers_at
 from xenaltp2m.types import VcpuId, VcpuInfo, ViewId
 
 if TYPE_CHECKING:
     from xenaltp2m.domain import Domain
 
 _CR0_ET = 1 << 4
+
+_REGISTERS = registers_at(HVM_CPU.fields)
 
 
 class Vcpu:
@@ -50,7 +52,7 @@ class Vcpu:
 
         ``xc_domain_hvm_getcontext_partial``.
         """
-        return Registers(self._record(), HVM_CPU.fields)
+        return _REGISTERS(self._record())
 
     def set_registers(self, **values: int) -> None:
         """Set registers by name, with the domain paused meanwhile.

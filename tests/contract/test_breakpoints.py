@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 import xenaltp2m as xa
+from xenaltp2m.backend.mock import MockBackend
 from xenaltp2m.breakpoints import Breakpoint, Hit, Touch
 
 from .conftest import LIVE
-from .guests import CALLS, LINE, RunningGuest, hooked, running, serve
+from .guests import CALLS, LINE, PATIENCE, RunningGuest, hooked, running, serve
 
 HOSTS = ["xen"] if LIVE else ["mock-4.14", "mock-4.17", "mock-4.20"]
 WAYS = [(True, True), (False, True), (True, False)]
@@ -286,3 +289,78 @@ def test_a_page_that_comes_and_goes(host_name: str, fast: bool) -> None:
 
 
 PASSES = 12
+
+
+class Ended(Exception):
+    """What a callback raises."""
+
+
+def end_in_a_callback(guest: RunningGuest, fast: bool, int3: bool, chance: random.Random) -> None:
+    """At a moment, in one of several ways; with vCPUs in the shadow, stepping and waiting."""
+    way = chance.choice(["raise", "close", "close all", "stop", "leave a loop"])
+    left = chance.randrange(1, 30)
+    with hooked(guest, fast=fast, int3=int3) as (monitor, breakpoints):
+
+        def count(_: Hit | Touch) -> None:
+            nonlocal left
+            left -= 1
+            if left > 0:
+                return
+            if way == "raise":
+                raise Ended
+            if way.startswith("close"):
+                breakpoints.close()
+            if way == "close all":
+                monitor.close()
+            else:
+                monitor.stop()
+
+        breakpoints.insert(guest.address("hit"), count)
+        breakpoints.insert(guest.address("wrong_after_hit"), lambda hit: None)
+        kind = "after" if chance.random() < 0.5 else "before"
+        if kind == "after":
+            breakpoints.watch(guest.address("made") + LINE, 4, after=count)
+        else:
+            breakpoints.watch(guest.address("made"), 4, count, reads=True)
+        if way == "leave a loop":
+            for event in monitor.events(timeout=PATIENCE):
+                answer = breakpoints(event)
+                left -= 1
+                if left < 0:
+                    break
+                if answer is not None:
+                    event.reply(answer)
+        else:
+            monitor.run(breakpoints, timeout=PATIENCE)
+
+
+@pytest.mark.parametrize(("fast", "int3"), WAYS, ids=WAY_NAMES)
+def test_ending_in_every_state(racer: RunningGuest, fast: bool, int3: bool) -> None:
+    """Again and again, in a guest that goes on."""
+    chance = random.Random(f"{racer.vcpus} {fast} {int3}")
+    before, pages = racer.sums(), None
+    if isinstance(racer.xen.backend, MockBackend):
+        racer.xen.backend.steps_at_once = 200  # it runs at each call, and nobody waits for it
+    racer.start()
+    for _ in range(ENDINGS):
+        with suppress(Ended):
+            end_in_a_callback(racer, fast, int3, chance)
+        assert not racer.dom.altp2m_active
+        info = racer.dom.info()
+        assert not info.paused
+        assert pages in (None, (info.pages, info.max_pages))
+        pages = info.pages, info.max_pages  # but the ring's page, at the first time
+        totals = [racer.words("total")[0]]
+        end = time.monotonic() + PATIENCE
+        while totals[-1] < totals[0] + 50:
+            assert time.monotonic() < end, "it does not go on"
+            with racer.dom.monitor() as monitor:  # the simulator's goes on while somebody listens
+                monitor.run(lambda event: None, timeout=0.01)
+            totals.append(racer.words("total")[0])
+    with racer.dom.paused():
+        after = racer.sums()
+    assert racer.lines("noticed") == [0] * racer.vcpus
+    assert {gfn for gfn in after if after[gfn] != before[gfn]} <= racer.writable_gfns()
+
+
+ENDINGS = 15 if LIVE else 3

@@ -88,7 +88,7 @@ def test_system_calls_are_counted_one_by_one(linux: Linux) -> None:
                 assert seen.call.name == calls[-1][0]  # one processor, and no call waits
                 returned.append(seen.value)
                 return
-            space = linux.dom.memory.address_space(seen.registers)
+            space = trace.address_space(seen)
             first, pointer, third = seen.arguments
             if seen.name == "do_sys_openat2":
                 assert first & (1 << 32) - 1 == AT_FDCWD
@@ -144,7 +144,7 @@ def test_system_calls_of_each_process(linux: Linux) -> None:
     assert len(counts) >= 2
     writes = sum(of.get(WRITE, 0) for of in counts.values())
     opens = sum(of.get(OPENAT, 0) + of.get(OPEN, 0) for of in counts.values())
-    rounds = opens // 2
+    rounds = opens // 3  # /dev/null, too, to redirect what is said
     assert rounds >= 2
     assert COPIES * (rounds - 1) <= writes <= (COPIES + SAID) * (rounds + 1)
 

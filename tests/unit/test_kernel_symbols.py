@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from xenaltp2m.abi.layouts import HVM_CPU
 from xenaltp2m.errors import SymbolError
-from xenaltp2m.events import Registers
+from xenaltp2m.events import Registers, registers_at
 from xenaltp2m.symbols import Image, Symbols
 
 HELLO = Path(__file__).parents[2] / "examples" / "guest" / "hello.elf"
@@ -44,7 +44,7 @@ def registers(lstar: int) -> Registers:
     raw = bytearray(HVM_CPU.size)
     offset, width = HVM_CPU.fields["msr_lstar"]
     raw[offset : offset + width] = lstar.to_bytes(width, "little")
-    return Registers(bytes(raw), HVM_CPU.fields)
+    return registers_at(HVM_CPU.fields)(bytes(raw))
 
 
 def test_names_and_addresses(kernel: Symbols) -> None:

@@ -403,7 +403,7 @@ class _Teller:
             yield printable(one.name), shown
 
     def _space(self, call: Call) -> AddressSpace:
-        return self._domain.memory.address_space(call.registers)
+        return self._trace.address_space(call)
 
     def _number(self, word: int, of: Type) -> str:
         value = _number(word, of)
