@@ -29,6 +29,10 @@ _NOTHING_OF_A_SUPERPAGE = (Access.N, Access.N2RWX, Access.X)
 """``X`` on CPUs where Xen lets no superpage be executed (XSA-304)."""
 
 
+PROBED = 64
+"""Numbers of views that are looked for where altp2m is on already: Xen has 10, or as configured."""
+
+
 class Altp2m(Handle):
     """A domain's views. Made by :meth:`xenaltp2m.domain.Domain.altp2m`.
 
@@ -49,6 +53,10 @@ class Altp2m(Handle):
         try:
             if self._backend.altp2m_get_domain_state(self._domid):
                 self._prior_views.update(self.vcpu_views().values())
+                existing = [view for view in range(PROBED) if self._exists(ViewId(view))]
+                self.domain._journal.write(
+                    used=True, prior_views=tuple(existing), prior_view=int(self._prior_view)
+                )
             else:
                 self._switch_on()
         except BaseException:
@@ -175,6 +183,7 @@ class Altp2m(Handle):
         """Switch altp2m on; up to 4.15 a failure may leave it on all the same."""
         undo = UndoList()
         undo.push(f"altp2m of domain {self._domid}", self._switch_off)
+        self.domain._journal.write(altp2m=True)
         try:
             self._backend.altp2m_set_domain_state(self._domid, True)
         except BaseException as error:
@@ -185,6 +194,7 @@ class Altp2m(Handle):
     def _switch_off(self) -> None:
         if self._backend.altp2m_get_domain_state(self._domid):
             self._backend.altp2m_set_domain_state(self._domid, False)
+        self.domain._journal.undone(altp2m=False)
 
     def _take_back(self) -> None:
         """Semantics: vCPUs out, views gone, altp2m off; switching it off does all three."""
@@ -206,6 +216,7 @@ class Altp2m(Handle):
             with suppress(XenError):
                 self._switch_back()  # tried again once the views are gone
         undo.unwind(f"closing {self!r}")
+        self.domain._journal.undone(used=False, prior_views=(), prior_view=0)
 
     @property
     def _prior_view(self) -> ViewId:

@@ -22,6 +22,7 @@ from xenaltp2m.errors import (
 )
 from xenaltp2m.events import Event, Subscription
 from xenaltp2m.handle import Handle, UndoList
+from xenaltp2m.journal import Pages, dead
 from xenaltp2m.memory import Memory
 from xenaltp2m.monitor import Monitor, subscription
 from xenaltp2m.types import (
@@ -67,6 +68,7 @@ class Domain(Handle):
         self.domid: DomId = info.domid
         self.uuid: UUID = info.uuid
         self.memory = Memory(self)
+        self._journal = xen._journal_of(info)
         self._backend = xen.backend
         self._altp2m: Altp2m | None = None
         self._monitor: Monitor | None = None
@@ -155,9 +157,11 @@ class Domain(Handle):
         Raises:
             UnsupportedError: Xen was not booted with ``altp2m=1``, or the domain is PV.
             InvalidArgumentError: The domain was created without altp2m.
-            BusyError: It is open already, through this handle of the domain or another.
+            BusyError: It is open already, through this handle of the domain or another; or a
+                process was killed that had it open.
         """
         self._check_open()
+        self._check_nobody_was_killed()
         if (other := self._anybody_s_altp2m()) is not None:
             raise BusyError(
                 f"{other!r} is open already: use it, or close it first", domid=self.domid
@@ -186,6 +190,7 @@ class Domain(Handle):
         ``xc_monitor_enable``, ``xc_monitor_*``.
         """
         self._check_open()
+        self._check_nobody_was_killed()
         if self._open_monitor is not None:
             raise BusyError(
                 f"{self._monitor!r} is open already: use it, or close it first", domid=self.domid
@@ -198,6 +203,7 @@ class Domain(Handle):
         """Trace calls of functions: :class:`xenaltp2m.tracing.Trace` has the options."""
         from xenaltp2m.tracing import Trace
 
+        self._check_open()
         return Trace(self, *functions, **options)
 
     def vcpu(self, number: int) -> Vcpu:
@@ -220,7 +226,8 @@ class Domain(Handle):
     def pause(self) -> None:
         """Stop the domain's vCPUs until as many :meth:`unpause`. ``xc_domain_pause``."""
         self._check_open()
-        self._backend.domain_pause(self.domid)
+        with self._journal.about_to(pauses=self._journal.record.pauses + 1):
+            self._backend.domain_pause(self.domid)
         self._pauses.push(self._pause_words, self._unpause)
 
     def unpause(self) -> None:
@@ -274,6 +281,7 @@ class Domain(Handle):
             if self.info().paused:
                 raise
             # Somebody else has taken our pause back.
+        self._journal.undone(pauses=max(self._journal.record.pauses - 1, 0))
 
     # Pages of our own.
 
@@ -304,6 +312,9 @@ class Domain(Handle):
         limit = self.info().max_pages
         raised = min(count, _UNLIMITED - limit)
         undo = UndoList()
+        noted = Pages(first, count, raised, limit)
+        self._journal.write(pages=(*self._journal.record.pages, noted))
+        undo.push("", partial(self._forget_pages, noted))
         try:
             self._set_limit(limit + raised)
             undo.push(
@@ -371,6 +382,10 @@ class Domain(Handle):
                 gfns.remove(gfn)
         gfns.clear()
 
+    def _forget_pages(self, noted: Pages) -> None:
+        left = [pages for pages in self._journal.record.pages if pages != noted]
+        self._journal.undone(pages=tuple(left))
+
     def _is_memory(self, gfn: int) -> bool:
         try:
             self.memory.read(gfn << PAGE_SHIFT, 1)
@@ -390,6 +405,18 @@ class Domain(Handle):
         except LeftoverError:
             self._undo.adopt(undo)
             raise
+
+    def _check_nobody_was_killed(self) -> None:
+        """Refuse to begin where a process was killed and has left something."""
+        for found in dead(self.xen.journals, int(self.domid), self.uuid):
+            if found.path.name == self._journal.name:
+                continue
+            raise BusyError(
+                f"process {found.pid} was killed while it worked on domain {self.domid}, and has "
+                "left things behind",
+                domid=self.domid,
+                hint=(f"xenaltp2m rescue {self.domid} brings it back",),
+            )
 
     @property
     def _open_altp2m(self) -> Altp2m | None:
@@ -439,6 +466,8 @@ class Domain(Handle):
         undo.unwind(doing)
 
     def _remove_or_tell(self, gfns: range) -> None:
+        if gfns not in self._added:
+            return  # who had them added has taken them back, when the monitor was closed
         try:
             self.remove_pages(gfns)
         except BusyError as error:

@@ -116,6 +116,10 @@ class SymbolError(XenError, ValueError):
     """An image cannot be used: it is unreadable, damaged, or has no such symbol."""
 
 
+class JournalError(XenError):
+    """A journal cannot be written or trusted; the change it was for has not been made."""
+
+
 class RingError(XenError):
     """A monitor's ring holds what neither Xen nor this package can have put there."""
 

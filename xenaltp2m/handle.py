@@ -37,7 +37,7 @@ class UndoList:
     @property
     def left(self) -> list[str]:
         """What stays in place if no step is taken, in words."""
-        return [what for what, _ in reversed(self._steps)]
+        return [what for what, _ in reversed(self._steps) if what]
 
     def drop(self) -> None:
         """Forget the latest step, because it has been taken already."""

@@ -275,9 +275,11 @@ class Monitor(Handle):
         backend, domid = self._backend, self._domid
         with self.domain.paused():
             try:
-                remote, page = backend.monitor_enable(domid)
+                with self.domain._journal.about_to(monitor=True):
+                    remote, page = backend.monitor_enable(domid)
             except BusyError as error:
-                error.hint = (*_other_agents(), *error.hint)
+                killed = f"if its agent was killed: xenaltp2m rescue {domid}"
+                error.hint = (*_other_agents(), killed, *error.hint)
                 raise
             self._enabled_in_xen = True
             self._undo.push(f"monitor of domain {domid}", self._give_back)
@@ -341,6 +343,9 @@ class Monitor(Handle):
 
     def _require_access(self) -> None:
         required = partial(self._backend.domain_set_access_required, self._domid)
+        journal = self.domain._journal
+        journal.write(access_required=True)
+        self._undo.push("", partial(journal.undone, access_required=False))
         self._undo.push(f"access_required of domain {self._domid}", partial(required, False))
         required(True)
 
@@ -940,6 +945,7 @@ class Monitor(Handle):
             if self._is_enabled():
                 raise
         self._enabled_in_xen = False
+        self.domain._journal.undone(monitor=False)
 
     def _is_enabled(self) -> bool:
         """Tell whether Xen has the ring: somebody else may have disabled it."""

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from uuid import UUID
 
 from xenaltp2m.abi.releases import Release
@@ -13,12 +15,15 @@ from xenaltp2m.backend.arguments import DOMID_LIMIT
 from xenaltp2m.domain import Domain
 from xenaltp2m.errors import DomainNotFoundError, InvalidArgumentError, XenError
 from xenaltp2m.handle import Handle, UndoList
+from xenaltp2m.journal import DIRECTORY, Journal
 from xenaltp2m.types import DomainInfo
 
 _DOMAINS_AT_ONCE = 256
 
 
-def connect(backend: str | Backend = "libxc") -> Xen:
+def connect(
+    backend: str | Backend = "libxc", *, journal: str | os.PathLike[str] | None = ""
+) -> Xen:
     """Open a connection to a hypervisor.
 
     Args:
@@ -26,12 +31,18 @@ def connect(backend: str | Backend = "libxc") -> Xen:
             host with one domain called ``guest``; or a backend object, such as a
             :class:`xenaltp2m.backend.mock.MockBackend` with domains of your own. Closing the
             connection closes it, too.
+        journal: The directory for journals, with which :func:`xenaltp2m.rescue.rescue` brings a
+            domain back whose agent was killed; by default :data:`xenaltp2m.journal.DIRECTORY` on
+            Xen and none on a mock. None does without.
 
     Raises:
         LibraryError: No usable libxenctrl was found.
         XenError: This is not a Xen control domain.
     """
-    return Xen(open_backend(backend) if isinstance(backend, str) else backend)
+    opened = open_backend(backend) if isinstance(backend, str) else backend
+    if journal == "":
+        journal = DIRECTORY if opened.name == "libxc" else None
+    return Xen(opened, None if journal is None else Path(journal))
 
 
 class Xen(Handle):
@@ -39,11 +50,14 @@ class Xen(Handle):
 
     Attributes:
         backend: The backend underneath, for what the handles do not offer.
+        journals: The directory for journals, or None.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, journals: Path | None = None) -> None:
         super().__init__()
         self.backend = backend
+        self.journals = journals
+        self._journals: dict[UUID, Journal] = {}
         self._domains: list[Domain] = []
         self._undo.push(f"connection to {backend.name}", backend.close)
 
@@ -81,6 +95,13 @@ class Xen(Handle):
         self._domains.append(domain)
         return domain
 
+    def _journal_of(self, info: DomainInfo) -> Journal:
+        """The journal of a domain, which all its handles share."""
+        found = self._journals.get(info.uuid)
+        if found is None:
+            found = self._journals[info.uuid] = Journal(self.journals, info.domid, info.uuid)
+        return found
+
     def _find(self, which: int | str | UUID) -> DomainInfo:
         if isinstance(which, str):
             which = _parse(which)
@@ -113,6 +134,8 @@ class Xen(Handle):
                 with suppress(XenError):
                     domain._open_altp2m.close()  # tried again, and told of, by its domain
         undo.unwind(f"closing {self!r}")
+        for journal in self._journals.values():
+            journal.close()
         super()._take_back()
 
 

@@ -410,3 +410,18 @@ def test_a_page_is_not_copied_while_another_vcpu_writes_to_it(fast: bool) -> Non
         assert told[:2] == [("MemAccess", 0), ("MemAccess", 1)]
         assert hook.hits == 1
         assert reader.register("rax") == 1
+
+
+@WAYS
+def test_closing_the_connection_closes_them(fast: bool, int3: bool) -> None:
+    host = MockBackend(memory_pages=1 << 13)
+    computer = Computer(INC_EAX + FOREVER, host=host)
+    before = host.domain_getinfolist(computer.domid, 1)[0]
+    xen = xa.connect(host)
+    dom = xen.domain(computer.domid)
+    breakpoints = Breakpoints(dom.altp2m(), dom.monitor(), fast=fast, int3=int3)
+    breakpoints.insert(CODE, lambda hit: None)
+    xen.close()
+    assert breakpoints.closed
+    after = host.domain_getinfolist(computer.domid, 1)[0]
+    assert (after.pages, after.max_pages) == (before.pages - 1, before.max_pages)  # the ring's

@@ -122,7 +122,10 @@ def documents(out: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (WATCH, "say what to watch: --gfn, --symbol, --cr3, --msr, --cpuid, --breakpoints"),
+        (
+            WATCH,
+            "say what to watch: --gfn, --symbol, --bytes, --cr3, --msr, --cpuid, --breakpoints",
+        ),
         (WATCH[:3], "required: DOMAIN"),
         ([*WATCH, "--symbol", "target"], "--symbol needs --image"),
         ([*WATCH, "--gfn", "page"], "'page' is neither a gfn nor a range A-B"),

@@ -25,11 +25,11 @@ LAYERS: list[set[str]] = [
     {"backend.libxc", "backend.mock"},
     {
         "handle", "signals", "runs", "view", "altp2m", "responses", "events", "monitor", "vcpu",
-        "domain", "memory", "xen",
+        "domain", "memory", "xen", "journal",
     },
     {
-        "breakpoints", "tracing", "viewstate", "journal", "rescue", "hazards", "doctor",
-        "symbols",
+        "breakpoints", "shadows", "instructions", "tracing", "prototypes", "viewstate", "rescue",
+        "hazards", "doctor", "symbols",
     },
     {""},  # the package itself: what users import
     {"cli", "__main__"},
@@ -39,7 +39,9 @@ LAYERS: list[set[str]] = [
 HANDLES, TOOLS = 4, 5
 CONCRETE = {"backend.libxc", "backend.mock"}
 OPENS_BACKENDS = {("backend", concrete) for concrete in CONCRETE}
-"""The one upward arrow, within a function: :func:`xenaltp2m.backend.open_backend`."""
+"""An upward arrow, within a function: :func:`xenaltp2m.backend.open_backend`."""
+OFFERS_TOOLS = {("domain", "tracing")}
+"""The other one: ``Domain.trace``, for those who have a domain in their hands."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,8 @@ def forbidden(arrow: Arrow) -> str | None:
             return "handles and tools know no backend"
         if source in CONCRETE:
             return "backends do not know each other"
+    if (source, target) in OFFERS_TOOLS and arrow.when != "import":
+        return None
     if rank(arrow.target) > rank(arrow.source):
         return "it is above"
     return None

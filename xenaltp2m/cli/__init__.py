@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import xenaltp2m as xa
 from xenaltp2m.abi.releases import SUPPORTED
-from xenaltp2m.cli import domains, protect, trace, watch
+from xenaltp2m.cli import domains, protect, rescue, trace, watch
 from xenaltp2m.cli.console import Console
 from xenaltp2m.cli.host import MOCK_DOMAIN
 
@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_command(commands, "protect", protect.run, protect.SUMMARY, protect.KEYS)
     )
     watch.add_arguments(_add_command(commands, "watch", watch.run, watch.SUMMARY, watch.KEYS))
+    rescue.add_arguments(_add_command(commands, "rescue", rescue.run, rescue.SUMMARY, rescue.KEYS))
     trace.add_arguments(_add_command(commands, "trace", trace.run, trace.SUMMARY, trace.KEYS))
     return parser
 

@@ -1,0 +1,455 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Agents killed at every call to the hypervisor, and what is left of them when they are rescued."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from errno import ENOSPC
+from functools import partial
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+import xenaltp2m as xa
+from xenaltp2m import cli, journal
+from xenaltp2m.backend.mock import MockBackend
+from xenaltp2m.breakpoints import Breakpoints
+from xenaltp2m.handle import Handle
+from xenaltp2m.journal import Journal, Pages, Record, find
+from xenaltp2m.rescue import diagnose, rescue
+
+from .machinecode import CODE, OTHER, Computer
+from .test_breakpoints import SELF_MODIFYING, THERE
+
+
+class Killed(BaseException):
+    """The process is no more: nothing it does has an effect from here on."""
+
+
+class Mortal(MockBackend):
+    """A host whose caller is killed at a call, before it or once it was made."""
+
+    at = made = 0
+    dead = after = False
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.ops: list[str] = []
+
+    def _inject(self, op: str) -> None:
+        super()._inject(op)
+        if self.dead:
+            raise Killed
+        self.made += 1
+        self.ops.append(op)
+        if self.made == self.at:
+            self.die()
+            if not self.after:
+                raise Killed
+
+    def die(self) -> None:
+        self.dead = True
+        self.on_death()
+
+    def on_death(self) -> None: ...
+
+    def close(self) -> None:
+        """It outlives its caller."""
+
+
+@pytest.fixture(scope="module")
+def gone() -> int:
+    """The number of a process that is no more."""
+    with subprocess.Popen(["true"]) as process:
+        pass
+    return process.pid
+
+
+class Processes:
+    """Whose journals are written: of processes that are no more."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.started = pid, 1
+
+    def __call__(self) -> dict[str, int]:
+        return {"pid": self.pid, "started": self.started}
+
+
+@pytest.fixture
+def process(monkeypatch: pytest.MonkeyPatch, gone: int) -> Processes:
+    made = Processes(gone)
+    monkeypatch.setattr(journal, "_this_process", made)
+    return made
+
+
+@pytest.fixture
+def journals(tmp_path: Path, process: Processes) -> Path:
+    """A directory for them."""
+    return tmp_path / "journals"
+
+
+@pytest.fixture
+def handles(monkeypatch: pytest.MonkeyPatch) -> list[Handle]:
+    """All that are made."""
+    made: list[Handle] = []
+    make = Handle.__init__
+
+    def noting(self: Handle) -> None:
+        make(self)
+        made.append(self)
+
+    monkeypatch.setattr(Handle, "__init__", noting)
+    return made
+
+
+def work(host: MockBackend, domid: int, journals: Path) -> None:
+    """Views, pages, a pause, breakpoints, a watch: all that leaves something."""
+    xen = xa.connect(host, journal=journals)
+    dom = xen.domain(domid)
+    dom.pause()
+    dom.add_pages(2)
+    altp2m, monitor = dom.altp2m(), dom.monitor(xa.MemAccess, access_required=True)
+    view = altp2m.create_view()
+    view.set_access(OTHER >> 12, xa.Access.R)
+    breakpoints = Breakpoints(altp2m, monitor, fast=False)
+    breakpoints.insert(CODE, lambda hit: None)
+    breakpoints.insert(THERE, lambda hit: None)
+    breakpoints.watch(OTHER, 4, after=lambda touch: None)
+    dom.unpause()
+    host.steps_at_once = 30
+    monitor.run(breakpoints, timeout=0.01)
+    dom.pause()
+    xen.close()
+
+
+def machine() -> tuple[Mortal, Computer]:
+    host = Mortal(memory_pages=1 << 13)
+    computer = Computer(SELF_MODIFYING, host=host)
+    computer.set(rax=0, rcx=0)
+    computer.describe()
+    return host, computer
+
+
+@pytest.fixture(scope="module")
+def busy(tmp_path_factory: pytest.TempPathFactory) -> int:
+    """A call in the midst of :func:`work`: there are views, pages, a ring, vCPUs in shadows."""
+    host, computer = machine()
+    host.ops.clear()
+    work(host, computer.domid, tmp_path_factory.mktemp("tried") / "journals")
+    return [number for number, op in enumerate(host.ops, 1) if op == "evtchn_notify"][4]
+
+
+class Scene:
+    """A machine whose agent may be killed."""
+
+    def __init__(
+        self, journals: Path, handles: list[Handle], process: Processes, busy: int
+    ) -> None:
+        self.journals, self.process = journals, process
+        self._handles, self._busy = handles, busy
+        self.anew()
+
+    def anew(self) -> None:
+        """Have another machine."""
+        self.host, self.computer = machine()
+        self.domid = self.computer.domid
+        self.before = self.host.domain_getinfolist(self.domid, 1)[0]
+
+    def kill(self, act: Callable[[], object] | None = None, call: int | None = None) -> bool:
+        """Have a process do something, and kill it at a call; tell whether it came to that."""
+        host = self.host
+        host.made, host.at = 0, call or self._busy
+        self.process.started += 1
+        with suppress(Killed):
+            (act or (lambda: work(host, self.domid, self.journals)))()
+        died = host.dead
+        host.at, host.dead, host.steps_at_once = 0, False, 0
+        kept = self.journals.with_name("kept")
+        if died:
+            kept.mkdir(mode=0o700)
+            for path in self.journals.iterdir():
+                shutil.copy(path, kept)
+        end_process(host, self._handles)
+        if died:
+            shutil.rmtree(self.journals)
+            kept.rename(self.journals)
+        self.process.started += 1
+        return died
+
+    def ends_well(self) -> None:
+        """The guest goes on, to its end."""
+        self.host.run(self.domid, 1000)
+        assert self.computer.vector is None
+        assert (self.computer.register("rax"), self.computer.register("rcx")) == (1, 1)
+
+
+@pytest.fixture
+def scene(journals: Path, handles: list[Handle], process: Processes, busy: int) -> Scene:
+    return Scene(journals, handles, process, busy)
+
+
+def test_a_rescue_that_is_killed_is_rescued(scene: Scene, handles: list[Handle]) -> None:
+    """At each of its own calls."""
+    call, died = 0, True
+    while died:
+        call += 1
+        if call > 1:
+            scene.anew()
+        assert scene.kill()
+        rescuing = partial(rescue, xa.Xen(scene.host, scene.journals), scene.domid)
+        died = scene.kill(rescuing, call)
+        is_rescued(scene.host, scene.computer, scene.before, scene.journals, call)
+        end_process(scene.host, handles)
+    assert call > 20
+
+
+def test_without_a_journal(scene: Scene) -> None:
+    scene.kill()
+    with xa.Xen(scene.host) as xen:
+        outcome = rescue(xen, scene.domid)
+        assert outcome.failed == ()
+        assert outcome.unknown == (
+            "which pages an agent had added, and how far it had raised the limit",
+            "whether altp2m was on before an agent came",
+        )
+        assert diagnose(xen, scene.domid).healthy
+    scene.ends_well()
+
+
+def test_the_next_agent_is_told(scene: Scene) -> None:
+    scene.kill()
+    with xa.Xen(scene.host, scene.journals) as xen, xen.domain(scene.domid) as dom:
+        for begin in (dom.altp2m, dom.monitor):
+            with pytest.raises(xa.BusyError, match="killed while it worked on domain 1") as told:
+                begin()
+            assert told.value.hint == ("xenaltp2m rescue 1 brings it back",)
+    with xa.Xen(scene.host) as xen, xen.domain(scene.domid) as dom:
+        with pytest.raises(xa.BusyError) as told:
+            dom.monitor()
+        assert "if its agent was killed: xenaltp2m rescue 1" in told.value.hint
+        rescue(xen, scene.domid)
+
+
+def test_views_of_others_stay(scene: Scene) -> None:
+    """altp2m was on already, and its vCPUs in a view of somebody's."""
+    scene.host.altp2m_set_domain_state(scene.domid, True)
+    other = scene.host.altp2m_create_view(scene.domid, 7)
+    scene.host.altp2m_switch_to_view(scene.domid, other)
+    scene.kill()
+    with xa.Xen(scene.host, scene.journals) as xen:
+        done = [step.what for step in rescue(xen, scene.domid).steps]
+        assert f"vCPUs go back to view {other}" in done
+        assert any("is destroyed" in what for what in done)
+        assert scene.host.altp2m_get_domain_state(scene.domid)
+        assert scene.computer.vcpu.view == other
+        with xen.domain(scene.domid) as dom, dom.altp2m() as altp2m:
+            assert [view for view in range(10) if altp2m._exists(xa.ViewId(view))] == [0, other]
+    scene.ends_well()
+
+
+def test_an_agent_that_runs_is_left_alone(tmp_path: Path) -> None:
+    host, computer = machine()
+    journals = tmp_path / "journals"
+    with xa.Xen(host, journals) as xen, xen.domain(computer.domid) as dom, dom.altp2m():
+        with pytest.raises(xa.BusyError, match=f"process {os.getpid()} works on domain 1"):
+            rescue(xen, computer.domid)
+        assert diagnose(xen, computer.domid).healthy
+        assert stat.S_IMODE(journals.stat().st_mode) == 0o700
+        [path] = journals.iterdir()
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert list(journals.iterdir()) == []
+
+
+def test_the_command(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scene.kill()
+
+    @contextmanager
+    def there(*_: object) -> Iterator[xa.Xen]:
+        with xa.Xen(scene.host, scene.journals) as xen:
+            yield xen
+
+    monkeypatch.setattr("xenaltp2m.cli.rescue.connect", there)
+    assert cli.main(["rescue", "1", "--dry-run"]) == cli.DONE
+    told = capsys.readouterr().out
+    assert "was killed and has left: a monitor, altp2m switched on" in told
+    assert "what would be done:\n  vCPUs go to view 0\n  altp2m goes off" in told
+    assert cli.main(["rescue", "1", "--json"]) == cli.DONE
+    document = json.loads(capsys.readouterr().out)
+    assert all(step["error"] is None for step in document["steps"])
+    assert document["unknown"] == []
+    assert cli.main(["rescue", "1"]) == cli.DONE
+    assert "nothing is left of any agent" in capsys.readouterr().out
+    assert cli.main(["rescue", "9"]) == cli.REFUSED
+    assert "there is no domain 9" in capsys.readouterr().err
+    scene.ends_well()
+
+
+# Journals.
+
+
+def written(directory: Path, **changes: Any) -> Path:
+    made = Journal(directory, 1, UUID(int=5))
+    made.write(**changes)
+    made.close()
+    return directory / made.name
+
+
+def test_a_journal_that_was_cut_off_says_what_the_line_before_says(tmp_path: Path) -> None:
+    made = Journal(tmp_path / "j", 1, UUID(int=5))
+    made.write(pauses=1)
+    path = tmp_path / "j" / made.name
+    first = path.read_bytes()
+    made.write(pauses=2, pages=(Pages(9, 2, 2, 100),))
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        [found] = find(tmp_path / "j", 1, UUID(int=5))
+        expected = None if length < len(first) - 1 else Record(pauses=1)
+        if length >= len(whole) - 1:
+            expected = Record(pauses=2, pages=(Pages(9, 2, 2, 100),))
+        assert found.record == expected, length
+        assert found.alive
+    made.close()
+
+
+def test_journals_of_others_are_not_acted_upon(tmp_path: Path) -> None:
+    path = written(tmp_path / "j", pauses=1)
+    [found] = find(tmp_path / "j", 1, UUID(int=6))
+    assert found.why_not == f"it is of another domain, {UUID(int=5)}"
+    assert find(tmp_path / "j", 2, UUID(int=5)) == []
+    text = path.read_bytes().partition(b" ")[2].rstrip(b"\n")
+    older = text.replace(journal._boot().encode(), b"an older boot")
+    path.write_bytes(b"%08x %s\n" % (zlib.crc32(older), older))
+    [found] = find(tmp_path / "j", 1, UUID(int=5))
+    assert found.why_not == "it is from before this boot"
+    assert not found.alive
+
+
+def test_directories_that_others_may_write_to_are_refused(tmp_path: Path) -> None:
+    written(tmp_path / "j", pauses=1)
+    (tmp_path / "j").chmod(0o777)
+    with pytest.raises(xa.JournalError, match="not a directory that only this user"):
+        find(tmp_path / "j", 1, UUID(int=5))
+    with pytest.raises(xa.JournalError, match="not a directory that only this user"):
+        written(tmp_path / "j", pauses=2)
+    (tmp_path / "link").symlink_to("j")
+    with pytest.raises(xa.JournalError, match="not a directory that only this user"):
+        written(tmp_path / "link", pauses=2)
+
+
+def test_without_room_nothing_is_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host, computer = machine()
+
+    def full(file: int, data: bytes) -> int:
+        raise OSError(ENOSPC, os.strerror(ENOSPC))
+
+    with xa.Xen(host, tmp_path / "j") as xen, xen.domain(computer.domid) as dom:
+        monkeypatch.setattr(os, "write", full)
+        for change in (dom.pause, dom.add_pages, dom.altp2m, dom.monitor):
+            with pytest.raises(xa.JournalError, match="nothing was changed: No space left"):
+                change()
+        monkeypatch.undo()
+        assert not dom.info().paused
+        assert not dom.altp2m_active
+
+
+def test_a_long_life_makes_no_long_journal(tmp_path: Path) -> None:
+    made = Journal(tmp_path / "j", 1, UUID(int=5))
+    for number in range(5000):
+        made.write(pauses=number)
+    assert (tmp_path / "j" / made.name).stat().st_size <= 1 << 16
+    [found] = find(tmp_path / "j", 1, UUID(int=5))
+    assert found.record == Record(pauses=4999)
+    made.close()
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_killed_at_every_call(
+    tmp_path: Path, journals: Path, handles: list[Handle], after: bool
+) -> None:
+    calls = 1 << 30
+    number = 0
+    frozen = 0
+    while number <= calls:
+        host, computer = machine()
+        before = host.domain_getinfolist(computer.domid, 1)[0]
+        seen = tmp_path / f"as it was {number}"
+
+        def freeze(seen: Path = seen) -> None:
+            if journals.exists():
+                shutil.copytree(journals, seen)
+            else:
+                seen.mkdir(mode=0o700)
+
+        host.on_death = freeze  # type: ignore[method-assign]
+        host.made, host.at, host.after = 0, number, after
+        with suppress(Killed):
+            work(host, computer.domid, journals)
+        if not number:
+            calls = host.made
+            assert not list(journals.iterdir())
+        assert host.dead == bool(number)
+        host.at, host.dead, host.steps_at_once = 0, False, 0
+        end_process(host, handles)
+        shutil.rmtree(journals, ignore_errors=True)
+        if number:
+            frozen += is_rescued(host, computer, before, seen, number)
+        number += 1
+    assert frozen > calls // 3
+
+
+def end_process(host: Mortal, handles: list[Handle]) -> None:
+    """Its end of rings and event channels goes with a process, and its mappings."""
+    while handles:
+        handle = handles.pop()
+        if not handle.closed:
+            handle.abandon()
+    for mapping in list(host._mappings.values()):
+        host.foreignmemory_unmap(mapping.handle)  # type: ignore[arg-type]
+
+
+def is_rescued(
+    host: Mortal, computer: Computer, before: xa.DomainInfo, journals: Path, number: int
+) -> bool:
+    """Whether something was wrong; afterwards nothing is."""
+    with xa.Xen(host, journals) as xen:
+        return is_rescued_by(xen, host, computer, before, number)
+
+
+def is_rescued_by(
+    xen: xa.Xen, host: Mortal, computer: Computer, before: xa.DomainInfo, number: int
+) -> bool:
+    diagnose(xen, computer.domid)  # has answers that are in the ring take effect
+    found = diagnose(xen, computer.domid)
+    planned = rescue(xen, computer.domid, dry_run=True)
+    assert diagnose(xen, computer.domid) == found
+    outcome = rescue(xen, computer.domid)
+    assert outcome.failed == (), number
+    assert [step.what for step in outcome.steps] == [step.what for step in planned.steps]
+    assert outcome.unknown == ()
+    again = diagnose(xen, computer.domid)
+    assert again.healthy, (number, again.lines())
+    assert again.lines() == [], number
+    assert rescue(xen, computer.domid).steps == ()
+    host.run(computer.domid, 1000)
+    assert computer.vector is None, number
+    assert (computer.register("rax"), computer.register("rcx")) == (1, 1), number
+    assert not any(vcpu.event_pauses for vcpu in computer.vcpus), number
+    assert not any(vcpu.monitor_trap_flag for vcpu in computer.vcpus), number
+    after = host.domain_getinfolist(computer.domid, 1)[0]
+    assert (after.max_pages, after.paused) == (before.max_pages, False), number
+    assert after.pages in (before.pages, before.pages - 1), number  # the ring's page
+    assert xen.journals is not None
+    assert list(xen.journals.iterdir()) == [], number
+    return bool(outcome.steps)

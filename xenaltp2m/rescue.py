@@ -1,0 +1,403 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Brings a domain back whose agent was killed, at whatever instruction.
+
+What is wrong is found out first, from Xen and from the journals of processes that are no more. Then
+the vCPUs leave all views, altp2m goes off, single steps end, whoever waits for an answer gets one,
+the ring goes, pages that were added are taken back, the limit of memory is what it was, and pauses
+end. Each step can be taken again: one that fails is told, and the others are taken.
+
+Without a journal it is done as far as Xen tells. What Xen does not tell is said: which pages an
+agent had added, how often it had paused the domain, whether altp2m was on before it came.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from errno import ENODEV
+from functools import partial
+from typing import TYPE_CHECKING
+
+from xenaltp2m.abi.ring import Ring
+from xenaltp2m.abi.vm_event import Flag, layout
+from xenaltp2m.errors import BusyError, InvalidArgumentError, XenError
+from xenaltp2m.journal import Found, Journal, Pages, Record, find
+from xenaltp2m.types import HOST_VIEW, PAGE_SIZE, DomainInfo
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from xenaltp2m.xen import Xen
+
+_SINGLE_STEP_OFF = 0
+"""``XEN_DOMCTL_debug_op_single_step_off``."""
+_KIB_PER_PAGE = PAGE_SIZE // 1024
+_TRIES = 20
+_SETTLE = 0.01
+"""Seconds for vCPUs that wait for room in a ring to leave it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What is the matter with a domain.
+
+    Attributes:
+        domain: The domain.
+        paused: Whether somebody has paused it.
+        altp2m: Whether altp2m is on.
+        views: The views that vCPUs are in, by vCPU; empty where altp2m is off.
+        ring: Whether a monitor's ring is enabled.
+        killed: Journals of processes that were killed, with something to be undone.
+        working: Journals of processes that run.
+        unreadable: Journals that do not tell anything, or of another domain, and why.
+    """
+
+    domain: DomainInfo
+    paused: bool
+    altp2m: bool
+    views: dict[int, int]
+    ring: bool
+    killed: tuple[Found, ...]
+    working: tuple[Found, ...]
+    unreadable: tuple[Found, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing needs to be done: nobody was killed, and nothing of an agent is left."""
+        return not self.killed and (bool(self.working) or not (self.altp2m or self.ring))
+
+    def lines(self) -> list[str]:
+        """Say it in words, a line for each thing."""
+        found = [
+            f"process {one.pid} was killed and has left: {_left(one.record)}" for one in self.killed
+        ]
+        found += [f"process {one.pid} works on it, and runs" for one in self.working]
+        for one in self.unreadable:
+            found.append(f"{one.path} is of no use: {one.why_not or 'no line of it is sound'}")
+        if self.ring:
+            found.append("a monitor's ring is enabled")
+        if self.altp2m:
+            inside = sorted(vcpu for vcpu, view in self.views.items() if view != HOST_VIEW)
+            where = f", and vCPUs {inside} are in views" if inside else ""
+            found.append(f"altp2m is on{where}")
+        if self.paused:
+            found.append("it is paused")
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Something that was done, or would be."""
+
+    what: str
+    error: XenError | None = None
+    """Why it could not be done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a rescue has done.
+
+    Attributes:
+        before: What was the matter.
+        steps: What was done, or with ``dry_run`` would be, in order.
+        unknown: What could not be known.
+    """
+
+    before: Diagnosis
+    steps: tuple[Step, ...]
+    unknown: tuple[str, ...]
+
+    @property
+    def failed(self) -> tuple[Step, ...]:
+        """The steps that could not be taken; again tries them again."""
+        return tuple(step for step in self.steps if step.error is not None)
+
+
+def diagnose(xen: Xen, which: int | str | UUID) -> Diagnosis:
+    """Find out what is the matter with a domain, and change nothing.
+
+    But answers that a killed process had put into its ring, and had not told Xen of, take effect
+    now: asking whether there is a ring has Xen look at it.
+
+    Args:
+        xen: The host; its ``journals`` are looked at.
+        which: As :meth:`Xen.domain`.
+
+    Raises:
+        DomainNotFoundError: There is none.
+        JournalError: The journals' directory is not to be trusted.
+    """
+    info, backend = xen._find(which), xen.backend
+    domid = int(info.domid)
+    active = False
+    with suppress(XenError):
+        active = backend.altp2m_get_domain_state(domid)
+    views = {}
+    if active:
+        for vcpu in range(info.max_vcpu_id + 1):
+            with suppress(XenError):
+                views[vcpu] = int(backend.altp2m_get_vcpu_p2m_idx(domid, vcpu))
+    journals = [] if xen.journals is None else find(xen.journals, domid, info.uuid)
+    useful = [found for found in journals if found.record is not None and not found.why_not]
+    return Diagnosis(
+        info,
+        info.paused,
+        active,
+        views,
+        _has_ring(xen, domid),
+        tuple(found for found in useful if not found.alive and found.record),
+        tuple(found for found in useful if found.alive),
+        tuple(found for found in journals if found not in useful),
+    )
+
+
+def rescue(
+    xen: Xen, which: int | str | UUID, *, dry_run: bool = False, force: bool = False
+) -> Outcome:
+    """Bring a domain back.
+
+    Args:
+        xen: The host.
+        which: As :meth:`Xen.domain`.
+        dry_run: Change nothing, and tell what would be done.
+        force: Go on even where a process that works on the domain runs, and where nothing is found
+            to be wrong: a vCPU may wait for an answer all the same.
+
+    Raises:
+        BusyError: A process that works on it runs.
+        DomainNotFoundError: There is no such domain.
+    """
+    before = diagnose(xen, which)
+    if before.working and not force:
+        pids = ", ".join(str(found.pid) for found in before.working)
+        raise BusyError(
+            f"process {pids} works on domain {before.domain.domid}, and runs",
+            domid=int(before.domain.domid),
+            hint=("end that first, by SIGTERM; with --force it is done under its feet",),
+        )
+    return _Rescuer(xen, before, dry_run, force).run()
+
+
+class _Rescuer:
+    """Takes the steps of one rescue."""
+
+    def __init__(self, xen: Xen, before: Diagnosis, dry_run: bool, force: bool) -> None:
+        self._xen, self._backend = xen, xen.backend
+        self._before = before
+        self._domid = int(before.domain.domid)
+        self._vcpus = range(before.domain.max_vcpu_id + 1)
+        self._dry, self._force = dry_run, force
+        # A rescue may be killed, too.
+        self._journal = Journal(xen.journals, self._domid, before.domain.uuid)
+        self._steps: list[Step] = []
+
+    def run(self) -> Outcome:
+        """Take them."""
+        try:
+            return self._run()
+        finally:
+            self._journal.close()
+
+    def _run(self) -> Outcome:
+        before = self._before
+        if before.healthy and not self._force:
+            return Outcome(before, (), self._unknown())
+        records = [found.record for found in before.killed if found.record is not None]
+        # Without a ring somebody may wait all the same: a rescue was killed, too.
+        has_ring = before.ring or self._force or any(record.monitor for record in records)
+        with self._standing_still():
+            if before.altp2m:
+                self._leave_views(records)
+            if has_ring:
+                self._take("single steps end", self._end_steps)
+        if has_ring:
+            # Who waits for room in the ring must run to find out that there is none to wait for.
+            self._take("whoever waits for an answer gets one, and the ring goes", self._end_ring)
+        for record in records:
+            self._take_back(record)
+        for found in before.killed:
+            if not any(step.error for step in self._steps):
+                self._take(f"{found.path} is removed", found.path.unlink)
+        return Outcome(before, tuple(self._steps), self._unknown())
+
+    def _take(self, what: str, act: Callable[[], object]) -> None:
+        error = None
+        if not self._dry:
+            try:
+                act()
+            except XenError as raised:
+                error = raised
+            except OSError as raised:
+                error = XenError(f"{what}: {raised}", errno=raised.errno)
+        self._steps.append(Step(what, error))
+
+    @contextmanager
+    def _standing_still(self) -> Iterator[None]:
+        """Pause the domain meanwhile."""
+        if self._dry:
+            yield
+            return
+        with self._journal.about_to(pauses=1):
+            self._backend.domain_pause(self._domid)
+        try:
+            yield
+        finally:
+            self._backend.domain_unpause(self._domid)
+            self._journal.undone(pauses=0)
+
+    def _leave_views(self, records: list[Record]) -> None:
+        """All of them, unless a journal says that altp2m was on already."""
+        kept = [record for record in records if record.used]
+        if not kept or any(record.altp2m for record in records):
+            self._take("vCPUs go to view 0", self._switch_to(HOST_VIEW))
+            self._take("altp2m goes off, and all views with it", self._switch_off)
+            return
+        prior = set.intersection(*(set(record.prior_views) for record in kept))
+        where = kept[0].prior_view if kept[0].prior_view in prior else HOST_VIEW
+        self._take(f"vCPUs go back to view {where}", self._switch_to(where))
+        for view in self._existing():
+            if view not in prior:
+                what = f"view {view} is destroyed"
+                self._take(what, partial(self._destroy, view))
+
+    def _switch_to(self, view: int) -> Callable[[], object]:
+        return lambda: self._backend.altp2m_switch_to_view(self._domid, view)
+
+    def _switch_off(self) -> None:
+        self._backend.altp2m_set_domain_state(self._domid, False)
+
+    def _destroy(self, view: int) -> None:
+        self._backend.altp2m_destroy_view(self._domid, view)
+
+    def _existing(self) -> list[int]:
+        from xenaltp2m.altp2m import PROBED
+
+        found = []
+        for view in range(1, PROBED):
+            try:
+                self._backend.altp2m_get_suppress_ve(self._domid, view, 0)
+            except InvalidArgumentError:
+                continue
+            except XenError:
+                pass
+            found.append(view)
+        return found
+
+    def _end_steps(self) -> None:
+        for vcpu in self._vcpus:
+            self._backend.domain_debug_control(self._domid, _SINGLE_STEP_OFF, vcpu)
+
+    def _end_ring(self) -> None:
+        """Give the old ring back, and answer everybody through a new one."""
+        self._journal.write(monitor=True)
+        self._disable()
+        with self._standing_still():
+            remote, page = self._backend.monitor_enable(self._domid)
+            try:
+                self._answer_all(remote, page)
+            finally:
+                self._backend.monitor_unmap_ring(page)
+        self._disable()
+        self._journal.undone(monitor=False)
+
+    def _disable(self) -> None:
+        for attempt in range(_TRIES):
+            try:
+                self._backend.monitor_disable(self._domid)
+            except BusyError:
+                if attempt == _TRIES - 1:
+                    raise
+                time.sleep(_SETTLE)
+            except InvalidArgumentError:
+                return  # there is none
+            else:
+                return
+
+    def _answer_all(self, remote: int, page: memoryview) -> None:
+        version = self._backend.vm_event_get_version()
+        ring = Ring(page, layout(version).size)
+        channel = self._backend.evtchn_open()
+        try:
+            ring.clear()
+            port = self._backend.evtchn_bind_interdomain(channel, self._domid, remote)
+            _, _, notify = self._backend.evtchn_calls(channel, port)
+            for vcpu in self._vcpus:  # one that does not wait takes no notice (vm_event_resume)
+                ring.force(version, vcpu, int(Flag.VCPU_PAUSED))
+                notify()
+        finally:
+            ring.release()
+            self._backend.evtchn_close(channel)
+
+    def _take_back(self, record: Record) -> None:
+        for pages in reversed(record.pages):
+            gfns = range(pages.first, pages.first + pages.count)
+            what = f"gfns {gfns.start:#x}..{gfns.stop - 1:#x}, which were added, are taken back"
+            self._take(what, partial(self._remove, gfns))
+            self._take("the limit of memory is what it was", partial(self._lower, pages))
+        if record.access_required:
+            self._take(
+                "accesses do not need a listener",
+                lambda: self._backend.domain_set_access_required(self._domid, False),
+            )
+        for _ in range(record.pauses):
+            self._take("a pause is taken back", self._unpause)
+
+    def _remove(self, gfns: range) -> None:
+        for gfn in gfns:  # some may not have been added yet, or are gone
+            with suppress(InvalidArgumentError, BusyError):
+                self._backend.domain_decrease_reservation_exact(self._domid, array("Q", [gfn]))
+
+    def _lower(self, pages: Pages) -> None:
+        [info] = self._backend.domain_getinfolist(self._domid, 1)
+        if info.max_pages >= pages.limit + pages.raised:  # else it was killed before it raised it
+            limit = info.max_pages - pages.raised
+            self._backend.domain_setmaxmem(self._domid, limit * _KIB_PER_PAGE)
+
+    def _unpause(self) -> None:
+        with suppress(InvalidArgumentError):  # it was killed before it had paused
+            self._backend.domain_unpause(self._domid)
+
+    def _unknown(self) -> tuple[str, ...]:
+        """What neither Xen nor a journal tells."""
+        before = self._before
+        if before.killed or before.working:
+            return ()
+        found = []
+        if before.altp2m or before.ring:
+            found.append("which pages an agent had added, and how far it had raised the limit")
+            found.append("whether altp2m was on before an agent came")
+        if before.paused:
+            found.append("whether an agent or the administrator has paused it: xl unpause ends one")
+        return tuple(found)
+
+
+def _has_ring(xen: Xen, domid: int) -> bool:
+    """Whether a ring is enabled: resuming says so, and does what is asked for in it."""
+    try:
+        xen.backend.monitor_resume(domid)
+    except XenError as error:
+        return error.errno != ENODEV
+    return True
+
+
+def _left(record: Record | None) -> str:
+    if record is None:
+        return "nothing that is known"
+    parts = []
+    if record.monitor:
+        parts.append("a monitor")
+    if record.altp2m:
+        parts.append("altp2m switched on")
+    if record.used:
+        parts.append("views")
+    if record.pages:
+        parts.append(f"{sum(pages.count for pages in record.pages)} added pages")
+    if record.pauses:
+        parts.append(f"{record.pauses} pauses")
+    if record.access_required:
+        parts.append("accesses that need a listener")
+    return ", ".join(parts)
