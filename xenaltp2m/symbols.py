@@ -399,13 +399,26 @@ class _Reader:
             )
 
     def symbols(self) -> Iterator[tuple[int, int, Symbol]]:
-        """Yield (address, rank, symbol) of .symtab, else of .dynsym."""
+        """Yield (address, rank, symbol) of .symtab, else of .dynsym, else of functions by DWARF."""
         sections = list(self._table("Elf_Shdr", "e_shoff", "e_shnum", "e_shentsize", _MAX_SECTIONS))
         for kind in ("SHT_SYMTAB", "SHT_DYNSYM"):
             for section in sections:
                 if section["sh_type"] == kind:
                     yield from self._symbols(section, sections)
                     return
+        if any(section["sh_type"] == "SHT_PROGBITS" for section in sections):
+            yield from self._functions()
+
+    def _functions(self) -> Iterator[tuple[int, int, Symbol]]:
+        from xenaltp2m.prototypes import Prototypes
+
+        try:
+            described = self._elf.has_dwarf_info(strict=True)
+        except Exception as error:  # noqa: BLE001 - as above
+            self._refuse("its sections are damaged", error)
+        if described:
+            for found in Prototypes(self._stream, self._name).functions():
+                yield found.address, _GLOBAL + 1, Symbol(*found)
 
     def _symbols(self, section: Any, sections: list[Any]) -> Iterator[tuple[int, int, Symbol]]:
         layout = _SYMBOL[self._elf.elfclass]

@@ -110,6 +110,16 @@ def test_as_the_source_has_them(image: Path) -> None:
         assert prototypes.at(0) is None
 
 
+def test_symbols_where_there_is_no_table_of_them(image: Path, tmp_path: Path) -> None:
+    stripped = tmp_path / "stripped"
+    command = ["objcopy", "--strip-all", "--keep-section=.debug_*", str(image), str(stripped)]
+    subprocess.run(command, check=True)
+    whole, found = Image.open(image), Image.open(stripped)
+    assert {one.name for one in found.symbols} == SHOWN.keys()
+    for name in SHOWN:
+        assert found.symbol(name) == whole.symbol(name)
+
+
 def test_functions_and_their_sizes(image: Path) -> None:
     symbols = Image.open(image)
     with Prototypes.open(image) as prototypes:

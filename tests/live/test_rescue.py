@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Agents killed by SIGKILL at random moments, and the guest that goes on when it was rescued."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+
+import xenaltp2m as xa
+from tests.contract.guests import GUESTS, RunningGuest, hooked, running
+from xenaltp2m.journal import DIRECTORY
+from xenaltp2m.rescue import diagnose, rescue
+
+KILLS = int(os.environ.get("XENALTP2M_KILLS", "6"))
+PATIENCE = 60
+
+
+def kill(guest: RunningGuest, chance: random.Random, way: list[str]) -> None:
+    """Have an agent work, and kill it at a moment: also when it begins or ends."""
+    command = [sys.executable, "-m", "tests.live.victim", "racer", str(GUESTS / "racer.elf")]
+    with subprocess.Popen(
+        [*command, str(chance.randrange(1 << 30)), *way], stdout=subprocess.PIPE, text=True
+    ) as agent:
+        assert agent.stdout is not None
+        assert agent.stdout.readline() == "begun\n"
+        time.sleep(chance.uniform(0, 2.5))
+        assert agent.poll() is None
+        agent.kill()
+
+
+def goes_on(guest: RunningGuest) -> None:
+    """All vCPUs do."""
+    before, end = guest.lines("made"), time.monotonic() + PATIENCE
+    while any(now < then + 5 for now, then in zip(guest.lines("made"), before, strict=True)):
+        assert time.monotonic() < end, f"stands still: {before}, {guest.lines('made')}"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("way", [[], ["toggle"]], ids=["fast", "toggle"])
+def test_killed_at_random_moments(way: list[str]) -> None:
+    chance = random.Random(f"{way}")
+    frozen = 0
+    with running("xen", "racer", 4) as guest, xa.Xen(guest.xen.backend, DIRECTORY) as xen:
+        domid = int(guest.dom.domid)
+        before, pages = guest.sums(), None
+        guest.start()
+        for number in range(KILLS):
+            kill(guest, chance, way)
+            found = diagnose(xen, domid)
+            frozen += found.ring
+            if number % 3:
+                outcome = rescue(xen, domid)
+                assert outcome.failed == (), outcome
+            else:
+                command = ["xenaltp2m", "rescue", "racer", "--json"]
+                run = subprocess.run(command, capture_output=True, text=True, check=True)
+                assert not [step for step in json.loads(run.stdout)["steps"] if step["error"]]
+            assert diagnose(xen, domid).lines() == []
+            goes_on(guest)
+            info = guest.dom.info()
+            assert pages in (None, (info.pages, info.max_pages)), (number, found.lines())
+            pages = info.pages, info.max_pages
+            with hooked(guest) as (monitor, breakpoints):  # the next agent
+                hits = 5
+                hook = breakpoints.insert(guest.address("hit"), lambda hit: monitor.stop())
+                while hook.hits < hits:
+                    monitor.run(breakpoints, timeout=PATIENCE)
+            assert list(DIRECTORY.iterdir()) == []
+        with guest.dom.paused():
+            after = guest.sums()
+        assert {gfn for gfn in after if after[gfn] != before[gfn]} <= guest.writable_gfns()
+        assert guest.lines("noticed") == [0] * 4
+        xen._undo.forget()  # the backend is the guest's
+    print(f"{KILLS} kills, {frozen} with a ring left")
+    assert frozen

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""An agent to be killed: three views of its own, fifty breakpoints, a busy ring; again and again.
+
+python3 victim.py DOMAIN IMAGE SEED [toggle]
+"""
+
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import xenaltp2m as xa
+from xenaltp2m.breakpoints import Breakpoint, Breakpoints, Hit
+from xenaltp2m.symbols import Image
+
+HOOKS = 50
+PLACES = Path(__file__).parents[1] / "contract" / "instructions.json"
+
+
+def live(dom: xa.Domain, image: Image, chance: random.Random, fast: bool) -> None:
+    """Begin, work for a moment, and end."""
+    places = json.loads(PLACES.read_text())["racer"]
+    until = time.monotonic() + chance.random()
+    with (
+        dom.altp2m() as altp2m,
+        dom.monitor(access_required=chance.random() < 0.3) as monitor,
+        Breakpoints(altp2m, monitor, fast=fast) as breakpoints,
+    ):
+        for number in range(3):
+            view = altp2m.create_view(label=f"view {number}")
+            view.set_access(range(0x200, 0x240), xa.Access.RX)
+        hooks: list[Breakpoint] = []
+
+        def churn(hit: Hit) -> None:
+            if len(hooks) < HOOKS:
+                hooks.append(breakpoints.insert(chance.choice(places), lambda hit: None))
+            elif chance.random() < 0.2:
+                hooks.pop(chance.randrange(len(hooks))).remove()
+            if time.monotonic() > until:
+                monitor.stop()
+
+        breakpoints.insert(image.physical(image.symbol("hit")), churn)
+        breakpoints.watch(image.physical(image.symbol("total")), 4, after=lambda touch: None)
+        monitor.run(breakpoints, timeout=1.0)
+
+
+def main() -> None:
+    name, path, seed, *more = sys.argv[1:]
+    chance, image = random.Random(int(seed)), Image.open(path)
+    with xa.connect() as xen:
+        print("begun", flush=True)
+        while True:
+            with xen.domain(name) as dom:
+                live(dom, image, chance, fast=not more)
+
+
+if __name__ == "__main__":
+    main()
