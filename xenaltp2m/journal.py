@@ -281,7 +281,7 @@ def _read(path: Path, pid: int, uuid: UUID) -> Found:
         why_not = "it is from before this boot"
     elif head["uuid"] != str(uuid):
         why_not = f"it is of another domain, {head['uuid']}"
-    alive = not why_not and head["started"] != 0 and _process(pid) == {
+    alive = head["boot"] == _boot() and head["started"] != 0 and _process(pid) == {
         "pid": head["pid"], "started": head["started"]
     }  # fmt: skip
     return Found(path, pid, alive, record, why_not)

@@ -53,6 +53,7 @@ class Diagnosis:
         killed: Journals of processes that were killed, with something to be undone.
         working: Journals of processes that run.
         unreadable: Journals that do not tell anything, or of another domain, and why.
+        empty: Journals of processes that were killed with nothing to be undone.
     """
 
     domain: DomainInfo
@@ -63,6 +64,7 @@ class Diagnosis:
     killed: tuple[Found, ...]
     working: tuple[Found, ...]
     unreadable: tuple[Found, ...]
+    empty: tuple[Found, ...]
 
     @property
     def healthy(self) -> bool:
@@ -152,6 +154,7 @@ def diagnose(xen: Xen, which: int | str | UUID) -> Diagnosis:
         tuple(found for found in useful if not found.alive and found.record),
         tuple(found for found in useful if found.alive),
         tuple(found for found in journals if found not in useful),
+        tuple(found for found in useful if not found.alive and not found.record),
     )
 
 
@@ -204,6 +207,10 @@ class _Rescuer:
 
     def _run(self) -> Outcome:
         before = self._before
+        for found in (*before.empty, *before.unreadable):
+            if not (found.alive or self._dry):
+                with suppress(OSError):
+                    found.path.unlink()
         if before.healthy and not self._force:
             return Outcome(before, (), self._unknown())
         records = [found.record for found in before.killed if found.record is not None]

@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An agent to be killed: three views of its own, fifty breakpoints, a busy ring; again and again.
-
-python3 victim.py DOMAIN IMAGE SEED [toggle]
-"""
+"""An agent to be killed: three views of its own, fifty breakpoints, a busy ring, for ever."""
 
 import json
 import random
-import sys
 import time
 from pathlib import Path
 
@@ -45,15 +41,10 @@ def live(dom: xa.Domain, image: Image, chance: random.Random, fast: bool) -> Non
         monitor.run(breakpoints, timeout=1.0)
 
 
-def main() -> None:
-    name, path, seed, *more = sys.argv[1:]
-    chance, image = random.Random(int(seed)), Image.open(path)
+def main(name: str, path: Path, seed: int, fast: bool) -> None:
+    """Work on a domain for ever."""
+    chance, image = random.Random(seed), Image.open(path)
     with xa.connect() as xen:
-        print("begun", flush=True)
         while True:
             with xen.domain(name) as dom:
-                live(dom, image, chance, fast=not more)
-
-
-if __name__ == "__main__":
-    main()
+                live(dom, image, chance, fast)

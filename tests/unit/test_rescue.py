@@ -298,6 +298,26 @@ def test_the_command(
 # Journals.
 
 
+def test_what_lies_about_is_tidied(scene: Scene) -> None:
+    """Of a process that was killed with nothing to be undone; of another domain; damaged."""
+    empty = Journal(scene.journals, scene.domid, scene.computer.model.uuid)
+    empty.write(pauses=1)
+    empty.write(pauses=0)
+    scene.process.started += 1
+    other = Journal(scene.journals, scene.domid, UUID(int=7))
+    other.write(pauses=1)
+    (scene.journals / f"{scene.domid}-{scene.process.pid}-2.journal").write_bytes(b"nothing\n")
+    with xa.Xen(scene.host, scene.journals) as xen:
+        found = diagnose(xen, scene.domid)
+        assert found.healthy
+        assert (len(found.empty), len(found.unreadable)) == (1, 2)
+        assert rescue(xen, scene.domid).steps == ()
+    assert list(scene.journals.iterdir()) == []
+    scene.ends_well()
+    for made in (empty, other):
+        made.close()
+
+
 def written(directory: Path, **changes: Any) -> Path:
     made = Journal(directory, 1, UUID(int=5))
     made.write(**changes)
