@@ -306,7 +306,7 @@ def test_what_lies_about_is_tidied(scene: Scene) -> None:
     scene.process.started += 1
     other = Journal(scene.journals, scene.domid, UUID(int=7))
     other.write(pauses=1)
-    (scene.journals / f"{scene.domid}-{scene.process.pid}-2.journal").write_bytes(b"nothing\n")
+    (scene.journals / f"{scene.domid}-{scene.process.pid}-99.journal").write_bytes(b"nothing\n")
     with xa.Xen(scene.host, scene.journals) as xen:
         found = diagnose(xen, scene.domid)
         assert found.healthy
