@@ -6,7 +6,7 @@ from __future__ import annotations
 import warnings
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xenaltp2m.errors import InvalidArgumentError, NotMappedError, XenError
 from xenaltp2m.handle import Handle, UndoList
@@ -15,6 +15,7 @@ from xenaltp2m.view import View, check_gfn, refusal_of
 
 if TYPE_CHECKING:
     from xenaltp2m.domain import Domain
+    from xenaltp2m.viewstate import State
 
 
 class DecorativeDefaultWarning(UserWarning):
@@ -46,7 +47,8 @@ class Altp2m(Handle):
         self._backend = domain.xen.backend
         self._domid = domain.domid
         self._views: dict[ViewId, View] = {}
-        self._notified: set[int] = set()
+        self._notified: dict[int, int] = {}
+        """By vCPU, the gfn of its page for #VE."""
         self._prior_views: set[ViewId] = set()
         self._switched_on = False
         self._moved = False
@@ -161,13 +163,19 @@ class Altp2m(Handle):
         self._check_open()
         check_gfn(gfn)
         self._backend.altp2m_set_vcpu_enable_notify(self._domid, vcpu, gfn)
-        self._notified.add(vcpu)
+        self._notified[vcpu] = gfn
 
     def disable_notify(self, vcpu: int) -> None:
         """Take a vCPU's #VE page back. ``xc_altp2m_set_vcpu_disable_notify``."""
         self._check_open()
         self._backend.altp2m_set_vcpu_disable_notify(self._domid, vcpu)
-        self._notified.discard(vcpu)
+        self._notified.pop(vcpu, None)
+
+    def capture(self, **options: Any) -> State:
+        """Describe the views as a value: :func:`xenaltp2m.viewstate.capture` has the options."""
+        from xenaltp2m.viewstate import capture
+
+        return capture(self, **options)
 
     def tracking(self, gfn: int) -> list[View]:
         """List the views that Xen would reset if ``gfn`` were taken from the domain."""

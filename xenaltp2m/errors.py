@@ -120,6 +120,10 @@ class JournalError(XenError):
     """A journal cannot be written or trusted; the change it was for has not been made."""
 
 
+class StateError(XenError, ValueError):
+    """A saved state of views cannot be used: it is damaged, or of a version not known."""
+
+
 class RingError(XenError):
     """A monitor's ring holds what neither Xen nor this package can have put there."""
 

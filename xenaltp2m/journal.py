@@ -172,6 +172,12 @@ class Journal:
                 with contextlib.suppress(OSError):
                     (self._directory / self.name).unlink()
 
+    def abandon(self) -> None:
+        """Leave it as it is, and close the file."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
     def _append(self, directory: Path, line: bytes) -> None:
         if self._file < 0 or self._size + len(line) > _REWRITTEN_AT:
             self._rewrite(directory, line)

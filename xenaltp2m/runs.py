@@ -63,6 +63,11 @@ class Runs(Generic[V]):
         self._merge()
         return map(Run, self._starts, self._ends, self._values)
 
+    def columns(self) -> tuple[list[int], list[int], list[V]]:
+        """Return the starts, ends and values of the runs: quicker, where there are many."""
+        self._merge()
+        return self._starts, self._ends, self._values
+
     def __bool__(self) -> bool:
         self._merge()
         return bool(self._starts)

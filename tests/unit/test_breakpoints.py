@@ -413,10 +413,13 @@ def test_a_page_is_not_copied_while_another_vcpu_writes_to_it(fast: bool) -> Non
 
 
 @WAYS
-def test_closing_the_connection_closes_them(fast: bool, int3: bool) -> None:
+def test_closing_the_connection_closes_them(
+    monkeypatch: pytest.MonkeyPatch, fast: bool, int3: bool
+) -> None:
     host = MockBackend(memory_pages=1 << 13)
     computer = Computer(INC_EAX + FOREVER, host=host)
     before = host.domain_getinfolist(computer.domid, 1)[0]
+    monkeypatch.setattr(host, "close", lambda: None)
     xen = xa.connect(host)
     dom = xen.domain(computer.domid)
     breakpoints = Breakpoints(dom.altp2m(), dom.monitor(), fast=fast, int3=int3)

@@ -22,11 +22,13 @@ from xenaltp2m.errors import (
     ClosedError,
     DomainNotFoundError,
     InvalidArgumentError,
+    JournalError,
     LeftoverError,
     LibraryError,
     NotMappedError,
     OutOfMemoryError,
     RingError,
+    StateError,
     SymbolError,
     UnsupportedError,
     XenError,
@@ -47,7 +49,9 @@ PYTHONS: dict[type[XenError], type[Exception]] = {
     OutOfMemoryError: OSError,
     LibraryError: OSError,
     LeftoverError: OSError,
+    JournalError: OSError,
     RingError: OSError,
+    StateError: ValueError,
 }
 """Each error and the built-in one that code knowing nothing of this package would catch."""
 

@@ -40,8 +40,8 @@ HANDLES, TOOLS = 4, 5
 CONCRETE = {"backend.libxc", "backend.mock"}
 OPENS_BACKENDS = {("backend", concrete) for concrete in CONCRETE}
 """An upward arrow, within a function: :func:`xenaltp2m.backend.open_backend`."""
-OFFERS_TOOLS = {("domain", "tracing")}
-"""The other one: ``Domain.trace``, for those who have a domain in their hands."""
+OFFERS_TOOLS = {("domain", "tracing"), ("altp2m", "viewstate")}
+"""The others: ``Domain.trace``, ``Altp2m.capture``, for those who have such a handle."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Views as values: captured, written, read, compared and restored."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import resource
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from errno import EINVAL
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import xenaltp2m as xa
+from xenaltp2m.backend.mock import MockBackend
+from xenaltp2m.viewstate import FORMAT, State, capture, diff, obstacles, restore
+
+from .faults import Failing
+
+GFNS = 256
+ACCESSES = [xa.Access.N, xa.Access.R, xa.Access.X, xa.Access.RX, xa.Access.RW, xa.Access.RWX,
+            xa.Access.N2RWX, xa.Access.RX2RW]  # fmt: skip
+
+
+class Host:
+    """A mock with a domain, and its altp2m open."""
+
+    def __init__(
+        self,
+        stack: ExitStack,
+        xen: tuple[int, int] = (4, 17),
+        pages: int = 1024,
+        mock: MockBackend | None = None,
+    ) -> None:
+        self.mock = mock or MockBackend(xen, memory_pages=max(1 << 13, 2 * pages))
+        self.domid = self.mock.add_domain(
+            "guest", vcpus=2, memory_kib=4 * pages, superpages=False,
+            pool_pages=max(1 << 10, pages >> 6),
+        )  # fmt: skip
+        self.xen = stack.enter_context(xa.connect(self.mock))
+        self.dom = stack.enter_context(self.xen.domain(self.domid))
+        self.altp2m = stack.enter_context(self.dom.altp2m())
+
+
+def populate(host: Host, chance: random.Random) -> None:
+    """Ask for anything."""
+    added = list(host.dom.add_pages(chance.randrange(1, 4))) if chance.random() < 0.8 else []
+    for gfn in added:
+        host.dom.memory.write_page(gfn, chance.randbytes(4096))
+    views = [
+        host.altp2m.create_view(label=chance.choice(["", "hooks", "víews"]) or None)
+        for _ in range(chance.randrange(4))
+    ]
+    for view in views:
+        for _ in range(chance.randrange(12)):
+            first = chance.randrange(GFNS)
+            kind = chance.random()
+            if kind < 0.5:
+                gfns = range(first, first + chance.randrange(1, 20))
+                view.set_access(gfns, chance.choice(ACCESSES))
+            elif kind < 0.7:
+                view.set_access(chance.choice([first, *added]), chance.choice(ACCESSES))
+            elif kind < 0.9:
+                new = chance.choice([*added, chance.randrange(GFNS)])
+                if new != first and first not in view.remaps.values() and new not in view.remaps:
+                    view.remap(first, new, access=chance.choice(ACCESSES[:6]))
+            else:
+                view.set_suppress_ve(range(first, first + chance.randrange(1, 9)), bool(first % 2))
+        if chance.random() < 0.3:
+            view.set_visibility(False)
+    if views and views[-1].visible and chance.random() < 0.5:
+        host.altp2m.switch_to_view(views[-1])
+    if chance.random() < 0.3:
+        host.altp2m.enable_notify(1, 7)
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.integers(0, 1 << 32), st.sampled_from([(4, 14), (4, 17), (4, 20), (4, 22)]))
+def test_captured_restored_and_captured_it_is_the_same(seed: int, xen: tuple[int, int]) -> None:
+    """In the same domain, in another one, on another release."""
+    with ExitStack() as stack:
+        host = Host(stack)
+        populate(host, random.Random(seed))
+        state = capture(host.altp2m, contents=True, verify=True)
+        data = state.to_bytes(origin=False)
+        assert State.from_bytes(data) == state
+        assert State.from_bytes(data).to_bytes(origin=False) == data
+        other = Host(stack, xen)
+        assert obstacles(other.altp2m, state) == []
+        restore(other.altp2m, State.from_bytes(data))
+        again = other.altp2m.capture(contents=True, verify=True)
+        assert diff(state, again) == []
+        assert again.to_bytes(origin=False) == data
+        for view in host.altp2m.views:
+            view.close()
+        host.altp2m.switch_to_view(None)
+        for vcpu in list(host.altp2m._notified):
+            host.altp2m.disable_notify(vcpu)
+        for gfns in list(host.dom._added):
+            host.dom.remove_pages(gfns)
+        assert host.altp2m.capture() == State((), vcpus=(None, None))
+        restore(host.altp2m, state)
+        assert host.altp2m.capture(contents=True, verify=True).to_bytes(origin=False) == data
+
+
+def small() -> State:
+    with ExitStack() as stack:
+        host = Host(stack)
+        populate(host, random.Random(3))
+        return capture(host.altp2m, contents=True)
+
+
+def test_differences_in_words() -> None:
+    with ExitStack() as stack:
+        host = Host(stack)
+        view = host.altp2m.create_view(label="hooks")
+        [shadow] = host.dom.add_pages()
+        view.set_access(range(5, 9), xa.Access.R)
+        before = host.altp2m.capture()
+        view.set_access(7, xa.Access.RX)
+        view.remap(3, shadow, access=xa.Access.X)
+        host.dom.memory.write(shadow << 12, b"x")
+        host.altp2m.switch_to_view(view)
+        other = host.altp2m.create_view()
+        after = host.altp2m.capture()
+        assert diff(before, before) == []
+        assert diff(before, after) == [
+            "view 0: access --x of gfn 0x3 is new",
+            "view 0: access r-- of gfns 0x5..0x8 is gone",
+            "view 0: access r-- of gfns 0x5..0x6 is new",
+            "view 0: access r-x of gfn 0x7 is new",
+            "view 0: access r-- of gfn 0x8 is new",
+            "view 0: gfn 0x3 shows added page 0, before itself",
+            "view 1 ('') is new",
+            "added page 0 has another content",
+            "vCPU 0 was in none of these views, now view 0",
+            "vCPU 1 was in none of these views, now view 0",
+        ]
+        other.close()
+
+
+def test_what_is_in_the_way() -> None:
+    state = small()
+    with ExitStack() as stack:
+        host = Host(stack, (4, 14))
+        bare = replace(state, pages=tuple(replace(page, content=None) for page in state.pages))
+        assert obstacles(host.altp2m, bare) == ["the content of 3 added pages was not captured"]
+        assert len(state.pages) == 3
+        [first, *rest] = state.views
+        odd = replace(first, access=((5, 1, xa.Access.R_PW), (1 << 30, 1, xa.Access.R)))
+        found = obstacles(host.altp2m, replace(state, views=(odd, *rest), vcpus=(0, 1)))
+        assert found == [
+            "Xen 4.14 does not know the access r_pw",
+            "it has access for gfn 0x40000000, and the domain ends at 0xfefff",
+            "its vCPUs are in several views, and Xen moves all or none",
+        ]
+        with pytest.raises(xa.UnsupportedError, match="does not know the access r_pw"):
+            restore(host.altp2m, replace(state, views=(odd, *rest)))
+        assert host.altp2m.views == ()
+
+
+def test_all_of_it_or_nothing() -> None:
+    """Whichever call fails."""
+    state = small()
+    number, calls = 0, 1 << 30
+    while number <= calls:
+        with ExitStack() as stack:
+            mock = Failing(memory_pages=1 << 13)
+            host = Host(stack, mock=mock)
+            before = host.dom.info()
+            mock.start({number: EINVAL})
+            try:
+                restore(host.altp2m, state)
+            except xa.XenError as error:
+                mock.start({})
+                if "unpausing" in error.message:  # all of it is there, and stands still
+                    assert host.altp2m.capture(contents=True) == state
+                    host.altp2m.close()
+                assert host.altp2m.views == ()
+                host.dom.close()  # what could not be undone then, is now
+                assert mock.domain_getinfolist(host.domid, 1) == [before]
+            else:
+                calls = calls if number else mock.made
+                mock.start({})
+                assert host.altp2m.capture(contents=True) == state
+        number += 1
+    assert calls > 20
+
+
+def test_a_million_gfns() -> None:
+    """Each with an access of its own: within a second and 200 MB."""
+    count = 1 << 20
+    with ExitStack() as stack:
+        host = Host(stack, pages=count)
+        view = host.altp2m.create_view()
+        view.set_access(range(0, count, 2), xa.Access.R)
+        view.set_access(range(1, count, 2), xa.Access.RX)
+        assert view.differences()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        begun = time.process_time()
+        state = host.altp2m.capture()
+        data = state.to_bytes()
+        captured = time.process_time() - begun
+        other = replace(state, views=(replace(state.views[0], label="other"),))
+        assert len(diff(state, other)) == 1
+        spent = time.process_time() - begun
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+        print(
+            f"captured and written in {captured:.2f} s, compared in {spent - captured:.2f} s, "
+            f"{len(data)} bytes, {grown >> 10} MiB"
+        )
+        assert grown >> 10 < 200
+        assert State.from_bytes(data) == state
+
+
+WRONG: list[tuple[str, Any]] = [
+    ("format", "other"), ("version", 2), ("version", None), ("views", {}), ("views", [7]),
+    ("views", [{}]), ("pages", [{"sha256": "x"}]), ("vcpus", [9]), ("vcpus", [True]),
+    ("notify", [[0]]), ("notify", [[0, -1]]), ("notify", [[1, 2], [0, 2]]), ("origin", 5),
+    ("pages", [{"sha256": "0" * 64, "content": "AAAA"}]),
+]  # fmt: skip
+WRONG_VIEWS: list[tuple[str, Any]] = [
+    ("label", 5), ("visible", 1), ("default", "q"), ("default", "default"), ("access", []),
+    ("access", {"r--": [0]}), ("access", {"r--": [0, 0]}), ("access", {"r--": [0, 5, 4, 1]}),
+    ("access", {"default": [0, 1]}), ("access", {"r--": [-9, 1]}),
+    ("access", {"r--": [0, 1 << 40]}),
+    ("access", {"r--": [0.5, 1]}), ("access", {"r--": [True, 1]}), ("suppress_ve", {"yes": [0, 1]}),
+    ("remaps", [1, 1]), ("remaps", [1, 2, 1, 3]), ("remaps", [1]), ("remaps", [1, -9]),
+    ("access", {"r--": [-1, 2]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_files_that_cannot_be(name: str, value: Any) -> None:
+    document = json.loads(plain(small()))
+    with pytest.raises(xa.StateError):
+        State.from_bytes(json.dumps(document | {name: value}).encode())
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_VIEWS)
+def test_views_that_cannot_be(name: str, value: Any) -> None:
+    document = json.loads(plain(small()))
+    document["views"][0][name] = value
+    with pytest.raises(xa.StateError):
+        State.from_bytes(json.dumps(document).encode())
+
+
+def plain(state: State) -> bytes:
+    data = state.to_bytes()
+    return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+
+
+def test_other_files() -> None:
+    for data in (b"", b"{", b"[]", b"\x1f\x8b", b"[" * 100000, gzip.compress(b"x" * (1 << 29), 1)):
+        with pytest.raises(xa.StateError):
+            State.from_bytes(data)
+    with pytest.raises(xa.StateError, match="the limit is"):
+        State.from_bytes(bytes((1 << 26) + 1))
+
+
+def test_fields_of_a_later_version_are_kept() -> None:
+    document = json.loads(plain(small())) | {"hints": {"a": 1}}
+    assert document["format"] == FORMAT
+    state = State.from_bytes(json.dumps(document).encode())
+    assert json.loads(plain(state))["hints"] == {"a": 1}
+    assert state == small()
+
+
+def test_views_that_xen_has_reset_are_not_captured() -> None:
+    with ExitStack() as stack:
+        host = Host(stack)
+        view = host.altp2m.create_view()
+        view.set_access(5, xa.Access.R)
+        host.mock.altp2m_set_mem_access(host.domid, int(view.id), 5, 7)
+        with pytest.raises(xa.StateError, match="other access at 1 gfns, the first 0x5"):
+            host.altp2m.capture(verify=True)
