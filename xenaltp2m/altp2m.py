@@ -6,12 +6,12 @@ from __future__ import annotations
 import warnings
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from xenaltp2m.errors import InvalidArgumentError, NotMappedError, XenError
 from xenaltp2m.handle import Handle, UndoList
 from xenaltp2m.types import ALL_GFNS, HOST_VIEW, Access, VcpuId, ViewId
-from xenaltp2m.view import View, check_gfn, refusal_of
+from xenaltp2m.view import Progress, View, check_gfn, refusal_of
 
 if TYPE_CHECKING:
     from xenaltp2m.domain import Domain
@@ -171,11 +171,14 @@ class Altp2m(Handle):
         self._backend.altp2m_set_vcpu_disable_notify(self._domid, vcpu)
         self._notified.pop(vcpu, None)
 
-    def capture(self, **options: Any) -> State:
-        """Describe the views as a value: :func:`xenaltp2m.viewstate.capture` has the options."""
+    def capture(
+        self, *, contents: bool = False, verify: bool = False, progress: Progress | None = None
+    ) -> State:
+        """Describe the views as a value: see :func:`xenaltp2m.viewstate.capture`."""
         from xenaltp2m.viewstate import capture
 
-        return capture(self, **options)
+        self._check_open()
+        return capture(self, contents=contents, verify=verify, progress=progress)
 
     def tracking(self, gfn: int) -> list[View]:
         """List the views that Xen would reset if ``gfn`` were taken from the domain."""

@@ -150,7 +150,6 @@ def capture(
     Raises:
         StateError: With ``verify``: Xen has reset views. ``View.reapply`` makes them again.
     """
-    altp2m._check_open()
     domain, views = altp2m.domain, altp2m.views
     if verify:
         lost = [mismatch for view in views for mismatch in view.verify(progress=progress)]
