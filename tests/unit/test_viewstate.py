@@ -11,6 +11,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from errno import EINVAL
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import xenaltp2m as xa
+from xenaltp2m import cli
 from xenaltp2m.backend.mock import MockBackend
 from xenaltp2m.viewstate import FORMAT, State, capture, diff, obstacles, restore
 
@@ -280,3 +282,66 @@ def test_views_that_xen_has_reset_are_not_captured() -> None:
         host.mock.altp2m_set_mem_access(host.domid, int(view.id), 5, 7)
         with pytest.raises(xa.StateError, match="other access at 1 gfns, the first 0x5"):
             host.altp2m.capture(verify=True)
+
+
+# The command line.
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "state"
+    path.write_bytes(small().to_bytes())
+    return path
+
+
+def test_show(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["state", "show", str(saved), "--json"]) == cli.DONE
+    document = json.loads(capsys.readouterr().out)
+    state = small()
+    assert document["pages"] == len(state.pages) == 3
+    assert [view["remaps"] for view in document["views"]] == [
+        len(view.remaps) for view in state.views
+    ]
+    assert cli.main(["state", "show", str(saved)]) == cli.DONE
+    assert "3 added pages (domain" in capsys.readouterr().out
+
+
+def test_diff_of_files(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other"
+    state = small()
+    other.write_bytes(replace(state, views=state.views[:-1], vcpus=()).to_bytes())
+    assert cli.main(["state", "diff", str(saved), str(saved)]) == cli.DONE
+    assert "the same" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["state", "diff", str(saved), str(other)])
+    assert "is gone" in capsys.readouterr().out
+
+
+def test_restore_for_a_while(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--connect", "mock", "state", "restore", str(saved), "guest"]
+    assert cli.main([*command, "--dry-run"]) == cli.DONE
+    assert "nothing is in the way" in capsys.readouterr().out
+    assert cli.main([*command, "--hold", "0", "--json"]) == cli.DONE
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"obstacles": [], "views": list(range(1, len(small().views) + 1))}
+    assert "Undone: views destroyed, altp2m off." in err
+
+
+def test_what_cannot_be_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for content in (b"nothing", b"{}"):
+        (tmp_path / "bad").write_bytes(content)
+        assert cli.main(["state", "show", str(tmp_path / "bad")]) == cli.USAGE
+        assert f"{tmp_path / 'bad'}: " in capsys.readouterr().err
+    assert cli.main(["state", "show", str(tmp_path / "none")]) == cli.USAGE
+    assert "No such file" in capsys.readouterr().err
+    for wrong in (["show", "a", "b"], ["diff", "a"], ["restore", "a"]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["state", *wrong])
+    bare = small()
+    bare = replace(bare, pages=tuple(replace(page, content=None) for page in bare.pages))
+    (tmp_path / "bare").write_bytes(bare.to_bytes())
+    command = ["--connect", "mock", "state", "restore", str(tmp_path / "bare"), "guest"]
+    assert cli.main(command) == cli.REFUSED
+    out, err = capsys.readouterr()
+    assert "the content of 3 added pages was not captured" in out
+    assert "cannot be restored there" in err

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import xenaltp2m as xa
 from xenaltp2m.abi.releases import SUPPORTED
-from xenaltp2m.cli import domains, protect, rescue, trace, watch
+from xenaltp2m.cli import domains, protect, rescue, state, trace, watch
 from xenaltp2m.cli.console import Console
 from xenaltp2m.cli.host import MOCK_DOMAIN
 
@@ -21,7 +21,7 @@ _EXIT_CODES = """\
 exit codes:
   0    done; what was to be undone is undone, after Ctrl-C and SIGTERM, too
   1    refused: by Xen, by the domain's configuration, or there is no such domain or library
-  2    wrong arguments, or an image that cannot be used
+  2    wrong arguments, or an image or a saved state that cannot be used
   3    something could not be undone; the message says what is still in place
   130  interrupted before anything was changed
 """
@@ -62,7 +62,7 @@ def _exit_code(error: xa.XenError) -> int:
     notes = getattr(error, "__notes__", ())
     if isinstance(error, xa.LeftoverError) or any("still in place" in note for note in notes):
         return LEFTOVER
-    return USAGE if isinstance(error, xa.SymbolError) else REFUSED
+    return USAGE if isinstance(error, xa.SymbolError | xa.StateError) else REFUSED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     watch.add_arguments(_add_command(commands, "watch", watch.run, watch.SUMMARY, watch.KEYS))
     rescue.add_arguments(_add_command(commands, "rescue", rescue.run, rescue.SUMMARY, rescue.KEYS))
+    state.add_arguments(_add_command(commands, "state", state.run, state.SUMMARY, state.KEYS))
     trace.add_arguments(_add_command(commands, "trace", trace.run, trace.SUMMARY, trace.KEYS))
     return parser
 
