@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What an agent has changed in a domain, written down before it does, for who finds it killed.
 
-A journal is a file of its own for each domain and process, in a directory that only root may use.
-Each line is the whole record, with a checksum; the last line that is sound counts. So a process may
-be killed at any instruction, also while it writes: what the line before says is still true then,
-for the change that was about to be made has not been made.
+A journal is a file of its own for each domain and connection, in a directory that only root may
+use. Each line is the whole record, with a checksum; the last line that is sound counts. So a
+process may be killed at any instruction, also while it writes: what the line before says is still
+true then, for the change that was about to be made has not been made.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -31,8 +32,10 @@ MAX_FILE = 1 << 20
 _REWRITTEN_AT = 1 << 16
 _MOST_RUNS = 1 << 12
 _MOST_VIEWS = 1 << 10
-_NAME = re.compile(r"([0-9]{1,5})-([0-9]{1,10})-[0-9]{1,20}\.journal")
+_NAME = re.compile(r"([0-9]{1,5})-([0-9]{1,10})-[0-9]{1,20}-[0-9]{1,10}\.journal")
 _FORMAT = 1
+_SERIAL = itertools.count()
+"""A process may have several connections, each with a journal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +113,8 @@ class Journal:
             "boot": _boot(),
             **_this_process(),
         }
-        self.name = f"{domid}-{self._head['pid']}-{self._head['started']}.journal"
+        process = f"{self._head['pid']}-{self._head['started']}"
+        self.name = f"{domid}-{process}-{next(_SERIAL)}.journal"
         self.record = _NOTHING
         self._file = -1
         self._size = 0

@@ -306,7 +306,7 @@ def test_what_lies_about_is_tidied(scene: Scene) -> None:
     scene.process.started += 1
     other = Journal(scene.journals, scene.domid, UUID(int=7))
     other.write(pauses=1)
-    (scene.journals / f"{scene.domid}-{scene.process.pid}-99.journal").write_bytes(b"nothing\n")
+    (scene.journals / f"{scene.domid}-{scene.process.pid}-99-0.journal").write_bytes(b"nothing\n")
     with xa.Xen(scene.host, scene.journals) as xen:
         found = diagnose(xen, scene.domid)
         assert found.healthy
@@ -382,6 +382,16 @@ def test_without_room_nothing_is_changed(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.undo()
         assert not dom.info().paused
         assert not dom.altp2m_active
+
+
+def test_two_connections_of_a_process_have_two(tmp_path: Path) -> None:
+    first, second = (Journal(tmp_path / "j", 1, UUID(int=5)) for _ in range(2))
+    first.write(pauses=1)
+    second.write(pauses=2)
+    found = find(tmp_path / "j", 1, UUID(int=5))
+    assert {one.record for one in found} == {Record(pauses=1), Record(pauses=2)}
+    first.close()
+    second.close()
 
 
 def test_a_long_life_makes_no_long_journal(tmp_path: Path) -> None:
