@@ -116,7 +116,9 @@ class State:
         }
         if origin:
             document["origin"] = dict(self.origin)
-        text = json.dumps(document, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+        text = _canonical(document)
+        checksum = hashlib.sha256(text).hexdigest().encode()
+        text = b'{"checksum":"%s",%s\n' % (checksum, text[1:])
         return gzip.compress(text, _LEVEL, mtime=0) if len(text) >= _PACKED_FROM else text
 
     @classmethod
@@ -127,6 +129,10 @@ class State:
             StateError: It is damaged, past a limit, or of a version this does not know.
         """
         return _Reader(data).state()
+
+
+def _canonical(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
 
 
 # Capturing.
@@ -465,6 +471,9 @@ class _Reader:
             raise StateError(
                 f"its version is {document.get('version')!r}; this package knows {VERSION}"
             )
+        checksum = document.pop("checksum", None)
+        if checksum != hashlib.sha256(_canonical(document)).hexdigest():
+            raise StateError("its checksum is another: it was altered, or damaged")
         pages = tuple(map(self._page, self._list(document, "pages", _MAX_PAGES)))
         self._pages = len(pages)
         views = tuple(map(self._view, self._list(document, "views", _MAX_VIEWS)))

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Throws mutated images, prototypes, lists of symbols and page tables at what reads them.
+"""Throws mutated images, prototypes, lists of symbols, page tables, journals and saved states at
+what reads them.
 
-    guests.py [--count 280000] [--seed 1]
+    guests.py [--count 420000] [--seed 1]
 
 Each input must lead to a result or to the one error that is meant for it, within a second and with
 no more memory than a small multiple of its size; and what a result says of itself must hold.
@@ -10,6 +11,7 @@ no more memory than a small multiple of its size; and what a result says of itse
 from __future__ import annotations
 
 import argparse
+import gzip
 import io
 import random
 import resource
@@ -21,11 +23,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from uuid import UUID
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.unit.test_prototypes import SOURCE, compiled
-from xenaltp2m import symbols
+from xenaltp2m import journal, symbols
 from xenaltp2m.abi.x86 import (
     CR0_PE,
     CR0_PG,
@@ -38,8 +41,10 @@ from xenaltp2m.abi.x86 import (
     Fault,
     Paging,
 )
-from xenaltp2m.errors import SymbolError
+from xenaltp2m.errors import StateError, SymbolError
 from xenaltp2m.prototypes import Prototypes
+from xenaltp2m.types import Access
+from xenaltp2m.viewstate import PageState, State, ViewState
 
 GUESTS = Path(__file__).resolve().parents[2] / "examples" / "guest"
 IMAGES = [path.read_bytes() for path in sorted(GUESTS.glob("*.elf"))]
@@ -174,7 +179,54 @@ def prototypes(chance: random.Random) -> None:
         return
 
 
-KINDS: list[Callable[[random.Random], None]] = [an_image, a_list, page_tables, prototypes]
+def records(name: str) -> list[bytes]:
+    """Lines of a journal."""
+    with tempfile.TemporaryDirectory(prefix="xenaltp2m-fuzz-") as directory:
+        made = journal.Journal(Path(directory) / name, 1, UUID(int=1))
+        made.write(pauses=1)
+        made.write(monitor=True, altp2m=True)
+        made.write(pages=(journal.Pages(0x100, 16, 16, 5000),), prior_views=(0, 3))
+        content = (Path(directory) / name / made.name).read_bytes()
+        made.abandon()
+    return content.splitlines()
+
+
+LINES = records("journal")
+RECORDS = [journal._parse(line) for line in LINES]
+
+
+def a_journal(chance: random.Random) -> None:
+    """A line of one: what is believed is what was written."""
+    which = chance.randrange(len(LINES))
+    line = mutated(chance, LINES[which])
+    assert journal._parse(line) in (None, *RECORDS) or line in LINES
+
+
+ACCESS = tuple((16 * n, n % 15 + 1, Access.RX) for n in range(40))
+STATE = State(
+    (
+        ViewState("hooks", Access.RWX, True, ((-1, 1, Access.R), *ACCESS), (), ((3, -1), (5, 9))),
+        ViewState("", Access.R, False, ACCESS[:3], ((7, 2, True),), ()),
+    ),
+    (PageState("0" * 64),),
+    (0, None),
+    ((0, 77),),
+)
+STATES = [STATE.to_bytes(), gzip.compress(STATE.to_bytes(), mtime=0)]
+
+
+def a_state(chance: random.Random) -> None:
+    """Views in a file: refused, or what was written."""
+    try:
+        found = State.from_bytes(mutated(chance, chance.choice(STATES)))
+    except StateError:
+        return
+    assert found == STATE
+
+
+KINDS: list[Callable[[random.Random], None]] = [
+    an_image, a_list, page_tables, prototypes, a_journal, a_state
+]  # fmt: skip
 
 
 def too_long(number: int, frame: FrameType | None) -> None:
@@ -184,8 +236,8 @@ def too_long(number: int, frame: FrameType | None) -> None:
 
 def main() -> int:
     """Fuzz from the command line."""
-    parser = argparse.ArgumentParser(description="Fuzz symbols, prototypes and page tables.")
-    parser.add_argument("--count", type=int, default=280_000, help="inputs")
+    parser = argparse.ArgumentParser(description="Fuzz what comes from files and guests.")
+    parser.add_argument("--count", type=int, default=420_000, help="inputs")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     signal.signal(signal.SIGALRM, too_long)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import random
 import resource
@@ -241,16 +242,33 @@ WRONG_VIEWS: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(("name", "value"), WRONG)
 def test_files_that_cannot_be(name: str, value: Any) -> None:
     document = json.loads(plain(small()))
-    with pytest.raises(xa.StateError):
-        State.from_bytes(json.dumps(document | {name: value}).encode())
+    with pytest.raises(xa.StateError) as error:
+        State.from_bytes(signed(document | {name: value}))
+    assert "checksum is another" not in error.value.message
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG_VIEWS)
 def test_views_that_cannot_be(name: str, value: Any) -> None:
     document = json.loads(plain(small()))
     document["views"][0][name] = value
-    with pytest.raises(xa.StateError):
-        State.from_bytes(json.dumps(document).encode())
+    with pytest.raises(xa.StateError) as error:
+        State.from_bytes(signed(document))
+    assert "checksum is another" not in error.value.message
+
+
+def signed(document: dict[str, Any]) -> bytes:
+    """With its checksum set right."""
+    rest = {name: value for name, value in document.items() if name != "checksum"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()
+    return json.dumps(rest | {"checksum": hashlib.sha256(text).hexdigest()}).encode()
+
+
+def test_an_altered_file_is_refused() -> None:
+    data = plain(small())
+    for old, new in ((b'"visible":true', b'"visible":false'), (b"r-x", b"rwx")):
+        assert old in data
+        with pytest.raises(xa.StateError, match="its checksum is another"):
+            State.from_bytes(data.replace(old, new, 1))
 
 
 def plain(state: State) -> bytes:
@@ -269,7 +287,7 @@ def test_other_files() -> None:
 def test_fields_of_a_later_version_are_kept() -> None:
     document = json.loads(plain(small())) | {"hints": {"a": 1}}
     assert document["format"] == FORMAT
-    state = State.from_bytes(json.dumps(document).encode())
+    state = State.from_bytes(signed(document))
     assert json.loads(plain(state))["hints"] == {"a": 1}
     assert state == small()
 
