@@ -28,6 +28,7 @@ from xenaltp2m.monitor import Monitor, subscription
 from xenaltp2m.types import (
     GFN_LIMIT,
     HOST_VIEW,
+    HVM_PARAM_ALTP2M,
     PAGE_SHIFT,
     PAGE_SIZE,
     Access,
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from xenaltp2m.tracing import Trace
     from xenaltp2m.xen import Xen
 
-_HVM_PARAM_ALTP2M = 35
 _KIB_PER_PAGE = PAGE_SIZE // 1024
 _UNLIMITED = (1 << 32) - 1
 """What ``xc_domain_setmaxmem`` makes of any more pages (``XEN_DOMCTL_max_mem``)."""
@@ -121,7 +121,7 @@ class Domain(Handle):
     def altp2m_mode(self) -> Altp2mMode:
         """Who may use the domain's altp2m. ``xc_hvm_param_get(HVM_PARAM_ALTP2M)``."""
         self._check_open()
-        return Altp2mMode(self._backend.hvm_param_get(self.domid, _HVM_PARAM_ALTP2M))
+        return Altp2mMode(self._backend.hvm_param_get(self.domid, HVM_PARAM_ALTP2M))
 
     @property
     def altp2m_active(self) -> bool:

@@ -25,7 +25,7 @@ from xenaltp2m.abi.ring import Ring
 from xenaltp2m.abi.vm_event import Flag, layout
 from xenaltp2m.errors import BusyError, InvalidArgumentError, XenError
 from xenaltp2m.journal import Found, Journal, Pages, Record, find
-from xenaltp2m.types import HOST_VIEW, PAGE_SIZE, DomainInfo
+from xenaltp2m.types import HOST_VIEW, HVM_PARAM_ALTP2M, PAGE_SIZE, Altp2mMode, DomainInfo
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -48,6 +48,7 @@ class Diagnosis:
         domain: The domain.
         paused: Whether somebody has paused it.
         altp2m: Whether altp2m is on.
+        mixed: Whether the guest may have switched it on itself.
         views: The views that vCPUs are in, by vCPU; empty where altp2m is off.
         ring: Whether a monitor's ring is enabled.
         killed: Journals of processes that were killed, with something to be undone.
@@ -59,6 +60,7 @@ class Diagnosis:
     domain: DomainInfo
     paused: bool
     altp2m: bool
+    mixed: bool
     views: dict[int, int]
     ring: bool
     killed: tuple[Found, ...]
@@ -69,7 +71,8 @@ class Diagnosis:
     @property
     def healthy(self) -> bool:
         """Whether nothing needs to be done: nobody was killed, and nothing of an agent is left."""
-        return not self.killed and (bool(self.working) or not (self.altp2m or self.ring))
+        ours = self.altp2m and not self.mixed
+        return not self.killed and (bool(self.working) or not (ours or self.ring))
 
     def lines(self) -> list[str]:
         """Say it in words, a line for each thing."""
@@ -149,6 +152,7 @@ def diagnose(xen: Xen, which: int | str | UUID) -> Diagnosis:
         info,
         info.paused,
         active,
+        active and backend.hvm_param_get(domid, HVM_PARAM_ALTP2M) == Altp2mMode.MIXED,
         views,
         _has_ring(xen, domid),
         tuple(found for found in useful if not found.alive and found.record),
@@ -217,7 +221,7 @@ class _Rescuer:
         # Without a ring somebody may wait all the same: a rescue was killed, too.
         has_ring = before.ring or self._force or any(record.monitor for record in records)
         with self._standing_still():
-            if before.altp2m:
+            if before.altp2m and (records or self._force or not before.mixed):
                 self._leave_views(records)
             if has_ring:
                 self._take("single steps end", self._end_steps)
@@ -374,9 +378,11 @@ class _Rescuer:
         if before.killed or before.working:
             return ()
         found = []
-        if before.altp2m or before.ring:
+        if (before.altp2m and not before.mixed) or before.ring:
             found.append("which pages an agent had added, and how far it had raised the limit")
             found.append("whether altp2m was on before an agent came")
+        if before.mixed:
+            found.append("whether the guest has switched altp2m on itself: --force switches it off")
         if before.paused:
             found.append("whether an agent or the administrator has paused it: xl unpause ends one")
         return tuple(found)

@@ -32,6 +32,9 @@ ALL_GFNS = (1 << 64) - 1
 GFN_LIMIT = 1 << 36
 """Gfns are below this: four levels of tables of 512 entries (``ept_set_entry``)."""
 
+HVM_PARAM_ALTP2M = 35
+"""``public/hvm/params.h``: a domain's :class:`Altp2mMode`."""
+
 HOST_VIEW = ViewId(0)
 """View 0: access calls on it act on the host p2m, remaps and switches on the default view."""
 

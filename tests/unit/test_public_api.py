@@ -216,7 +216,7 @@ def test_altp2m_modes_are_xen_s() -> None:
 
 
 def test_other_numbers_are_xen_s() -> None:
-    assert constant("HVM_PARAM_ALTP2M") == xenaltp2m.domain._HVM_PARAM_ALTP2M
+    assert constant("HVM_PARAM_ALTP2M") == types.HVM_PARAM_ALTP2M
     assert constant("DOMID_FIRST_RESERVED") == arguments.DOMID_LIMIT
     assert int(ffi.cast("xen_pfn_t", -1)) == types.ALL_GFNS
     assert xenaltp2m.PAGE_SIZE == 1 << xenaltp2m.PAGE_SHIFT == 4096

@@ -256,6 +256,23 @@ def test_views_of_others_stay(scene: Scene) -> None:
     scene.ends_well()
 
 
+def test_a_guest_that_uses_altp2m_itself_is_left_alone(tmp_path: Path) -> None:
+    host = MockBackend(memory_pages=1 << 13)
+    domid = host.add_domain(mode=xa.Altp2mMode.MIXED, memory_kib=2048)
+    host.altp2m_set_domain_state(domid, True)
+    host.domain_unpause(domid)
+    with xa.Xen(host, tmp_path / "journals") as xen:
+        assert diagnose(xen, domid).healthy
+        outcome = rescue(xen, domid)
+        assert outcome.steps == ()
+        assert outcome.unknown == (
+            "whether the guest has switched altp2m on itself: --force switches it off",
+        )
+        assert host.altp2m_get_domain_state(domid)
+        rescue(xen, domid, force=True)
+        assert not host.altp2m_get_domain_state(domid)
+
+
 def test_an_agent_that_runs_is_left_alone(tmp_path: Path) -> None:
     host, computer = machine()
     journals = tmp_path / "journals"
