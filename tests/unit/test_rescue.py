@@ -462,6 +462,8 @@ def end_process(host: Mortal, handles: list[Handle]) -> None:
         handle = handles.pop()
         if not handle.closed:
             handle.abandon()
+    for channel in list(host._channels):
+        host.evtchn_close(channel)
     for mapping in list(host._mappings.values()):
         host.foreignmemory_unmap(mapping.handle)  # type: ignore[arg-type]
 
