@@ -446,6 +446,8 @@ class Domain(Handle):
     def abandon(self) -> None:
         """Close without undoing anything: the domain, with its altp2m, is gone."""
         super().abandon()
+        if not any(other.uuid == self.uuid and not other.closed for other in self.xen._domains):
+            self._journal.forget()
         if self._altp2m is not None:
             self._altp2m.abandon()
         if self._monitor is not None:

@@ -176,11 +176,9 @@ class Journal:
                 with contextlib.suppress(OSError):
                     (self._directory / self.name).unlink()
 
-    def abandon(self) -> None:
-        """Leave it as it is, and close the file."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+    def forget(self) -> None:
+        """Write down that nothing is to be undone: the domain is gone."""
+        self.undone(**{one.name: getattr(_NOTHING, one.name) for one in fields(Record)})
 
     def _append(self, directory: Path, line: bytes) -> None:
         if self._file < 0 or self._size + len(line) > _REWRITTEN_AT:

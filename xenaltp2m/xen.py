@@ -126,9 +126,9 @@ class Xen(Handle):
         raise DomainNotFoundError(f"there is no domain {domid}", domid=domid)
 
     def abandon(self) -> None:
-        """Close without undoing anything; what journals say stays."""
+        """Close without undoing anything; what journals say to be undone stays."""
         for journal in self._journals.values():
-            journal.abandon()
+            journal.close()
         super().abandon()
 
     def _take_back(self) -> None:
@@ -140,8 +140,6 @@ class Xen(Handle):
                 with suppress(XenError):
                     domain._open_altp2m.close()  # tried again, and told of, by its domain
         undo.unwind(f"closing {self!r}")
-        for journal in self._journals.values():
-            journal.close()
         super()._take_back()
 
 

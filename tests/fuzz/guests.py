@@ -187,7 +187,8 @@ def records(name: str) -> list[bytes]:
         made.write(monitor=True, altp2m=True)
         made.write(pages=(journal.Pages(0x100, 16, 16, 5000),), prior_views=(0, 3))
         content = (Path(directory) / name / made.name).read_bytes()
-        made.abandon()
+        made.forget()
+        made.close()
     return content.splitlines()
 
 

@@ -273,6 +273,17 @@ def test_a_guest_that_uses_altp2m_itself_is_left_alone(tmp_path: Path) -> None:
         assert not host.altp2m_get_domain_state(domid)
 
 
+def test_of_a_domain_that_is_gone_nothing_stays(tmp_path: Path) -> None:
+    host, computer = machine()
+    journals = tmp_path / "journals"
+    with xa.Xen(host, journals) as xen, xen.domain(computer.domid) as dom:
+        dom.pause()
+        dom.altp2m()
+        host.destroy(computer.domid)
+        assert len(list(journals.iterdir())) == 1
+    assert list(journals.iterdir()) == []
+
+
 def test_an_agent_that_runs_is_left_alone(tmp_path: Path) -> None:
     host, computer = machine()
     journals = tmp_path / "journals"
