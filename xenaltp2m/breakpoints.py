@@ -18,7 +18,8 @@ The vCPUs are in ``hooks``. One that comes upon an int3, or reads a page with br
 that one instruction in ``step``; one that writes to such a page executes it in ``write``. One that
 reads what is watched executes the instruction in ``seen``, one that writes to it in ``used``: so
 what else the same instruction does is heard of, too. No other vCPU sees any of this, and none is
-stopped.
+stopped; but for a moment where shadows are added, where the first watch is, and where the CPU marks
+an entry of watched page tables as used.
 
 A shadow whose page was written to is *stale*: until it is copied anew it may not be executed, so
 that the next vCPU that wants to tells. Writes that move the bounds of instructions are noticed
@@ -290,9 +291,10 @@ class LinearBreakpoint:
         if before is not None:
             before.remove()
         self.moves += 1
-        self.physical = physical
+        self.physical = None
         if physical is not None:
             self._there = self._owner.insert(physical, self._hit)
+            self.physical = physical  # not before: if that fails, it is tried again
 
     def _look(self) -> tuple[dict[int, int], int | None]:
         """Walk: the entries that were read, address and size, and where they lead."""
@@ -874,10 +876,8 @@ class Breakpoints(Handle):
             ]
 
         if access.written and event.access_flags & AccessFlag.FAULT_IN_GPT and not is_code:
-            before = calls("before")
-            return self._call(
-                [*before, (self._mark, event), *calls("after")], (), registers, event, RESUME
-            )
+            marking = [*calls("before"), (self._mark, event), *calls("after")]
+            return self._call(marking, watches, registers, event, self._back)
         assert self._watch_views is not None
         through, used = self._watch_views
         if access.written:

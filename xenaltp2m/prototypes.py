@@ -20,9 +20,9 @@ from xenaltp2m.errors import SymbolError
 from xenaltp2m.symbols import opened
 
 MAX_UNITS = 1 << 16
-"""A Linux kernel with all its modules has some 20 000 compilation units."""
+"""Compilation units."""
 MAX_ENTRIES = 1 << 20
-"""Entries looked at in one search; the largest unit of a Linux kernel has a quarter."""
+"""Entries looked at in one search: some tens of seconds."""
 MAX_SECTION = 1 << 30
 """Bytes of a section, unpacked."""
 _MOST_UNPACKED = 64
@@ -105,9 +105,9 @@ class Function(NamedTuple):
 
 
 class Prototypes:
-    """The prototypes of an image's functions. Closing it closes the file.
+    """The prototypes of an image's functions, read when they are asked for.
 
-    Use it in a ``with`` statement; they are read when they are asked for.
+    :meth:`open` opens a file for as long as a ``with`` block lasts.
     """
 
     def __init__(self, stream: BinaryIO, name: str) -> None:

@@ -148,6 +148,10 @@ def test_trace_shows_what_the_image_says_of_arguments(
 
 def test_trace_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     trace = ["--connect", "mock", "trace", "guest", "--symbols", str(RACER)]
+    assert cli.main([*trace, "hit", "--count", "1"]) == cli.DONE
+    assert f"Arguments are not shown: {RACER} has no debugging information." in (
+        capsys.readouterr().err
+    )
     assert cli.main([*trace, "hot"]) == cli.USAGE
     assert "did you mean hit?" in capsys.readouterr().err
     for wrong in ("hit:q", "hit:99", ":3", "hit:"):

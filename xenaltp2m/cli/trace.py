@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -157,7 +157,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         options.usage_error("--rate 0 tells nothing")
     symbols = Symbols.open(options.symbols)
     image = symbols if isinstance(symbols, Image) else None
-    prototypes = _prototypes(options, symbols)
+    prototypes = _prototypes(options, symbols, console)
     with ExitStack() as stack:
         stop = stack.enter_context(Stop())
         xen = stack.enter_context(connect(options, console, image))
@@ -189,17 +189,19 @@ def run(options: argparse.Namespace, console: Console) -> None:
     teller.sum_up()
 
 
-def _prototypes(options: argparse.Namespace, symbols: Symbols) -> dict[str, Prototype | None]:
+def _prototypes(
+    options: argparse.Namespace, symbols: Symbols, console: Console
+) -> dict[str, Prototype | None]:
     """What each function takes, as the arguments or the file have it."""
     found = {one.name: one.prototype for one in options.functions}
-    with ExitStack() as stack:
-        described = None
-        if isinstance(symbols, Image) and None in found.values():
-            with suppress(xa.SymbolError):
-                described = stack.enter_context(Prototypes.open(options.symbols))
-        for name, prototype in found.items():
-            if prototype is None and described is not None:
-                found[name] = described.at(symbols.address(name))
+    unknown = [name for name, prototype in found.items() if prototype is None]
+    if isinstance(symbols, Image) and unknown:
+        try:
+            with Prototypes.open(options.symbols) as described:
+                for name in unknown:
+                    found[name] = described.at(symbols.address(name))
+        except xa.SymbolError as error:
+            console.note(f"Arguments are not shown: {error.message.splitlines()[0]}.")
     return found
 
 
