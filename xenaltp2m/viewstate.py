@@ -268,7 +268,7 @@ def _view_diff(was: ViewState, now: ViewState) -> Iterator[str]:
         if getattr(was, name) == getattr(now, name):
             continue
         gone, new = set(getattr(was, name)), set(getattr(now, name))
-        for run in sorted(gone ^ new, key=lambda run: run[0]):
+        for run in sorted(gone ^ new, key=lambda run: (run[0], run in new)):
             yield f"{name} {run[2]} of {_run(run)} is {'gone' if run in gone else 'new'}"
     before, after = dict(was.remaps), dict(now.remaps)
     for gfn in sorted(before.keys() | after.keys()):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ altp2m.capture(contents=True).to_bytes().
   show FILE             its views, and what is in them
   diff FILE FILE        what is different; the exit code is 1 if something is
   restore FILE DOMAIN   makes its views in a domain, and keeps them until --hold is over, Ctrl-C or
-                        SIGTERM; --dry-run tells what is in the way, and changes nothing
+                        SIGTERM; --dry-run tells what is in the way, and changes nothing. Nobody
+                        answers what the guest does against them: Xen then lifts it, page by page
 
 --json prints one object:
   show      {"views": [{"label", "default", "visible", "access": {access: gfns}, "suppress_ve",
@@ -148,10 +150,7 @@ def _restore(state: State, options: argparse.Namespace, console: Console) -> Non
         console.result({"obstacles": [], "views": numbers}, Table(("view", "label"), made))
         until = "Ctrl-C" if options.hold is None else f"{options.hold:g} s are over, or Ctrl-C"
         console.note(f"Restored; kept until {until}.")
-        left = options.hold
-        while not signals.arrived(1.0 if left is None else min(left, 1.0)):
-            if left is not None:
-                left -= 1.0
-                if left <= 0:
-                    break
+        rest = math.inf if options.hold is None else options.hold
+        while rest > 0 and not signals.arrived(min(rest, 1.0)):
+            rest -= 1.0
     console.note("Undone: views destroyed" + ("." if was_active else ", altp2m off."))
