@@ -23,6 +23,8 @@ from images import RELEASES, images, say
 HERE = Path(__file__).resolve().parent
 TREE = HERE.parent.parent
 PYTEST = "python3 -m pytest -p no:cacheprovider -q --tb=short -W error"
+LIMIT = 1200
+"""Seconds of wall time a boot may take; the whole suite takes about 600."""
 SKEWED = "4.17"
 """The release whose library is put on the other hypervisors."""
 
@@ -68,6 +70,7 @@ def boot(xen: str, wheel: Path, results: Path, job: str, *more: str) -> int:
     puts += [f"examples/guest/{name}.elf" for name in names]
     puts += ["tests/lab/guest/events.elf", "examples/count_system_calls.py"]
     command = [sys.executable, str(HERE / "run.py"), "--xen", xen, "--results", str(results)]
+    command += ["--timeout", str(LIMIT)]
     command += ["--wheel", str(wheel), *more]
     for put in puts:
         command += ["--put", f"{TREE / put}:{put}"]
