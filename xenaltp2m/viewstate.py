@@ -13,20 +13,21 @@ import gzip
 import hashlib
 import json
 import zlib
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
-from operator import sub
+from itertools import chain, compress, pairwise
+from operator import add, gt
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from xenaltp2m.errors import LeftoverError, StateError, UnsupportedError
 from xenaltp2m.handle import UndoList
+from xenaltp2m.runs import FrozenRuns, Runs
 from xenaltp2m.types import GFN_LIMIT, PAGE_SIZE, Access
 
 if TYPE_CHECKING:
     from xenaltp2m.altp2m import Altp2m
-    from xenaltp2m.runs import Runs
     from xenaltp2m.view import Progress, View
 
 FORMAT = "xenaltp2m views"
@@ -65,8 +66,8 @@ class ViewState:
     label: str
     default_access: Access
     visible: bool
-    access: tuple[tuple[Place, int, Access], ...]
-    suppress_ve: tuple[tuple[Place, int, bool], ...]
+    access: FrozenRuns[Access]
+    suppress_ve: FrozenRuns[bool]
     remaps: tuple[tuple[Place, Place], ...]
 
 
@@ -196,17 +197,16 @@ def _capture_view(view: View, places: Mapping[int, Place]) -> ViewState:
         view.label or "",
         view.default_access,
         view.visible,
-        tuple(_placed(view._access, places)),
-        tuple(_placed(view._suppress_ve, places)),
+        _placed(view._access, places),
+        _placed(view._suppress_ve, places),
         tuple((place(gfn), place(new)) for gfn, new in view._remaps.items()),
     )
 
 
-def _placed(runs: Runs[Any], places: Mapping[int, Place]) -> list[tuple[Place, int, Any]]:
+def _placed(runs: Runs[Any], places: Mapping[int, Place]) -> FrozenRuns[Any]:
     """Return runs, those of added pages one by one, before the others."""
     if not places:
-        starts, ends, values = runs.columns()
-        return list(zip(starts, map(sub, ends, starts), values, strict=True))
+        return runs.frozen()
     low, high = min(places), max(places)
     own: list[tuple[Place, int, Any]] = []
     rest: list[tuple[Place, int, Any]] = []
@@ -222,7 +222,7 @@ def _placed(runs: Runs[Any], places: Mapping[int, Place]) -> list[tuple[Place, i
                 own.append((places[start], 1, value))
             else:
                 rest.append((start, stop - start, value))
-    return sorted(own, key=lambda run: run[0]) + rest
+    return FrozenRuns.of(sorted(own, key=lambda run: run[0]) + rest)
 
 
 # Comparing.
@@ -265,11 +265,8 @@ def _view_diff(was: ViewState, now: ViewState) -> Iterator[str]:
         if getattr(was, name) != getattr(now, name):
             yield f"{name} {getattr(was, name)}, now {getattr(now, name)}"
     for name in ("access", "suppress_ve"):
-        if getattr(was, name) == getattr(now, name):
-            continue
-        gone, new = set(getattr(was, name)), set(getattr(now, name))
-        for run in sorted(gone ^ new, key=lambda run: (run[0], run in new)):
-            yield f"{name} {run[2]} of {_run(run)} is {'gone' if run in gone else 'new'}"
+        for run, is_new in getattr(was, name).changes(getattr(now, name)):
+            yield f"{name} {run[2]} of {_run(run)} is {'new' if is_new else 'gone'}"
     before, after = dict(was.remaps), dict(now.remaps)
     for gfn in sorted(before.keys() | after.keys()):
         if before.get(gfn) != after.get(gfn):
@@ -298,7 +295,7 @@ def obstacles(altp2m: Altp2m, state: State) -> list[str]:
     """Say what keeps a state from being restored there; nothing where it can be."""
     domain, release = altp2m.domain, altp2m.domain.xen.release
     found = []
-    wanted = {access for view in state.views for _, _, access in view.access}
+    wanted = {access for view in state.views for access in set(view.access.values)}
     wanted |= {view.default_access for view in state.views}
     found += [
         f"Xen {release} does not know the access {access}"
@@ -442,12 +439,14 @@ def _view_document(view: ViewState) -> dict[str, Any]:
     }
 
 
-def _by_value(runs: tuple[tuple[Place, int, Any], ...]) -> dict[Any, list[int]]:
+def _by_value(runs: FrozenRuns[Any]) -> dict[Any, list[int]]:
     """Of each value its runs, one after another: first, count, first, count."""
-    return {
-        value: [number for run in runs if run[2] is value for number in run[:2]]
-        for value in {run[2] for run in runs}
-    }
+    found = {}
+    for value in set(runs.values):
+        chosen = [one is value for one in runs.values]
+        pairs = zip(compress(runs.firsts, chosen), compress(runs.counts, chosen), strict=True)
+        found[value] = list(chain.from_iterable(pairs))
+    return found
 
 
 def _page_document(page: PageState) -> dict[str, str]:
@@ -540,25 +539,32 @@ class _Reader:
                     self._refuse(f"a remap of {place}")
         return ViewState(label, default, visible, access, bits, remaps)
 
-    def _runs(self, document: Any, values: Mapping[str, Any]) -> tuple[tuple[int, int, Any], ...]:
+    def _runs(self, document: Any, values: Mapping[str, Any]) -> FrozenRuns[Any]:
         if not isinstance(document, dict):
             self._refuse("runs that are none")
-        found = []
+        firsts: list[int] = []
+        counts: list[int] = []
+        held: list[Any] = []
         for name, numbers in document.items():
             if name not in values:
                 self._refuse(f"runs of {name!r}")
             flat = self._numbers(numbers)
-            found += list(
-                zip(flat[::2], flat[1::2], [values[name]] * (len(flat) // 2), strict=True)
-            )
-        found.sort(key=lambda run: run[0])
-        behind = -self._pages
-        for first, count, _ in found:
-            own = first < 0
-            if first < behind or count < 1 or (own and count > 1) or first + count > GFN_LIMIT:
-                self._refuse(f"a run of {count} from {first}")
-            behind = first + count
-        return tuple(found)
+            firsts += flat[::2]
+            counts += flat[1::2]
+            held += [values[name]] * (len(flat) // 2)
+        order = sorted(range(len(firsts)), key=firsts.__getitem__)
+        firsts, counts, held = ([column[at] for at in order] for column in (firsts, counts, held))
+        ends = list(map(add, firsts, counts))
+        own = bisect_left(firsts, 0)
+        if firsts and (
+            firsts[0] < -self._pages
+            or ends[-1] > GFN_LIMIT
+            or min(counts) < 1
+            or max(counts[:own], default=1) > 1
+            or any(map(gt, ends, firsts[1:]))
+        ):
+            self._refuse("runs that overlap, or of no gfn")
+        return FrozenRuns(tuple(firsts), tuple(counts), tuple(held))
 
     def _page(self, document: Any) -> PageState:
         if not isinstance(document, dict) or not isinstance(document.get("sha256"), str):

@@ -43,6 +43,7 @@ from xenaltp2m.abi.x86 import (
 )
 from xenaltp2m.errors import StateError, SymbolError
 from xenaltp2m.prototypes import Prototypes
+from xenaltp2m.runs import FrozenRuns
 from xenaltp2m.types import Access
 from xenaltp2m.viewstate import PageState, State, ViewState
 
@@ -203,11 +204,18 @@ def a_journal(chance: random.Random) -> None:
     assert journal._parse(line) in (None, *RECORDS) or line in LINES
 
 
-ACCESS = tuple((16 * n, n % 15 + 1, Access.RX) for n in range(40))
+ACCESS = FrozenRuns.of((16 * n, n % 15 + 1, Access.RX) for n in range(40))
 STATE = State(
     (
-        ViewState("hooks", Access.RWX, True, ((-1, 1, Access.R), *ACCESS), (), ((3, -1), (5, 9))),
-        ViewState("", Access.R, False, ACCESS[:3], ((7, 2, True),), ()),
+        ViewState(
+            "hooks",
+            Access.RWX,
+            True,
+            FrozenRuns.of([(-1, 1, Access.R), *ACCESS]),
+            FrozenRuns(),
+            ((3, -1), (5, 9)),
+        ),
+        ViewState("", Access.R, False, ACCESS[:3], FrozenRuns.of([(7, 2, True)]), ()),
     ),
     (PageState("0" * 64),),
     (0, None),
@@ -238,7 +246,7 @@ def too_long(number: int, frame: FrameType | None) -> None:
 def main() -> int:
     """Fuzz from the command line."""
     parser = argparse.ArgumentParser(description="Fuzz what comes from files and guests.")
-    parser.add_argument("--count", type=int, default=420_000, help="inputs")
+    parser.add_argument("--count", type=int, default=600_000, help="inputs")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     signal.signal(signal.SIGALRM, too_long)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xenaltp2m.runs import Run, Runs
+from xenaltp2m import runs as module
+from xenaltp2m.runs import FrozenRuns, Run, Runs
 
 GFNS = st.integers(0, 40)
 VALUES = st.sampled_from(["a", "b", None])
@@ -95,3 +96,22 @@ def test_single_writes_in_any_order_are_one_run(order: int) -> None:
     for gfn in range(100)[::order]:
         runs.set(gfn, "a")
     assert list(runs) == [Run(0, 100, "a")]
+
+
+MODELS = st.dictionaries(st.integers(0, 200), st.sampled_from("ab"))
+
+
+@given(MODELS, MODELS, st.integers(1, 9))
+def test_changes_are_what_only_one_has(
+    one: dict[int, str], other: dict[int, str], at_once: int
+) -> None:
+    def triples(model: dict[int, str]) -> list[tuple[int, int, str]]:
+        return [(first, end - first, value) for first, end, value in joined(model)]
+
+    before, after = triples(one), triples(other)
+    expected = [(run, False) for run in before if run not in after]
+    expected += [(run, True) for run in after if run not in before]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_COMPARED_AT_ONCE", at_once)
+        found = list(FrozenRuns.of(before).changes(FrozenRuns.of(after)))
+    assert found == sorted(expected, key=lambda change: (change[0][0], change[1]))
