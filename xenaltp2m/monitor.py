@@ -200,11 +200,13 @@ class Monitor(Handle):
     Attributes:
         domain: The domain.
         version: Xen's vm_event interface version.
+        access_required: Whether the domain crashes rather than violate a view unheard.
     """
 
     def __init__(
         self, domain: Domain, subscriptions: tuple[Subscription, ...], access_required: bool
     ) -> None:
+        self.access_required = access_required
         self.domain = domain
         self._backend = domain.xen.backend
         self._domid = int(domain.domid)
@@ -421,6 +423,11 @@ class Monitor(Handle):
             return
         with contextlib.suppress(AlreadyError):
             self._turn(subscription, False)
+
+    @property
+    def subscriptions(self) -> tuple[Subscription, ...]:
+        """What it hears of, whoever enabled it, by the switch."""
+        return tuple(sorted(self._enabled.values(), key=lambda one: str(one.key)))
 
     def answer_by_default(self, handler: Handler) -> None:
         """Have a handler asked what to answer where nobody has answered.

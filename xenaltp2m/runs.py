@@ -6,6 +6,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from operator import sub
 from typing import Generic, NamedTuple, TypeVar
 
@@ -81,6 +82,15 @@ class Runs(Generic[V]):
         """Count the gfns that have a value; ``len`` would be taken for the number of runs."""
         self._merge()
         return sum(self._ends) - sum(self._starts)
+
+    def at(self, places: Iterable[int]) -> Iterator[tuple[int, V]]:
+        """Yield gfns that have a value, and that, by their places among these, which ascend."""
+        self._merge()
+        ends = list(accumulate(map(sub, self._ends, self._starts)))
+        run = 0
+        for place in places:
+            run = bisect_right(ends, place, run)
+            yield self._ends[run] - (ends[run] - place), self._values[run]
 
     def _merge(self) -> None:
         if not self._pending:

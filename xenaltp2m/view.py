@@ -7,9 +7,12 @@ asked of it: to say what differs from the host p2m, to verify it, and to roll ba
 
 from __future__ import annotations
 
+import random
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from heapq import heappop, heappush
 from itertools import pairwise
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -247,7 +250,7 @@ class View(Handle):
             self._roll_back(undo, error)
             raise
         target = self._remaps.get(new_gfn, new_gfn)
-        self._remaps.pop(gfn, None)  # so that they stay in the order in which they were made
+        self._remaps.pop(gfn, None)
         if target != gfn:  # of its own page, reverting would do harm
             self._remaps[gfn] = target
         self._access.set(gfn, wanted)
@@ -393,12 +396,17 @@ class View(Handle):
                 found.append(this)
         return found
 
-    def verify(self, *, progress: Progress | None = None) -> list[Mismatch]:
-        """Ask Xen for the access of every gfn it was set on, and list where it differs.
+    def verify(
+        self, *, sample: int | None = None, progress: Progress | None = None
+    ) -> list[Mismatch]:
+        """Ask Xen for the access of gfns it was set on, and list where it differs.
 
-        One call for each gfn: Xen has no bulk query.
+        One call for each gfn: Xen has no bulk query. Nor does it tell what a gfn is remapped to: a
+        remap that was undone shows where the gfn's access is another than the host's.
 
         Args:
+            sample: How many gfns are looked at, chosen at random; None looks at all of them. Xen
+                resets all of a view, or the entries that the host p2m has changed.
             progress: Called after each batch of gfns.
 
         ``xc_altp2m_get_mem_access``.
@@ -406,34 +414,39 @@ class View(Handle):
         self._check_open()
         self._backend.altp2m_get_domain_state(self._domid)  # an absent domain is not a mismatch
         self._backend.altp2m_get_mem_access(self._domid, self.id, ALL_GFNS)
-        total, done = self._access.count(), 0
+        total = self._access.count()
+        places: Sequence[int] = range(total)
+        if sample is not None and sample < total:
+            places = sorted(random.sample(places, sample))
         mismatches = []
-        for run in self._access:
-            for gfn in range(run.first, run.end):
-                found = self._own_access(gfn)
-                if found != run.value:
-                    mismatches.append(Mismatch(Gfn(gfn), run.value, found))
-                done += 1
-                if progress is not None and (done % BATCH == 0 or done == total):
-                    progress(done, total)
+        for done, (gfn, expected) in enumerate(self._access.at(places), 1):
+            found = self._own_access(gfn)
+            if found != expected:
+                mismatches.append(Mismatch(Gfn(gfn), expected, found))
+            if progress is not None and (done % BATCH == 0 or done == len(places)):
+                progress(done, len(places))
         return mismatches
 
     def reapply(self, *, progress: Progress | None = None) -> None:
         """Ask Xen again for all that was asked of this view, because Xen has reset it.
 
-        Remaps come first, in their order, and show their new pages with these pages' rights until
-        the access is set: pause the domain where that matters.
+        Remaps come first, and show their new pages with these pages' rights until the access is
+        set; gfns that are remapped to may show their own pages meanwhile. Pause the domain where
+        that matters.
 
         Args:
             progress: Called after each batch of gfns whose access is set.
 
         Raises:
             NotMappedError: A gfn that is remapped, or its new gfn, is no ordinary RAM any more.
+            BusyError: Some gfns show each other's pages.
 
         ``xc_altp2m_change_gfn``, ``xc_altp2m_set_mem_access_multi``.
         """
         self._check_open()
-        for gfn, new_gfn in self._remaps.items():
+        for gfn, new_gfn in self._remaps_in_order():
+            if new_gfn in self._remaps:
+                self._show_own(new_gfn)
             self._backend.altp2m_change_gfn(self._domid, self.id, gfn, new_gfn)
         total, done = self._access.count(), 0
         for run in self._access:
@@ -449,6 +462,29 @@ class View(Handle):
             self._backend.altp2m_set_suppress_ve_multi(
                 self._domid, self.id, bit.first, bit.end - 1, bit.value
             )
+
+    def _create_again(self) -> None:
+        """Make it anew: altp2m was off meanwhile, and Xen has forgotten it, or never had it."""
+        release = self._backend.release
+        self._domid = self._altp2m.domain.domid
+        number = release.access_numbers[self.default_access]
+        self.id = ViewId(self._backend.altp2m_create_view(self._domid, number))
+        self._undo.forget()
+        self._undo.push(f"view {self.id} of domain {self._domid}", self._destroy)
+        self._remap_low = min(self._remaps.values(), default=ALL_GFNS)
+        self._remap_high = max(self._remaps.values(), default=0)
+        self.reapply()
+
+    def _renumber(self, gfns: Mapping[int, int]) -> None:
+        """Have other gfns in place of some: added pages that are elsewhere now."""
+        for runs in (self._access, self._suppress_ve):
+            moved = [(new, runs.get(gfn)) for gfn, new in gfns.items()]
+            for gfn in gfns:
+                runs.set(gfn, None)
+            for new, value in moved:
+                runs.set(new, value)
+        remaps = [(gfns.get(gfn, gfn), gfns.get(new, new)) for gfn, new in self._remaps.items()]
+        self._remaps = dict(remaps)
 
     # Inside.
 
@@ -513,6 +549,44 @@ class View(Handle):
             self._backend.altp2m_set_suppress_ve(self._domid, self.id, gfn, False)
         if own is not None:
             self._write_access(gfn, own)
+
+    def _remaps_in_order(self) -> list[tuple[int, int]]:
+        """List what is remapped to what, each before its new gfn is remapped itself.
+
+        For Xen takes the page that the view shows at the new gfn then. What can come first comes
+        by gfn, so that it does not matter how it came to be.
+        """
+        waiting = Counter(new for new in self._remaps.values() if new in self._remaps)
+        ready = sorted(gfn for gfn in self._remaps if not waiting[gfn])
+        found = []
+        while ready:
+            gfn = heappop(ready)
+            new = self._remaps[gfn]
+            found.append((gfn, new))
+            waiting[new] -= 1
+            if not waiting[new] and new in self._remaps:
+                heappush(ready, new)
+        if len(found) < len(self._remaps):
+            some = min(gfn for gfn, count in waiting.items() if count > 0)
+            raise BusyError(
+                f"gfn {some:#x} and others show each other's pages in {self!r}, which takes a "
+                "third gfn to make: revert one, and remap them again",
+                op="altp2m_change_gfn",
+                domid=self._domid,
+                view=self.id,
+                gfn=some,
+            )
+        return found
+
+    def _show_own(self, gfn: int) -> None:
+        """Have a gfn that is to be remapped show its own page, for another to be remapped to it."""
+        if self._own_access(gfn) is None:
+            return
+        # What Xen has made of the guest's own page: to revert that would do harm.
+        self._backend.altp2m_change_gfn(self._domid, self.id, gfn, self._remaps[gfn])
+        self._backend.altp2m_change_gfn(self._domid, self.id, gfn, ALL_GFNS)
+        self._altp2m.domain._removed()
+        self._fill(gfn)
 
     def _fill(self, gfn: int) -> None:
         """Give a reverted gfn the entry that it would get on first use.

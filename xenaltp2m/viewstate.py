@@ -15,13 +15,21 @@ import json
 import zlib
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, compress, pairwise
 from operator import add, gt
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from xenaltp2m.errors import LeftoverError, StateError, UnsupportedError
+from xenaltp2m.events import (
+    EVENTS,
+    ControlRegister,
+    InguestPagefault,
+    MovToMsr,
+    Subscription,
+    WriteCtrlreg,
+)
 from xenaltp2m.handle import UndoList
 from xenaltp2m.runs import FrozenRuns, Runs
 from xenaltp2m.types import GFN_LIMIT, PAGE_SIZE, Access
@@ -46,6 +54,17 @@ _LEVEL = 1
 _GZIP = b"\x1f\x8b"
 _ACCESSES = {str(access): access for access in Access.__members__.values()}
 
+_SUBSCRIPTIONS = {
+    _event.__name__: _event.on()
+    for _event in EVENTS.values()
+    if _event not in (WriteCtrlreg, MovToMsr)
+} | {
+    "InguestPagefault": InguestPagefault,
+    "WriteCtrlreg": WriteCtrlreg.on(ControlRegister.CR3),
+    "MovToMsr": MovToMsr.on(0),
+}
+"""One of each event: what options it has."""
+
 Place: TypeAlias = int
 """A gfn; or, below 0, a page that was added: -1 the first."""
 
@@ -60,7 +79,7 @@ class ViewState:
         visible: Whether the guest's VMFUNC reaches it.
         access: Runs (first, count, access), in order.
         suppress_ve: Runs (first, count, bit), in order.
-        remaps: (gfn, the one whose page it shows), in the order they were made.
+        remaps: (gfn, the one whose page it shows), in an order in which they can be made.
     """
 
     label: str
@@ -81,6 +100,14 @@ class PageState:
 
 
 @dataclass(frozen=True, slots=True)
+class MonitorState:
+    """What a monitor hears of: for :meth:`Domain.monitor`, which takes both."""
+
+    subscriptions: tuple[Subscription, ...]
+    access_required: bool
+
+
+@dataclass(frozen=True, slots=True)
 class State:
     """All views of a domain.
 
@@ -89,6 +116,7 @@ class State:
         pages: Pages that were added to the domain.
         vcpus: Of each vCPU its view's place among ``views``; None for view 0, and for others'.
         notify: vCPUs with a page for #VE, and that gfn.
+        monitor: What the domain's monitor hears of; None where none is open.
         origin: Where it was captured: for people. It makes no difference between states.
         more: Fields that a later version of the format may have: kept, and written again.
     """
@@ -97,6 +125,7 @@ class State:
     pages: tuple[PageState, ...] = ()
     vcpus: tuple[int | None, ...] = ()
     notify: tuple[tuple[int, int], ...] = ()
+    monitor: MonitorState | None = None
     origin: Mapping[str, Any] = field(default_factory=dict, compare=False)
     more: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
@@ -114,6 +143,7 @@ class State:
             "pages": [_page_document(page) for page in self.pages],
             "vcpus": list(self.vcpus),
             "notify": [list(one) for one in self.notify],
+            "monitor": None if self.monitor is None else _monitor_document(self.monitor),
         }
         if origin:
             document["origin"] = dict(self.origin)
@@ -157,7 +187,7 @@ def capture(
     Raises:
         StateError: With ``verify``: Xen has reset views. ``View.reapply`` makes them again.
     """
-    domain, views = altp2m.domain, altp2m.views
+    domain, views, monitor = altp2m.domain, altp2m.views, altp2m.domain._open_monitor
     if verify:
         lost = [mismatch for view in views for mismatch in view.verify(progress=progress)]
         if lost:
@@ -181,6 +211,7 @@ def capture(
         tuple(pages),
         tuple(numbers.get(int(vcpu_views[vcpu])) for vcpu in sorted(vcpu_views)),
         tuple(sorted(altp2m._notified.items())),
+        None if monitor is None else MonitorState(monitor.subscriptions, monitor.access_required),
         {
             "xen": str(domain.xen.release),
             "domain": str(domain.uuid),
@@ -199,7 +230,7 @@ def _capture_view(view: View, places: Mapping[int, Place]) -> ViewState:
         view.visible,
         _placed(view._access, places),
         _placed(view._suppress_ve, places),
-        tuple((place(gfn), place(new)) for gfn, new in view._remaps.items()),
+        tuple((place(gfn), place(new)) for gfn, new in view._remaps_in_order()),
     )
 
 
@@ -257,6 +288,8 @@ def diff(before: State, after: State) -> list[str]:
         found.append(f"{len(before.vcpus)} vCPUs, now {len(after.vcpus)}")
     if before.notify != after.notify:
         found.append(f"#VE pages {dict(before.notify)}, now {dict(after.notify)}")
+    if before.monitor != after.monitor:
+        found.append(f"the monitor {_heard(before.monitor)}, now {_heard(after.monitor)}")
     return found
 
 
@@ -282,6 +315,19 @@ def _run(run: tuple[Place, int, Any]) -> str:
 
 def _place(place: Place) -> str:
     return f"gfn {place:#x}" if place >= 0 else f"added page {-1 - place}"
+
+
+def _heard(monitor: MonitorState | None) -> str:
+    if monitor is None:
+        return "is none"
+    heard = [_event_of(one) + (f" {dict(one.options)}" if one.options else "")
+             for one in monitor.subscriptions]  # fmt: skip
+    required = " and is required" if monitor.access_required else ""
+    return f"hears of {', '.join(heard) or 'nothing'}{required}"
+
+
+def _event_of(subscription: Subscription) -> str:
+    return "InguestPagefault" if subscription.event is None else subscription.event.__name__
 
 
 def _of(number: int | None) -> str:
@@ -449,6 +495,16 @@ def _by_value(runs: FrozenRuns[Any]) -> dict[Any, list[int]]:
     return found
 
 
+def _monitor_document(monitor: MonitorState) -> dict[str, Any]:
+    return {
+        "access_required": monitor.access_required,
+        "subscriptions": [
+            {"event": _event_of(one), "options": dict(one.options), "deniable": one.deniable}
+            for one in monitor.subscriptions
+        ],
+    }
+
+
 def _page_document(page: PageState) -> dict[str, str]:
     found = {"sha256": page.sha256}
     if page.content is not None:
@@ -495,9 +551,12 @@ class _Reader:
         origin = document.get("origin", {})
         if not isinstance(origin, dict):
             self._refuse("an origin that is none")
-        known = {"format", "version", "views", "pages", "vcpus", "notify", "origin"}
+        monitor = document.get("monitor")
+        if monitor is not None:
+            monitor = self._monitor(monitor)
+        known = {"format", "version", "views", "pages", "vcpus", "notify", "monitor", "origin"}
         more = {name: value for name, value in document.items() if name not in known}
-        return State(views, pages, tuple(vcpus), tuple(notify), origin, more)
+        return State(views, pages, tuple(vcpus), tuple(notify), monitor, origin, more)
 
     def _document(self) -> dict[str, Any]:
         data = self._data
@@ -533,10 +592,14 @@ class _Reader:
         remaps = tuple(zip(flat[::2], flat[1::2], strict=True))
         if len({gfn for gfn, _ in remaps}) < len(remaps) or any(gfn == new for gfn, new in remaps):
             self._refuse("a gfn that is remapped twice, or to itself")
+        made = set()
         for gfn, new in remaps:
             for place in (gfn, new):
                 if not self._is_number(place, -self._pages, GFN_LIMIT - 1):
                     self._refuse(f"a remap of {place}")
+            if new in made:
+                self._refuse(f"a remap to {new}, which is remapped itself by then")
+            made.add(gfn)
         return ViewState(label, default, visible, access, bits, remaps)
 
     def _runs(self, document: Any, values: Mapping[str, Any]) -> FrozenRuns[Any]:
@@ -565,6 +628,27 @@ class _Reader:
         ):
             self._refuse("runs that overlap, or of no gfn")
         return FrozenRuns(tuple(firsts), tuple(counts), tuple(held))
+
+    def _monitor(self, document: Any) -> MonitorState:
+        if not isinstance(document, dict) or not isinstance(document.get("access_required"), bool):
+            self._refuse("a monitor that is none")
+        found = tuple(map(self._subscription, self._list(document, "subscriptions", 1 << 8)))
+        if [one.key for one in found] != sorted({one.key for one in found}, key=str):
+            self._refuse("subscriptions out of order")
+        return MonitorState(found, document["access_required"])
+
+    def _subscription(self, document: Any) -> Subscription:
+        if not isinstance(document, dict) or not isinstance(document.get("options"), dict):
+            self._refuse("a subscription that is none")
+        plain = _SUBSCRIPTIONS.get(str(document.get("event")))
+        options, deniable = document["options"], document.get("deniable")
+        if plain is None or not isinstance(deniable, bool):
+            self._refuse(f"a subscription to {str(document.get('event'))[:80]!r}")
+        if {name: type(value) for name, value in options.items()} != {
+            name: type(value) for name, value in plain.options.items()
+        } or not all(0 <= value < 1 << 64 for value in options.values()):
+            self._refuse(f"a subscription with options {str(options)[:80]}")
+        return replace(plain, options=options, deniable=deniable)
 
     def _page(self, document: Any) -> PageState:
         if not isinstance(document, dict) or not isinstance(document.get("sha256"), str):

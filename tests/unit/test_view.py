@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 from array import array
 from collections.abc import Callable, Iterable
 from errno import EINVAL, ENOMEM, EPERM
@@ -881,3 +882,28 @@ def test_batches_are_what_python_counts(gfns: range | array[int]) -> None:
         assert 0 < len(batch) <= view_module.BATCH
         found.frombytes(batch.tobytes())
     assert found == array("Q", gfns)
+
+
+@every_release
+@pytest.mark.parametrize("seed", range(12))
+def test_reapplied_it_is_as_it_was_whatever_the_host_did(
+    view: View, guest: Model, mock: MockBackend, seed: int
+) -> None:
+    """Remaps of remaps, and the host's writes to some gfns, or the loss of a page among them."""
+    chance = random.Random(seed)
+    gfns = range(500, 530)
+    for gfn in chance.sample(gfns, 12):
+        view.remap(gfn, chance.choice([one for one in gfns if one != gfn]), access=Access.X)
+    view.set_access(range(508, 516), Access.RX)
+    asked = {gfn for run in view.differences() for gfn in range(run.first, run.last + 1)}
+    before = {gfn: met(guest, view.id, gfn) for gfn in gfns}
+    if seed % 2:
+        guest.remove_page(chance.choice(sorted(set(gfns) - set(view.remaps.values()))))
+        asked &= {gfn for gfn in asked if guest.host.lookup(gfn).mapped}
+    for gfn in chance.sample(sorted(asked), min(4, len(asked))):
+        guest.set_mem_access(0, gfn, 1)
+    view.reapply()
+    assert view.verify() == [
+        mismatch for mismatch in view.verify() if not guest.host.lookup(mismatch.gfn).mapped
+    ]
+    assert {gfn: met(guest, view.id, gfn) for gfn in asked} == {gfn: before[gfn] for gfn in asked}
