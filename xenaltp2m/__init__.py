@@ -5,7 +5,7 @@ Importing this opens no library and touches no hypervisor; :func:`connect` does.
 """
 
 from xenaltp2m.abi.vm_event import AccessFlag, Flag, Reason
-from xenaltp2m.altp2m import Altp2m, DecorativeDefaultWarning, SuperpageDefaultWarning
+from xenaltp2m.altp2m import Altp2m, DecorativeDefaultWarning, Lost, SuperpageDefaultWarning
 from xenaltp2m.breakpoints import (
     Breakpoint,
     Breakpoints,
@@ -128,6 +128,7 @@ __all__ = [
     "LibraryMismatchWarning",
     "LinearBreakpoint",
     "LinearPage",
+    "Lost",
     "MemAccess",
     "MemPaging",
     "MemSharing",

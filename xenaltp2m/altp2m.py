@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from xenaltp2m.errors import InvalidArgumentError, NotMappedError, XenError
 from xenaltp2m.handle import Handle, UndoList
 from xenaltp2m.types import ALL_GFNS, HOST_VIEW, Access, VcpuId, ViewId
-from xenaltp2m.view import Progress, View, check_gfn, refusal_of
+from xenaltp2m.view import Mismatch, Progress, View, check_gfn, refusal_of
 
 if TYPE_CHECKING:
     from xenaltp2m.domain import Domain
@@ -34,6 +36,25 @@ PROBED = 64
 """Numbers of views that are looked for where altp2m is on already: Xen has 10, or as configured."""
 
 
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A view that was found to be no more what was asked of it.
+
+    Attributes:
+        view: The view.
+        mismatches: The gfns that were looked at and found to differ; empty where altp2m had been
+            switched off, and all of the view was gone.
+        failure: Why it could not be made again: then it is as it was found. None where it was, or
+            nobody wanted it.
+        reapplied: Whether it is as it should be again.
+    """
+
+    view: View
+    mismatches: tuple[Mismatch, ...]
+    reapplied: bool
+    failure: XenError | None = None
+
+
 class Altp2m(Handle):
     """A domain's views. Made by :meth:`xenaltp2m.domain.Domain.altp2m`.
 
@@ -42,13 +63,19 @@ class Altp2m(Handle):
     """
 
     def __init__(self, domain: Domain) -> None:
-        super().__init__()
         self.domain = domain
         self._backend = domain.xen.backend
-        self._domid = domain.domid
-        self._views: dict[ViewId, View] = {}
+        self._views: list[View] = []
         self._notified: dict[int, int] = {}
         """By vCPU, the gfn of its page for #VE."""
+        self._current: View | None = None
+        """Where the vCPUs were sent."""
+        self._listeners: list[Callable[[Lost], object]] = []
+        self._set_up()
+
+    def _set_up(self) -> None:
+        super().__init__()
+        self._domid = self.domain.domid
         self._prior_views: set[ViewId] = set()
         self._switched_on = False
         self._moved = False
@@ -71,7 +98,7 @@ class Altp2m(Handle):
     @property
     def views(self) -> tuple[View, ...]:
         """The views made through this handle and not yet destroyed, by number."""
-        return tuple(view for _, view in sorted(self._views.items()) if not view.closed)
+        return tuple(sorted((view for view in self._views if not view.closed), key=_by_number))
 
     def create_view(self, default_access: Access = Access.RWX, *, label: str | None = None) -> View:
         """Make a view.
@@ -112,7 +139,8 @@ class Altp2m(Handle):
                 stacklevel=2,
             )
         view_id = ViewId(self._backend.altp2m_create_view(self._domid, number))
-        view = self._views[view_id] = View(self, view_id, default_access, label)
+        view = View(self, view_id, default_access, label)
+        self._views = [*self.views, view]
         return view
 
     def switch_to_view(self, view: View | None) -> None:
@@ -126,7 +154,7 @@ class Altp2m(Handle):
         self._check_open()
         target = HOST_VIEW
         if view is not None:
-            if self._views.get(view.id) is not view or view.closed:
+            if view not in self.views:
                 raise InvalidArgumentError(f"{view!r} is not an open view of {self!r}")
             target = view.id
         if len(self._prior_views) > 1 and not self._moved:
@@ -137,7 +165,7 @@ class Altp2m(Handle):
                 stacklevel=2,
             )
         self._backend.altp2m_switch_to_view(self._domid, target)
-        self._moved = True
+        self._moved, self._current = True, view
 
     def vcpu_view(self, vcpu: int) -> ViewId:
         """Return the number of the view a vCPU is in. ``xc_altp2m_get_vcpu_p2m_idx``."""
@@ -184,10 +212,123 @@ class Altp2m(Handle):
         """List the views that Xen would reset if ``gfn`` were taken from the domain."""
         return [view for view in self.views if view.tracks(gfn)]
 
+    # What may get lost.
+
+    def on_lost(self, callback: Callable[[Lost], object]) -> None:
+        """Have something called for each view that :meth:`verify` finds other than it should be.
+
+        Xen resets a view, or an entry of it, where the host p2m changes; somebody may switch altp2m
+        off; nothing tells of either.
+
+        Args:
+            callback: Called with a :class:`Lost`, once the view was made again or could not be.
+        """
+        self._check_open()
+        self._listeners.append(callback)
+
+    def verify(
+        self,
+        views: Iterable[View] | None = None,
+        *,
+        reapply: bool = True,
+        sample: int | None = None,
+        progress: Progress | None = None,
+    ) -> list[Lost]:
+        """Ask Xen whether the views are as they should be, and make those again that are not.
+
+        The domain stands still while they are made.
+
+        Args:
+            views: Those to look at; all of them by default.
+            reapply: Whether they are made again.
+            sample: How many gfns of each are looked at; see :meth:`View.verify`.
+            progress: Called after each batch of a view's gfns.
+
+        Returns:
+            Views that were otherwise; where altp2m had been switched off, all. What is told by
+            :meth:`on_lost` is told before the domain goes on.
+
+        ``xc_altp2m_get_domain_state``, ``xc_altp2m_get_mem_access``.
+        """
+        self._check_open()
+        wrong: dict[View, tuple[Mismatch, ...]] = {}
+        is_on = self._backend.altp2m_get_domain_state(self._domid)
+        if is_on:
+            for view in self.views if views is None else views:
+                if found_wrong := view.verify(sample=sample, progress=progress):
+                    wrong[view] = tuple(found_wrong)
+        else:
+            self.domain.info()  # raises where the domain is gone
+            wrong = dict.fromkeys(self.views, ())
+        if not wrong:
+            return []
+        with self.domain.paused() if reapply else nullcontext():
+            failure = None if is_on or not reapply else self._try(self._make_again)
+            found = []
+            for view, mismatches in wrong.items():
+                if is_on and reapply:
+                    failure = self._try(view.reapply)
+                # What is no RAM any more, Xen passes over.
+                done = reapply and failure is None and _are_mended(view, mismatches)
+                found.append(Lost(view, mismatches, done, failure))
+            for lost in found:
+                for tell in self._listeners:
+                    tell(lost)
+        return found
+
+    @staticmethod
+    def _try(act: Callable[[], None]) -> XenError | None:
+        try:
+            act()
+        except XenError as failure:
+            return failure
+        return None
+
+    def _make_again(self) -> None:
+        """Switch altp2m on, and make all that there was."""
+        self._switched_on, self._prior_views = False, set()
+        if self._backend.altp2m_get_domain_state(self._domid):
+            raise XenError("altp2m is on already", domid=int(self._domid))
+        self._switch_on()
+        try:
+            for view in self.views:
+                view._create_again()
+            for vcpu, gfn in self._notified.items():
+                self._backend.altp2m_set_vcpu_enable_notify(self._domid, vcpu, gfn)
+            if self._current is not None and not self._current.closed:
+                self.switch_to_view(self._current)
+            for view in self.views:
+                if not view.visible:
+                    view.set_visibility(False)
+        except BaseException as error:
+            undo = UndoList()
+            undo.push(f"altp2m of domain {self._domid}", self._switch_off)
+            self._roll_back(undo, error, heir=self.domain._undo)
+            raise
+
+    # Being carried elsewhere.
+
+    def _lay_down(self) -> None:
+        """Take all back but the model, for :meth:`_take_up`."""
+        notified = dict(self._notified)
+        self._take_back()
+        self._notified = notified
+        super().abandon()
+
+    def _take_up(self, gfns: Mapping[int, int]) -> None:
+        """Make all again, where the domain is now, with other gfns in place of some."""
+        super().__init__()
+        self._domid = self.domain.domid
+        self._moved = False
+        self._notified = {vcpu: gfns.get(gfn, gfn) for vcpu, gfn in self._notified.items()}
+        for view in self.views:
+            view._renumber(gfns)
+        self._make_again()
+
     def abandon(self) -> None:
         """Close without undoing anything: the views, too, are gone."""
         super().abandon()
-        for view in self._views.values():
+        for view in self._views:
             view.abandon()
 
     def _switch_on(self) -> None:
@@ -280,3 +421,11 @@ class Altp2m(Handle):
         """What ``Access.DEFAULT`` means now."""
         number = self._backend.altp2m_get_mem_access(self._domid, HOST_VIEW, ALL_GFNS)
         return self._backend.release.access_by_number[number]
+
+
+def _are_mended(view: View, mismatches: Iterable[Mismatch]) -> bool:
+    return all(view.access(one.gfn) == one.expected for one in mismatches)
+
+
+def _by_number(view: View) -> int:
+    return int(view.id)

@@ -54,7 +54,7 @@ from xenaltp2m.types import PAGE_SHIFT, PAGE_SIZE, Access, Gfn, VcpuId
 from xenaltp2m.view import check_gfn
 
 if TYPE_CHECKING:
-    from xenaltp2m.altp2m import Altp2m
+    from xenaltp2m.altp2m import Altp2m, Lost
     from xenaltp2m.memory import AddressSpace, Memory
     from xenaltp2m.monitor import Monitor
     from xenaltp2m.view import View
@@ -405,15 +405,23 @@ class Breakpoints(Handle):
         Raises:
             InvalidArgumentError: No view is left.
         """
-        super().__init__()
         self._altp2m, self._monitor = altp2m, monitor
         self._domain = altp2m.domain
         self._backend = self._domain.xen.backend
-        self._domid = int(self._domain.domid)
         self._fast, self._int3 = fast, int3
         self._pages: dict[int, _Page] = {}
         self._watched: dict[int, list[Watch]] = {}
         """By gfn."""
+        self._set_up()
+        monitor.answer_by_default(self)
+        monitor._close_first(self)
+        altp2m.on_lost(self._found_lost)
+        self._domain._carry_along(self)
+
+    def _set_up(self) -> None:
+        """Have the views, and the vCPUs in them; with all that there was, where there was some."""
+        super().__init__()
+        self._domid = int(self._domain.domid)
         self._awaited: dict[int, list[tuple[Watch, _Access]]] = {}
         """Of vCPUs whose step is told of: what wants to know when it was executed."""
         self._afters = 0
@@ -427,18 +435,25 @@ class Breakpoints(Handle):
         self._responses: dict[tuple[View, bool], Response] = {}
         self._added = UndoList()
         """What the shadows are."""
-        self._shadows = Shadows(altp2m.domain, self._views, self._added)
+        self._shadows = Shadows(self._domain, self._views, self._added)
+        pages, self._pages = self._pages, {}
         try:
             for kind in (MemAccess, SoftwareBreakpoint):
                 with suppress(AlreadyError):
-                    monitor.enable(kind)
+                    self._monitor.enable(kind)
             for label in ("hooks", "step", "write"):
                 self._create_view(label)
             self.hooks, self._step_view, self._write_view = self._views
             self._back = RESUME.in_view(self.hooks)
-            monitor.answer_by_default(self)
-            altp2m.switch_to_view(self.hooks)
-            monitor._close_first(self)
+            for gfn, before in pages.items():
+                page = self._take(gfn)
+                page.hooks, page.before = before.hooks, before.before
+            if self._watched:
+                self._create_watch_views()
+                for gfn in self._watched:
+                    self._set_rights(gfn)
+                self._count_afters()
+            self._altp2m.switch_to_view(self.hooks)
         except BaseException as error:
             undo = UndoList()
             undo.push("", self._take_back)
@@ -667,12 +682,16 @@ class Breakpoints(Handle):
             if not as_it_was:
                 lost.append(Gfn(gfn))
         if lost or not self._shadows.are_hidden():
-            with self._domain.paused():
-                for view in self._views:
-                    view.reapply()
-                for gfn in self._pages:
-                    self._outdate(gfn)
+            for one in self._altp2m.verify(self._views):
+                if one.failure is not None:
+                    raise one.failure
         return lost
+
+    def _found_lost(self, lost: Lost) -> None:
+        """What was written to the pages meanwhile, nobody has told of."""
+        if lost.view is self.hooks and lost.reapplied:
+            for gfn in self._pages:
+                self._outdate(gfn)
 
     def _outdate(self, gfn: int) -> None:
         """Have a page's shadow copied anew before it is executed again."""
@@ -964,6 +983,12 @@ class Breakpoints(Handle):
         doing = f"closing {self!r}"
         undo = UndoList()
         undo.push("", lambda: self._added.unwind(doing))
+        undo.push("", self._destroy_views)
+        undo.unwind(doing)
+
+    def _destroy_views(self) -> None:
+        doing = f"closing {self!r}"
+        undo = UndoList()
         for view in self._views:
             undo.push("", view.close)
         undo.push("", lambda: self._undo.unwind(doing))
@@ -971,6 +996,21 @@ class Breakpoints(Handle):
             undo.push(f"mapping of gfn {gfn:#x} of domain {self._domid}", partial(self._unmap, gfn))
         undo.push(f"vCPUs of domain {self._domid} in our views", self._leave)
         undo.unwind(doing)
+
+    def _lay_down(self, later: UndoList) -> None:
+        """Take all back but the breakpoints and watches themselves, for :meth:`_take_up`.
+
+        Args:
+            later: Takes the shadows back, once all views are gone.
+        """
+        pages, watched = dict(self._pages), dict(self._watched)
+        self._destroy_views()
+        self._pages, self._watched = pages, watched
+        later.adopt(self._added)
+        super().abandon()
+
+    def _take_up(self) -> None:
+        self._set_up()
 
     def abandon(self) -> None:
         """Close without undoing anything but what is this process's own: the domain is gone."""

@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from uuid import UUID
 
 from xenaltp2m.altp2m import Altp2m
@@ -38,15 +38,25 @@ from xenaltp2m.types import (
     Gfn,
 )
 from xenaltp2m.vcpu import Vcpu
-from xenaltp2m.view import check_gfn
+from xenaltp2m.view import View, check_gfn
 
 if TYPE_CHECKING:
+    from xenaltp2m.carrying import Carried
     from xenaltp2m.tracing import Trace
     from xenaltp2m.xen import Xen
 
 _KIB_PER_PAGE = PAGE_SIZE // 1024
 _UNLIMITED = (1 << 32) - 1
 """What ``xc_domain_setmaxmem`` makes of any more pages (``XEN_DOMCTL_max_mem``)."""
+
+
+class _CarriedAlong(Protocol):
+    """What can be laid down while its domain is carried."""
+
+    @property
+    def closed(self) -> bool: ...
+    def _lay_down(self, later: UndoList) -> None: ...
+    def _take_up(self) -> None: ...
 
 
 class Domain(Handle):
@@ -74,6 +84,7 @@ class Domain(Handle):
         self._monitor: Monitor | None = None
         self._added: dict[range, UndoList] = {}
         self._pauses = UndoList()
+        self._along: list[_CarriedAlong] = []
 
     def __repr__(self) -> str:
         return f"<Domain {self.domid}>"
@@ -283,6 +294,43 @@ class Domain(Handle):
             # Somebody else has taken our pause back.
         self._journal.undone(pauses=max(self._journal.record.pauses - 1, 0))
 
+    def carried(self, *, seconds: float = 10.0) -> Carried:
+        """Lay everything down for as long as a ``with`` block, in which the domain is carried.
+
+        ``with dom.carried(): subprocess.run(["xl", "save", …])``, and ``xl restore``, or
+        ``xl migrate`` to this very host. Breakpoints, watches, the monitor, views and added pages
+        are taken back before, and made again after, through the same handles. Views' numbers and
+        added pages' gfns may be others then. What the guest does in between, nobody hears of:
+        restore it paused (``xl restore -p``) and unpause it after the block.
+
+        Args:
+            seconds: How long the domain may take, at the end, to be there.
+
+        Returns:
+            A context manager; what it yields has the views as a value.
+
+        On error everything is taken back, and its handles are closed, but for the domain's own.
+
+        Raises:
+            BusyError: Somebody iterates over its monitor, or it is used through another handle.
+            InvalidArgumentError: It is paused through this handle.
+            DomainNotFoundError: At the end: it is not there, by its uuid; all its handles are
+                closed then.
+        """
+        from xenaltp2m.carrying import Carried
+
+        return Carried(self, seconds)
+
+    def _carry_along(self, handle: _CarriedAlong) -> None:
+        """Have something laid down, too, before the domain is carried."""
+        self._along = [*self._carried_along(), handle]
+
+    def _carried_along(self) -> list[_CarriedAlong]:
+        return [handle for handle in self._along if not handle.closed]
+
+    def _has_changed_it(self) -> bool:
+        return bool(self._open_altp2m or self._open_monitor or self._added)
+
     # Pages of our own.
 
     def add_pages(self, count: int = 1) -> range:
@@ -354,11 +402,8 @@ class Domain(Handle):
         del self._added[gfns]
 
     def _check_untracked(self, gfns: range) -> None:
-        altp2m = self._anybody_s_altp2m()
-        if altp2m is None:
-            return
         for gfn in gfns:
-            if views := altp2m.tracking(gfn):
+            if views := self._tracking(gfn):
                 raise BusyError(
                     f"gfn {gfn:#x} lies among the remap targets of {views[0]!r}, which Xen "
                     "would reset: destroy the view first",
@@ -366,6 +411,10 @@ class Domain(Handle):
                     gfn=gfn,
                     view=views[0].id,
                 )
+
+    def _tracking(self, gfn: int) -> list[View]:
+        altp2m = self._anybody_s_altp2m()
+        return [] if altp2m is None else altp2m.tracking(gfn)
 
     def _take_pages(self, gfns: list[int]) -> None:
         """Take pages back, and out of ``gfns``; those that are gone already are passed over."""
@@ -458,6 +507,12 @@ class Domain(Handle):
         doing = f"closing {self!r}"
         undo = UndoList()
         undo.push("", lambda: self._pauses.unwind(doing))
+        undo.push("", self._close_what_is_open)
+        undo.unwind(doing)
+
+    def _close_what_is_open(self) -> None:
+        doing = f"closing {self!r}"
+        undo = UndoList()
         for gfns in self._added:
             undo.push("", partial(self._remove_or_tell, gfns))
         undo.push("", lambda: self._undo.unwind(doing))

@@ -188,6 +188,7 @@ class MappedPages(Handle):
         self._domain, self._most = domain, most
         self._backend = domain.xen.backend
         self._pages: dict[int, list[memoryview]] = {}
+        domain._carry_along(self)
 
     def __repr__(self) -> str:
         return f"<MappedPages of domain {self._domain.domid}>"
@@ -219,6 +220,13 @@ class MappedPages(Handle):
             what = f"mapping of gfn {gfn:#x} of domain {self._domain.domid}"
             undo.push(what, partial(self._unmap, gfn))
         undo.unwind(f"closing {self!r}")
+
+    def _lay_down(self, _later: UndoList) -> None:
+        """Map nothing more for now; what is read later is mapped anew."""
+        self._take_back()
+
+    def _take_up(self) -> None:
+        pass
 
     def abandon(self) -> None:
         """Close where the domain is gone: the mappings are this process's own."""

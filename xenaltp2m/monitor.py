@@ -206,12 +206,19 @@ class Monitor(Handle):
     def __init__(
         self, domain: Domain, subscriptions: tuple[Subscription, ...], access_required: bool
     ) -> None:
-        self.access_required = access_required
         self.domain = domain
+        self.access_required = access_required
         self._backend = domain.xen.backend
-        self._domid = int(domain.domid)
         self._release = domain.xen.release
         self.version = self._known_version()
+        self._answerers: list[Handler] = []
+        self._children: list[Handle] = []
+        """What needs its events to be answered, and is closed before it."""
+        self._set_up(subscriptions)
+
+    def _set_up(self, subscriptions: tuple[Subscription, ...]) -> None:
+        domain = self.domain
+        self._domid = int(domain.domid)
         self._vcpus = domain.info().max_vcpu_id + 1
         super().__init__()
         self._enabled: dict[tuple[object, ...], Subscription] = {}
@@ -222,7 +229,6 @@ class Monitor(Handle):
         self._notified = 0
         """How many responses Xen was made to look at, modulo 2^32."""
         self._let_through: dict[int, Subscription] = {}
-        self._answerers: list[Handler] = []
         self._delayed: dict[int, _Kept | None] = {}
         """vCPUs whose next resume may do nothing that an answer asks for (``expect_delays``)."""
         self._iterating = False
@@ -246,7 +252,7 @@ class Monitor(Handle):
                 self._open()
             for wanted in subscriptions:
                 self.enable(wanted)
-            if access_required:
+            if self.access_required:
                 self._require_access()
         except BaseException as error:
             try:
@@ -440,7 +446,7 @@ class Monitor(Handle):
     def _close_first(self, handle: Handle) -> None:
         """Have something closed before this monitor is: what needs its events to be answered."""
         self._check_open()
-        self._undo.push("", handle.close)
+        self._children.append(handle)
 
     # Listening.
 
@@ -907,6 +913,26 @@ class Monitor(Handle):
         """
         with guard.holding_back():
             super().close()
+
+    def _take_back(self) -> None:
+        doing = f"closing {self!r}"
+        undo = UndoList()
+        undo.push("", lambda: self._undo.unwind(doing))
+        for child in self._children:
+            undo.push("", child.close)
+        undo.unwind(doing)
+
+    def _lay_down(self) -> None:
+        """Give all back, to be set up again by :meth:`_take_up`; what it answers is laid down."""
+        with guard.holding_back():
+            heard = self.subscriptions
+            self._undo.unwind(f"laying down {self!r}")
+            self._heard = heard
+        guard.leave()
+        super().abandon()
+
+    def _take_up(self) -> None:
+        self._set_up(self._heard)
 
     def abandon(self) -> None:
         """Close without undoing anything but what is this process's own: the domain is gone."""

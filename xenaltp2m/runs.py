@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import sub
@@ -56,6 +56,12 @@ class Runs(Generic[V]):
             self._splice(gfns.start, gfns.stop, value)
         else:
             self._pending.update(dict.fromkeys(gfns, value))
+
+    def move(self, gfns: Mapping[int, int]) -> None:
+        """Give new gfns the values of others, which have none then."""
+        values = {new: self.get(gfn) for gfn, new in gfns.items()}
+        self._pending |= dict.fromkeys(gfns)
+        self._pending |= values
 
     def clear(self) -> None:
         """Forget everything."""

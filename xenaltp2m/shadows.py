@@ -79,12 +79,20 @@ class Shadows:
         self._backend.foreignmemory_unmap(pages)
         self._maps = [others for others in self._maps if others is not pages]
 
+    def _remove(self, gfns: range) -> None:
+        """Take pages back; where they lie among the remap targets of others' views, later.
+
+        The domain's end takes them back, with all that was added to it.
+        """
+        if not any(view for gfn in gfns for view in self._domain._tracking(gfn)):
+            self._domain.remove_pages(gfns)
+
     def _grow(self) -> None:
         """Add some. The domain stands still, for until they are hidden they can be seen."""
         domain, backend, domid = self._domain, self._backend, int(self._domain.domid)
         with domain.paused():
             gfns = domain.add_pages(_AT_ONCE)
-            self._undo.push("", partial(domain.remove_pages, gfns))
+            self._undo.push("", partial(self._remove, gfns))
             pages = backend.foreignmemory_map(domid, True, gfns)
             self._maps.append(pages)
             self._undo.push(

@@ -477,12 +477,8 @@ class View(Handle):
 
     def _renumber(self, gfns: Mapping[int, int]) -> None:
         """Have other gfns in place of some: added pages that are elsewhere now."""
-        for runs in (self._access, self._suppress_ve):
-            moved = [(new, runs.get(gfn)) for gfn, new in gfns.items()]
-            for gfn in gfns:
-                runs.set(gfn, None)
-            for new, value in moved:
-                runs.set(new, value)
+        self._access.move(gfns)
+        self._suppress_ve.move(gfns)
         remaps = [(gfns.get(gfn, gfn), gfns.get(new, new)) for gfn, new in self._remaps.items()]
         self._remaps = dict(remaps)
 

@@ -32,7 +32,7 @@ from xenaltp2m.events import (
 )
 from xenaltp2m.handle import UndoList
 from xenaltp2m.runs import FrozenRuns, Runs
-from xenaltp2m.types import GFN_LIMIT, PAGE_SIZE, Access
+from xenaltp2m.types import GFN_LIMIT, PAGE_SIZE, Access, VcpuId, ViewId
 
 if TYPE_CHECKING:
     from xenaltp2m.altp2m import Altp2m
@@ -187,7 +187,7 @@ def capture(
     Raises:
         StateError: With ``verify``: Xen has reset views. ``View.reapply`` makes them again.
     """
-    domain, views, monitor = altp2m.domain, altp2m.views, altp2m.domain._open_monitor
+    domain, views, open_monitor = altp2m.domain, altp2m.views, altp2m.domain._open_monitor
     if verify:
         lost = [mismatch for view in views for mismatch in view.verify(progress=progress)]
         if lost:
@@ -197,6 +197,21 @@ def capture(
                 domid=int(domain.domid),
                 hint=("view.reapply() makes a view again",),
             )
+    monitor = None
+    if open_monitor is not None:
+        monitor = MonitorState(open_monitor.subscriptions, open_monitor.access_required)
+    return describe(altp2m, monitor, altp2m.vcpu_views(), contents=contents)
+
+
+def describe(
+    altp2m: Altp2m,
+    monitor: MonitorState | None,
+    vcpu_views: Mapping[VcpuId, ViewId],
+    *,
+    contents: bool,
+) -> State:
+    """As :func:`capture`, with what it would ask Xen for given: the views may be gone by now."""
+    domain, views = altp2m.domain, altp2m.views
     added = sorted(gfn for gfns in domain._added for gfn in gfns)
     places = {gfn: -1 - number for number, gfn in enumerate(added)}
     numbers = {int(view.id): number for number, view in enumerate(views)}
@@ -205,13 +220,12 @@ def capture(
         content = domain.memory.read_page(gfn)
         digest = hashlib.sha256(content).hexdigest()
         pages.append(PageState(digest, content if contents else None))
-    vcpu_views = altp2m.vcpu_views()
     return State(
         tuple(_capture_view(view, places) for view in views),
         tuple(pages),
         tuple(numbers.get(int(vcpu_views[vcpu])) for vcpu in sorted(vcpu_views)),
         tuple(sorted(altp2m._notified.items())),
-        None if monitor is None else MonitorState(monitor.subscriptions, monitor.access_required),
+        monitor,
         {
             "xen": str(domain.xen.release),
             "domain": str(domain.uuid),

@@ -102,6 +102,13 @@ class Xen(Handle):
             found = self._journals[info.uuid] = Journal(self.journals, info.domid, info.uuid)
         return found
 
+    def _moved(self, info: DomainInfo) -> None:
+        """A domain has another number now, with nothing of it changed yet."""
+        self._journals.pop(info.uuid).close()
+        for domain in self._domains:
+            if domain.uuid == info.uuid:
+                domain.domid, domain._journal = info.domid, self._journal_of(info)
+
     def _find(self, which: int | str | UUID) -> DomainInfo:
         if isinstance(which, str):
             which = _parse(which)

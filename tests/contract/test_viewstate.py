@@ -44,9 +44,10 @@ def ask(guest: RunningGuest, altp2m: xa.Altp2m, chance: random.Random) -> None:
 
 def chained(view: xa.View, gfn: int) -> set[int]:
     """The gfns that show a page, by way of others, that is this gfn's own, or would be."""
-    found, more = {gfn}, {gfn}
+    found: set[int] = {gfn}
+    more = set(found)
     while more:
-        more = {one for one, new in view.remaps.items() if new in found} - found
+        more = {int(one) for one, new in view.remaps.items() if new in found} - found
         found |= more
     return found
 

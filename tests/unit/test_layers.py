@@ -28,7 +28,7 @@ LAYERS: list[set[str]] = [
         "domain", "memory", "xen", "journal",
     },
     {
-        "breakpoints", "shadows", "instructions", "tracing", "prototypes", "viewstate", "rescue",
+        "breakpoints", "shadows", "instructions", "tracing", "prototypes", "viewstate", "carrying", "rescue",
         "hazards", "doctor", "symbols",
     },
     {""},  # the package itself: what users import
@@ -40,8 +40,9 @@ HANDLES, TOOLS = 4, 5
 CONCRETE = {"backend.libxc", "backend.mock"}
 OPENS_BACKENDS = {("backend", concrete) for concrete in CONCRETE}
 """An upward arrow, within a function: :func:`xenaltp2m.backend.open_backend`."""
-OFFERS_TOOLS = {("domain", "tracing"), ("altp2m", "viewstate")}
-"""The others: ``Domain.trace``, ``Altp2m.capture``, for those who have such a handle."""
+OFFERS_TOOLS = {("domain", "tracing"), ("domain", "carrying"), ("altp2m", "viewstate")}
+"""The others: ``Domain.trace``, ``Domain.carried``, ``Altp2m.capture``, for those who have such a
+handle."""
 
 
 @dataclass(frozen=True)

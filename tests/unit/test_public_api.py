@@ -14,14 +14,14 @@ from types import FunctionType, ModuleType
 import pytest
 
 import xenaltp2m
-from xenaltp2m import Access, Altp2mMode, errors, tracing, types, viewstate
+from xenaltp2m import Access, Altp2mMode, carrying, errors, tracing, types, viewstate
 from xenaltp2m.abi import releases
 from xenaltp2m.abi._ffi import ffi
 from xenaltp2m.backend import Backend, arguments
 
 PACKAGE = Path(xenaltp2m.__file__).parent
 GENERATED = {"_ffi.py"}
-REACHED = {"Release", "Backend", "Trace", "AddressSpace", "MappedPages", "State"}
+REACHED = {"Release", "Backend", "Trace", "AddressSpace", "MappedPages", "State", "Carried"}
 """Classes that users meet but never name, or import from where they are."""
 PROTOCOL = {name for name in vars(Backend) if not name.startswith("_")}
 
@@ -159,7 +159,7 @@ def test_what_handles_take_and_give_is_exported() -> None:
     modules = [
         xenaltp2m.view, xenaltp2m.altp2m, xenaltp2m.events, xenaltp2m.monitor, xenaltp2m.vcpu,
         xenaltp2m.memory, xenaltp2m.domain, xenaltp2m.breakpoints, xenaltp2m.xen, tracing,
-        viewstate,
+        viewstate, carrying,
     ]  # fmt: skip
     known = {name: value for module in modules for name, value in vars(module).items()}
     met = set()

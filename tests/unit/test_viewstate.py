@@ -254,8 +254,9 @@ WRONG_VIEWS: list[tuple[str, Any]] = [
     ("access", {"default": [0, 1]}), ("access", {"r--": [-9, 1]}),
     ("access", {"r--": [0, 1 << 40]}),
     ("access", {"r--": [0.5, 1]}), ("access", {"r--": [True, 1]}), ("suppress_ve", {"yes": [0, 1]}),
-    ("remaps", [1, 2, 3, 1]), ("remaps", [1, 1]), ("remaps", [1, 2, 1, 3]), ("remaps", [1]), ("remaps", [1, -9]),
+    ("remaps", [1, 2, 3, 1]), ("remaps", [1, 1]), ("remaps", [1, 2, 1, 3]), ("remaps", [1]),
     ("access", {"r--": [-1, 2]}),
+    ("remaps", [1, -9]),
 ]  # fmt: skip
 
 

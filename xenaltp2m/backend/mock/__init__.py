@@ -379,6 +379,26 @@ class MockBackend:
         domain.relinquish()
         self._bury(domain)
 
+    def carry(self, domid: int) -> int:
+        """Save a domain and restore it, as ``xl`` does: it has another domid then, and runs.
+
+        Its memory, its vCPUs and its uuid are what they were; nothing else that a control domain
+        has done to it is.
+
+        Returns:
+            The domid.
+        """
+        domain = self.domain(domid)
+        new = max(self.machine.domains) + 1
+        self._monitor_of(domid).clean_up()
+        tables: list[dict[int, Any]] = [self.machine.domains, self._monitors, self._processors]
+        for table in tables:
+            if domid in table:
+                table[new] = table.pop(domid)
+        domain.carry(new)
+        self._go_on(new)
+        return new
+
     def shut_down(self, domid: int, reason: int = 0) -> None:
         """Let a guest shut down, with a ``SHUTDOWN_*`` reason."""
         self.domain(domid).shut_down(reason)

@@ -509,6 +509,18 @@ class Domain:
             view.reset()
             view.exists = view.visible = False
 
+    def carry(self, domid: int) -> None:
+        """What is left of it in a domain restored from what was saved of this one."""
+        if self.active:
+            self.set_active(False)
+        self.domid, self.pauses, self.access_required = domid, 0, False
+        self.host_default_access = ACCESS_RWX
+        entries = list(self.host.entries())
+        self.host.flush()
+        self.host.restart()
+        for gfn, order, entry in entries:
+            self.host.write(gfn, entry.mfn, order, entry.type, ACCESS_RWX)
+
     def _activate(self, view: View, default_access: int) -> None:
         """``p2m_activate_altp2m``."""
         if self.machine.xen_heap_exhausted:  # p2m_init_logdirty, rangeset_merge

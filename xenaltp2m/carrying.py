@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A domain that is saved, restored or migrated, with all that is done to it laid down meanwhile.
+
+Xen carries none of it: views are not part of what is saved, and pages that were added would be
+saved as the guest's own. So everything is taken back before, and made again after, from what the
+handles know.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from xenaltp2m.errors import BusyError, DomainNotFoundError, InvalidArgumentError, XenError
+from xenaltp2m.handle import UndoList
+from xenaltp2m.viewstate import MonitorState, State, describe
+
+if TYPE_CHECKING:
+    from xenaltp2m.domain import Domain
+    from xenaltp2m.types import DomainInfo
+
+_LOOK_SECONDS = 0.05
+
+
+class Carried:
+    """A domain on its way. Made by :meth:`xenaltp2m.domain.Domain.carried`.
+
+    Attributes:
+        state: The views there were, those of breakpoints excepted, with the content of added pages;
+            None where altp2m was not open. For :func:`xenaltp2m.viewstate.restore`, where the
+            domain goes to another host.
+        gfns: Where pages that were added are now, by where they were; filled at the end.
+    """
+
+    def __init__(self, domain: Domain, seconds: float) -> None:
+        self._domain, self._seconds = domain, seconds
+        self.state: State | None = None
+        self.gfns: dict[int, int] = {}
+        self._contents: list[tuple[range, list[bytes]]] = []
+        self._take_up: list[Callable[[], None]] = []
+        """Last laid down first."""
+
+    def __enter__(self) -> Self:
+        self._check()
+        try:
+            self._lay_down()
+        except BaseException as error:
+            self._close_all(error)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self._domain.xen._moved(self._await())
+            self._take_all_up()
+        except XenError as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))
+
+    def _check(self) -> None:
+        domain = self._domain
+        domain._check_open()
+        for other in domain.xen._domains:
+            if other.uuid == domain.uuid and other is not domain and other._has_changed_it():
+                raise BusyError(
+                    f"another handle of domain {domain.domid} has altp2m, a monitor or added pages:"
+                    " close it first, or use one handle",
+                    domid=domain.domid,
+                )
+        if domain._pauses:
+            raise InvalidArgumentError(
+                f"{domain!r} is paused through this handle, and must run to be suspended: unpause "
+                "it first",
+                domid=domain.domid,
+            )
+        if (monitor := domain._open_monitor) is not None and monitor._iterating:
+            raise BusyError(
+                f"{monitor!r} is being iterated: end that before the domain is carried",
+                domid=domain.domid,
+            )
+        if (altp2m := domain._open_altp2m) is not None and not altp2m._switched_on:
+            raise BusyError(
+                f"altp2m of domain {domain.domid} was on before it was opened here: Xen could not "
+                "carry the views of somebody else",
+                domid=domain.domid,
+            )
+
+    def _lay_down(self) -> None:
+        domain = self._domain
+        altp2m, monitor = domain._open_altp2m, domain._open_monitor
+        heard = None
+        if monitor is not None:
+            heard = MonitorState(monitor.subscriptions, monitor.access_required)
+        later = UndoList()
+        domain._undo.push("", lambda: later.unwind(f"closing {domain!r}"))
+        for handle in reversed(domain._carried_along()):
+            handle._lay_down(later)
+            self._take_up.insert(0, handle._take_up)
+        if monitor is not None:
+            monitor._lay_down()
+            self._take_up.insert(0, monitor._take_up)
+        with domain.paused():
+            if altp2m is not None:
+                vcpu_views = altp2m.vcpu_views()
+                altp2m._lay_down()
+                self._take_up.insert(0, lambda: altp2m._take_up(self.gfns))
+            later.unwind(f"carrying {domain!r}")
+            if altp2m is not None:
+                self.state = describe(altp2m, heard, vcpu_views, contents=True)
+            for gfns in list(domain._added):
+                contents = list(map(domain.memory.read_page, gfns))
+                domain.remove_pages(gfns)
+                self._contents.append((gfns, contents))
+
+    def _close_all(self, error: BaseException) -> None:
+        """Take everything back, because something of it could not be laid down or made again."""
+        undo = UndoList()
+        undo.push("", self._domain._close_what_is_open)
+        self._domain._roll_back(undo, error)
+
+    def _await(self) -> DomainInfo:
+        """Return the domain, wherever it is now, once it is there."""
+        domain = self._domain
+        end = time.monotonic() + self._seconds
+        while True:
+            with suppress(XenError):
+                for info in domain.xen.domains():
+                    if info.uuid == domain.uuid and not (info.dying or info.shutdown):
+                        return info
+            if time.monotonic() > end:
+                break
+            time.sleep(_LOOK_SECONDS)
+        domain.abandon()
+        raise DomainNotFoundError(
+            f"domain {domain.uuid} has not come back within {self._seconds:g} s: its views are not "
+            "made again",
+            hint=("the state of what carried() returned has them, for viewstate.restore()",),
+        )
+
+    def _take_all_up(self) -> None:
+        """Make all of it again, or nothing."""
+        domain = self._domain
+        with domain.paused():
+            try:
+                for gfns, contents in self._contents:
+                    added = domain.add_pages(len(gfns))
+                    self.gfns |= zip(gfns, added, strict=True)
+                    for gfn, content in zip(added, contents, strict=True):
+                        domain.memory.write_page(gfn, content)
+                for take_up in self._take_up:
+                    take_up()
+            except BaseException as error:
+                self._close_all(error)
+                raise
