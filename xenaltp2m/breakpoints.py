@@ -361,6 +361,11 @@ class _Page:
         self.before: dict[int, bytes] = {}
         """What stood before each at first."""
 
+    def map_again(self, memory: memoryview, unmap: Callable[[], None]) -> None:
+        """Have another mapping of it instead: another frame may be there now."""
+        self.unmap()
+        self.memory, self.unmap = memory, unmap
+
     def can_be_planted(self) -> bool:
         """Whether each breakpoint is where an instruction begins, as far as one can know."""
         memory = self.memory
@@ -688,10 +693,16 @@ class Breakpoints(Handle):
         return lost
 
     def _found_lost(self, lost: Lost) -> None:
-        """What was written to the pages meanwhile, nobody has told of."""
+        """What was written to the pages meanwhile, nobody has told of; some may be others now."""
         if lost.view is self.hooks and lost.reapplied:
-            for gfn in self._pages:
+            for gfn, page in self._pages.items():
+                page.map_again(*self._map(gfn))
                 self._outdate(gfn)
+
+    def _map(self, gfn: int) -> tuple[memoryview, Callable[[], None]]:
+        """Map a page to read, and tell how to unmap it."""
+        pages = self._backend.foreignmemory_map(self._domid, False, [gfn])
+        return pages[0], partial(self._backend.foreignmemory_unmap, pages)
 
     def _outdate(self, gfn: int) -> None:
         """Have a page's shadow copied anew before it is executed again."""
@@ -747,15 +758,14 @@ class Breakpoints(Handle):
         hooks = self.hooks
         undo = UndoList()
         try:
-            pages = self._backend.foreignmemory_map(self._domid, False, [gfn])
-            unmap = partial(self._backend.foreignmemory_unmap, pages)
+            memory, unmap = self._map(gfn)
             undo.push(f"mapping of gfn {gfn:#x} of domain {self._domid}", unmap)
             shadow_gfn, shadow = 0, memoryview(b"")
             if self._int3:
                 shadow_gfn, shadow = self._shadows.take()
                 undo.push("", partial(self._shadows.give_back, shadow_gfn))
             undo.push("", partial(self._set_rights, gfn))
-            page = self._pages[gfn] = _Page(pages[0], shadow_gfn, shadow, unmap)
+            page = self._pages[gfn] = _Page(memory, shadow_gfn, shadow, unmap)
             undo.push("", partial(self._pages.__delitem__, gfn))
             if self._int3:
                 # The remapped page gets the rights that its new gfn has: none for now. That gfn
@@ -929,8 +939,10 @@ class Breakpoints(Handle):
 
     def _fetched(self, page: _Page, event: MemAccess) -> Response:
         gfn, offset = int(event.gfn), event.registers.rip & _OFFSET
-        if page.planted:
-            return RESUME  # it is allowed by now
+        if page.planted:  # it is allowed by now; or Xen has reset the view
+            if self.hooks.access(gfn) != Access.X:
+                self._altp2m.verify(self._views)
+            return RESUME
         if page.shadow_gfn and page.can_be_planted():
             if not self._is_being_written(gfn):
                 page.fill()

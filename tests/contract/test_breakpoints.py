@@ -12,7 +12,7 @@ import random
 import time
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -251,6 +251,122 @@ def test_views_that_xen_has_reset_are_made_again(host_name: str) -> None:
             hook.callback = stop_after(monitor, before + 40)
             serve(monitor, breakpoints, lambda: hook.hits >= before + 40)
             # No call has been lost since: those in flight are not done yet.
+            assert 0 <= hook.hits - before - (guest.words("total")[0] - total) <= 8
+        assert guest.lines("noticed") == [0] * 4
+
+
+def change_host_access(guest: RunningGuest, gfn: int) -> None:
+    guest.xen.backend.altp2m_set_mem_access(int(guest.dom.domid), 0, gfn, 7)
+
+
+def populate_anew(guest: RunningGuest, gfn: int) -> None:
+    """As a balloon driver: the page is given back, and another one taken in its place.
+
+    A page with breakpoints is mapped here, and stays the domain's as long.
+    """
+    domid, backend = int(guest.dom.domid), guest.xen.backend
+    backend.domain_setmaxmem(domid, (guest.dom.info().max_pages + 1) * 4)
+    content = guest.dom.memory.read_page(gfn)
+    backend.domain_decrease_reservation_exact(domid, array("Q", [gfn]))
+    backend.domain_populate_physmap_exact(domid, array("Q", [gfn]))
+    guest.dom.memory.write_page(gfn, content)
+
+
+def reset_the_view(guest: RunningGuest, _gfn: int) -> None:
+    """A page is given to the domain among the remap targets, and taken from it."""
+    [between] = guest.dom.add_pages()
+    with hooks_around(guest, between):
+        guest.xen.backend.domain_decrease_reservation_exact(
+            int(guest.dom.domid), array("Q", [between])
+        )
+
+
+def views(guest: RunningGuest) -> tuple[xa.View, ...]:
+    altp2m = guest.dom._open_altp2m
+    assert altp2m is not None
+    return altp2m.views
+
+
+@contextmanager
+def hooks_around(guest: RunningGuest, gfn: int) -> Iterator[None]:
+    """Have a view remap something to above a gfn, too, so that it is among its targets."""
+    [above] = guest.dom.add_pages()
+    assert above == gfn + 1
+    hooks = next(view for view in views(guest) if view.label == "hooks")
+    hooks.remap(UNUSED[-1], above, access=xa.Access.RWX)
+    yield
+    assert hooks.access(UNUSED[-1]) is None
+
+
+def count_to(monitor: xa.Monitor, breakpoints: Breakpoints, hook: Breakpoint, hits: int) -> None:
+    hook.callback = stop_after(monitor, hits)
+    serve(monitor, breakpoints, lambda: hook.hits >= hits)
+
+
+@pytest.mark.parametrize("change", [change_host_access, populate_anew, reset_the_view])
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "toggle"])
+def test_what_the_host_changes_is_found_and_mended(
+    host_name: str, fast: bool, change: Callable[[RunningGuest, int], None]
+) -> None:
+    """While the guest runs, with other breakpoints, and a watch, in other pages."""
+    with running(host_name, "racer", 4) as guest:
+        with hooked(guest, fast=fast) as (monitor, breakpoints):
+            told: list[xa.Lost] = []
+            breakpoints._altp2m.on_lost(told.append)
+            hook = breakpoints.insert(guest.address("hit"), stop_after(monitor, 40))
+            watch = breakpoints.watch(guest.address("made"), 4)
+            unused = [breakpoints.insert(gfn << 12, lambda hit: None) for gfn in UNUSED[:-1]]
+            changed = UNUSED[0] if change is populate_anew else hook.address >> 12
+            guest.start()
+            for turn in range(1, 4):
+                count_to(monitor, breakpoints, hook, 40 * turn)
+                assert breakpoints.verify() == []
+                change(guest, changed)
+                found = breakpoints.verify()
+                assert changed in found
+                if change is reset_the_view:
+                    assert {hook.address >> 12, *(one.address >> 12 for one in unused)} <= {*found}
+                assert breakpoints.verify() == []
+                assert all(lost.reapplied for lost in told)
+                assert {lost.view.label for lost in told} >= {"hooks"}
+                told.clear()
+                before = hook.hits, watch.hits, guest.words("total")[0], guest.lines("made")[0]
+                count_to(monitor, breakpoints, hook, hook.hits + 40)
+                after = hook.hits, watch.hits, guest.words("total")[0], guest.lines("made")[0]
+                hits, touches, calls, made = (
+                    now - was for now, was in zip(after, before, strict=True)
+                )
+                # Not one was lost since: those in flight are not done yet.
+                assert 0 <= hits - calls <= 8
+                assert 0 <= touches - made <= 2
+        assert guest.lines("noticed") == [0] * 4
+
+
+def test_a_page_with_breakpoints_that_is_given_back(host_name: str) -> None:
+    """It is told of; once they are removed, the others are mended."""
+    with running(host_name, "racer", 4) as guest:
+        with hooked(guest) as (monitor, breakpoints):
+            told: list[xa.Lost] = []
+            breakpoints._altp2m.on_lost(told.append)
+            hook = breakpoints.insert(guest.address("hit"), stop_after(monitor, 40))
+            gone = breakpoints.insert(UNUSED[0] << 12, lambda hit: None)
+            guest.start()
+            serve(monitor, breakpoints, lambda: hook.hits >= 40)
+            change_host_access(guest, hook.address >> 12)
+            guest.xen.backend.domain_decrease_reservation_exact(
+                int(guest.dom.domid), array("Q", [UNUSED[0]])
+            )
+            with pytest.raises(xa.XenError) as error:
+                breakpoints.verify()
+            assert isinstance(error.value, xa.NotMappedError | xa.InvalidArgumentError)
+            assert not all(lost.reapplied for lost in told)
+            assert any(lost.failure is not None for lost in told)
+            gone.remove()
+            breakpoints.verify()
+            assert breakpoints.verify() == []
+            before, total = hook.hits, guest.words("total")[0]
+            hook.callback = stop_after(monitor, before + 40)
+            serve(monitor, breakpoints, lambda: hook.hits >= before + 40)
             assert 0 <= hook.hits - before - (guest.words("total")[0] - total) <= 8
         assert guest.lines("noticed") == [0] * 4
 

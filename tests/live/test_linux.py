@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 import xenaltp2m as xa
+from xenaltp2m.breakpoints import Breakpoints, Hit
 from xenaltp2m.symbols import Symbols
 from xenaltp2m.tracing import Call, Return, Trace
 
@@ -147,6 +148,62 @@ def test_system_calls_of_each_process(linux: Linux) -> None:
     rounds = opens // 3  # /dev/null, too, to redirect what is said
     assert rounds >= 2
     assert COPIES * (rounds - 1) <= writes <= (COPIES + SAID) * (rounds + 1)
+
+
+def test_it_is_saved_and_restored(linux: Linux, tmp_path: Path) -> None:
+    """Breakpoints, a view with a remap to an added page, and a watch are there again, and live."""
+    dom, code, image = linux.dom, linux.code(), tmp_path / "saved"
+    space = dom.memory.address_space()
+    write, start = (
+        space.translate(linux.symbols.address(name)).physical for name in ("ksys_write", "_text")
+    )
+    counts: list[int] = []
+    with (
+        dom.altp2m() as altp2m,
+        dom.monitor() as monitor,
+        Breakpoints(altp2m, monitor) as breakpoints,
+    ):
+
+        def count(hit: Hit) -> None:
+            counts[-1] += hit.registers.rdx == BYTES
+            if counts[-1] >= ROUNDS * COPIES:
+                monitor.stop()
+
+        def copied() -> None:
+            counts.append(0)
+            monitor.run(breakpoints, timeout=PATIENCE)
+            assert counts[-1] >= ROUNDS * COPIES
+
+        hook = breakpoints.insert(write, count)
+        watch = breakpoints.watch(start, 4096, reads=True)
+        view = altp2m.create_view(label="own")
+        [shadow] = dom.add_pages(1)
+        dom.memory.write_page(shadow, b"shadow" * 682 + b"page")
+        view.remap(start >> 12, shadow, access=xa.Access.X)
+        view.set_access(range(0x800, 0x900), xa.Access.RX)
+        copied()
+        domid, hits, beat = dom.domid, hook.hits, linux.beats()
+        with dom.carried(seconds=PATIENCE) as carried:
+            subprocess.run(["xl", "save", "linux", str(image)], check=True)
+            CONSOLE.write_text("beat 0\n")
+            subprocess.run(["xl", "restore", "-p", str(image)], check=True)
+        image.unlink()
+        assert dom.domid != domid
+        assert altp2m.verify() == []
+        assert view.remaps == {start >> 12: carried.gfns[shadow]}
+        assert dom.memory.read_page(carried.gfns[shadow]) == b"shadow" * 682 + b"page"
+        assert carried.state is not None
+        assert altp2m.capture(contents=True).views[0] == carried.state.views[0]
+        assert set(altp2m.vcpu_views().values()) == {breakpoints.hooks.id}
+        dom._backend.domain_unpause(int(dom.domid))  # which xl had paused
+        copied()
+        assert hook.hits > hits
+        assert breakpoints.verify() == []
+        assert watch.inserted
+        is_unharmed_meanwhile = linux.code()
+    assert is_unharmed_meanwhile == code
+    assert linux.beats() > beat
+    is_unharmed(linux, code)
 
 
 def test_the_command_line(linux: Linux) -> None:
