@@ -4,7 +4,7 @@
 A page with breakpoints is executed from a *shadow*, a copy with int3 in it, that one view shows
 instead of the page. Whoever reads sees the page itself, what is written lands in the page itself,
 and the shadow's own gfn looks as if nothing were there. Memory can be watched, too, in the same
-views. There are three, and two more where memory is watched:
+views. There are three, and two more where memory is watched::
 
     view  | a page with breakpoints         | a shadow's own gfn      | a page with watches
     ------|---------------------------------|-------------------------|------------------------
@@ -152,7 +152,9 @@ class Touch(_Stop):
 
 
 Callback: TypeAlias = Callable[[Hit], object]
+"""Called with each hit of a breakpoint; what it returns says nothing."""
 TouchCallback: TypeAlias = Callable[[Touch], object]
+"""Called with each touch of what is watched; what it returns says nothing."""
 
 
 class Breakpoint:

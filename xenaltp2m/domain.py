@@ -343,7 +343,7 @@ class Domain(Handle):
             count: How many.
 
         Returns:
-            Their gfns: neighbours, so that the range of remap targets Xen keeps stays small.
+            Their gfns, neighbours, so that the range of remap targets Xen keeps stays small.
 
         Raises:
             BusyError: The host has no memory left.

@@ -19,7 +19,10 @@ class XenError(OSError):
     Attributes:
         op: The backend operation (the C name without ``xc_``) or the handle method.
         errno: Xen's errno as Linux numbers it, or None where no call was made.
-        domid, view, gfn, vcpu: What it was about, where that applies.
+        domid: The domain it was about, where it was about one.
+        view: The view, likewise.
+        gfn: The gfn.
+        vcpu: The vCPU.
         hint: The likely causes in order, each with its cure; may be empty.
     """
 

@@ -420,7 +420,7 @@ class MemPaging(Event):
 class WriteCtrlreg(Event):
     """A control register is written. ``xc_monitor_write_ctrlreg``.
 
-    It has been written when this is heard, though :attr:`registers` are from just before;
+    It has been written when this is heard, though :attr:`Event.registers` are from just before;
     subscribed to as ``deniable``, it is written once the answer allows it. CLTS comes as a write of
     CR0 and is never put off (``vmx_cr_access``), and what Xen's emulator writes for a response
     cannot be denied (``hvm_vm_event_do_resume``).
@@ -482,7 +482,7 @@ class WriteCtrlreg(Event):
 class MovToMsr(Event):
     """A model-specific register is written. ``xc_monitor_mov_to_msr``.
 
-    It has been written when this is heard, though :attr:`registers` are from just before;
+    It has been written when this is heard, though :attr:`Event.registers` are from just before;
     subscribed to as ``deniable``, it is written once the answer allows it.
     """
 

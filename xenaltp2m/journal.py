@@ -27,6 +27,7 @@ from xenaltp2m.errors import JournalError
 from xenaltp2m.types import GFN_LIMIT
 
 DIRECTORY = Path("/run/xenaltp2m")
+"""Where journals are on a dom0: gone after a boot, as is what they tell of."""
 MAX_FILE = 1 << 20
 """Bytes of a journal that are read; one that is written stays far below."""
 _REWRITTEN_AT = 1 << 16

@@ -119,11 +119,11 @@ _DOMCTL_VERSIONS = {
 def release(major: int, minor: int) -> Release:
     """Return what is known of a Xen release.
 
-    A minor newer than :data:`NEWEST_MINOR` is taken to behave as the newest known.
+    A minor newer than ``NEWEST_MINOR`` is taken to behave as the newest known.
 
     Args:
         major: 4.
-        minor: From :data:`OLDEST_MINOR` up.
+        minor: From ``OLDEST_MINOR`` up.
 
     Raises:
         ValueError: The release is older than this library supports.

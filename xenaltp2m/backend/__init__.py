@@ -20,6 +20,7 @@ from xenaltp2m.errors import InvalidArgumentError
 from xenaltp2m.types import DomainInfo, VcpuInfo
 
 Bytes: TypeAlias = "bytes | bytearray | memoryview"
+"""Bytes that are only read."""
 Gfns: TypeAlias = "array[int] | memoryview"
 """Native unsigned 64-bit integers: ``array("Q", ...)`` or a memoryview of format ``Q``."""
 

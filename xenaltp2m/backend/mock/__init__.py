@@ -270,8 +270,8 @@ class MockBackend:
         """Give a vCPU a program, which it begins anew; it is brought up if it was down.
 
         It runs, with the domain's other vCPUs, in :meth:`run`, whenever a call lets it go on
-        (:meth:`domain_unpause`, :meth:`evtchn_notify`, :meth:`monitor_resume`,
-        :meth:`monitor_disable`), and a little after each :meth:`vcpu_getinfo`.
+        (``domain_unpause``, ``evtchn_notify``, ``monitor_resume``, ``monitor_disable``), and a
+        little after each ``vcpu_getinfo``.
 
         Args:
             domid: The domain.
@@ -338,7 +338,7 @@ class MockBackend:
         is never come back from.
 
         Returns:
-            How many were executed and counted: an attempt that causes an event or a fault does
+            How many were executed and counted; an attempt that causes an event or a fault does
             not count.
         """
         return run(self._processors_of(domid), steps, self._chance)
