@@ -16,7 +16,7 @@ retry = for pause in 5 20 0; do $(1) && break; \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint format types ffi ffi-check abi bench bench-sim bench-xen fuzz guest dist clean headers \
+.PHONY: help demo test check lint format types docs ffi ffi-check abi bench bench-sim bench-xen fuzz guest dist clean headers \
 	lab lab-shell test-xen test-xen-all conformance support demo-xen
 
 help: ## list the targets
@@ -41,6 +41,10 @@ format: $(READY) ## let ruff format and sort
 
 types: $(READY) ## mypy --strict
 	$(RUN) -m mypy
+
+docs: $(READY) ## build the documentation as a site, in build/docs/html
+	$(RUN) docs/site/errors_page.py
+	$(RUN) docs/site/build.py
 
 ffi: $(READY) ## write xenaltp2m/abi/_ffi.py anew from cdefs/
 	$(RUN) cdefs/build.py

@@ -8,6 +8,7 @@ import errno
 import functools
 import inspect
 import pickle
+from pathlib import Path
 
 import pytest
 
@@ -262,6 +263,33 @@ def test_every_cause_in_the_list_is_one_xen_came_upon() -> None:
     seen = refusals(SUPPORTED[0]) | refusals(SUPPORTED[-1])
     listed = {(op, number) for op, causes in FIRST_CAUSES.items() for number in causes}
     assert listed <= seen
+
+
+def listed_on_the_page() -> dict[str, dict[str, list[str]]]:
+    """Read docs/errors.md: the causes by operation, or family, and by errno's name."""
+    found: dict[str, dict[str, list[str]]] = {}
+    number = ""
+    text = (Path(__file__).parents[2] / "docs" / "errors.md").read_text(encoding="utf-8")
+    for line in text.partition("## By operation")[2].splitlines():
+        if line.startswith("### "):
+            here = found.setdefault(line.removeprefix("### ").strip("`"), {})
+        elif line.startswith("| ") and not line.startswith(("| errno", "| ---")):
+            first, cause = line.strip("| ").split(" | ")[:2] if line[2] != " " else ("", line)
+            number = first or number
+            here.setdefault(number, []).append(cause.strip("| "))
+    return found
+
+
+def test_the_page_of_errors_has_every_refusal_of_the_mock_with_its_causes() -> None:
+    page = listed_on_the_page()
+    assert len(page) > 30
+    for op, number in refusals(SUPPORTED[0]) | refusals(SUPPORTED[-1]):
+        name = "EOPNOTSUPP" if number == errno.EOPNOTSUPP else errno.errorcode[number]
+        family = f"Each `{op.partition('_')[0]}_` operation"
+        places = (page.get(place, {}) for place in (op, family, "Every operation"))
+        [causes, *_] = [place[name] for place in places if name in place] or [[]]
+        told = errors.from_errno(op, number).hint
+        assert causes == list(told) != [], f"{op} {name}"
 
 
 @pytest.mark.parametrize(("op", "number"), HINTS, ids=str)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Stands in for the ``xenaltp2m`` of a dom0 whose guests are those that the docs speak of.
+
+    dom0.py ARGUMENT...
+    dom0.py --script FILE ARGUMENT...
+
+is the command line, or a program, as it is, but ``libxc`` opens a mock, whose guests do what is
+listened to: win10 uses the pages that it is asked about, and CR3; others execute images. What would
+go on until Ctrl-C ends after three hits.
+"""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import xenaltp2m.xen
+from xenaltp2m import cli
+from xenaltp2m.backend.mock import Instruction, MockBackend, WriteControlRegister
+from xenaltp2m.types import PAGE_SIZE
+
+GUESTS = Path(__file__).parents[2] / "examples" / "guest"
+ENDLESS, END = {"watch", "trace"}, ("--count", "3")
+CR3 = 1
+IMAGES = {
+    "linux": "paged",
+    "hello": "hello",
+    "racer": "racer",
+    "checker": "checker",
+    "DOMAIN": "hello",
+}
+CREATED_PAUSED = {"checker", "racer"}
+
+
+def host(arguments: list[str]) -> MockBackend:
+    """Make the mock host."""
+    mock = MockBackend()
+    win10 = mock.add_domain("win10", memory_kib=1 << 20)
+    gfns = [int(text, 0) for text in re.findall(r"0x[0-9a-f]+", " ".join(arguments))]
+    pages = [gfn * PAGE_SIZE for gfn in gfns if gfn * PAGE_SIZE < 1 << 30]
+    touches = [Instruction(0x1000 + at, 4, [("w", page)]) for at, page in enumerate(pages)]
+    switches = [Instruction(0x2000, 3, effect=WriteControlRegister(CR3, root)) for root in (1, 2)]
+    mock.load(win10, [*touches, *switches], loop=True)
+    mock.domain_unpause(win10)
+    for name, image in IMAGES.items():
+        domid = mock.add_domain(name, vcpus=4 if image == "racer" else 1)
+        mock.boot(domid, GUESTS / f"{image}.elf")
+        if name not in CREATED_PAUSED:
+            mock.domain_unpause(domid)
+    return mock
+
+
+def main() -> int:
+    """Run the command line there."""
+    arguments = sys.argv[1:]
+    opened = xenaltp2m.xen.open_backend
+    xenaltp2m.xen.open_backend = lambda name: host(arguments) if name == "libxc" else opened(name)
+    if arguments[:1] == ["--script"]:
+        sys.argv = arguments[1:]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        return 0
+    if ENDLESS & set(arguments) and END[0] not in arguments:
+        arguments += END
+    return cli.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
