@@ -33,8 +33,8 @@ HEAD = """# Errors
 
 Written by `make docs` from `xenaltp2m/errors.py`; do not edit.
 
-Every error this package raises on purpose is a `XenError`, and an `OSError`. It says what was asked,
-what Xen said, and the likely causes, each with its cure:
+Every error this package raises on purpose is a `XenError`, and an `OSError`. It says what was
+asked, what Xen said, and the likely causes, each with its cure:
 
 ```python
 import xenaltp2m as xa
@@ -84,7 +84,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def classes() -> str:
     """List the errors, with what Python calls them and which errno raises them."""
-    numbers = defaultdict(list)
+    numbers: dict[type[errors.XenError], list[str]] = defaultdict(list)
     for number in sorted(errno.errorcode):
         for gfn in (None, 0):
             kind = type(errors.from_errno("", number, gfn=gfn))

@@ -15,9 +15,10 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
-import xenaltp2m.xen
 from xenaltp2m import cli
+from xenaltp2m.backend import Backend, open_backend
 from xenaltp2m.backend.mock import Instruction, MockBackend, WriteControlRegister
 from xenaltp2m.types import PAGE_SIZE
 
@@ -55,15 +56,18 @@ def host(arguments: list[str]) -> MockBackend:
 def main() -> int:
     """Run the command line there."""
     arguments = sys.argv[1:]
-    opened = xenaltp2m.xen.open_backend
-    xenaltp2m.xen.open_backend = lambda name: host(arguments) if name == "libxc" else opened(name)
-    if arguments[:1] == ["--script"]:
-        sys.argv = arguments[1:]
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        return 0
-    if ENDLESS & set(arguments) and END[0] not in arguments:
-        arguments += END
-    return cli.main(arguments)
+
+    def opened(name: str) -> Backend:
+        return host(arguments) if name == "libxc" else open_backend(name)
+
+    with patch("xenaltp2m.xen.open_backend", opened):
+        if arguments[:1] == ["--script"]:
+            sys.argv = arguments[1:]
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            return 0
+        if ENDLESS & set(arguments) and END[0] not in arguments:
+            arguments += END
+        return cli.main(arguments)
 
 
 if __name__ == "__main__":

@@ -273,6 +273,43 @@ def test_links_elsewhere_are_listed_in_one_place() -> None:
         assert re.fullmatch(r"https://[a-z0-9.-]+\.[a-z]+(/[\w./%#~=?&+-]*)?", url), url
 
 
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_proofs_that_are_named_are_there(page: Path) -> None:
+    for path, name in re.findall(r"`([\w/]+\.py)::(\w+)`", page.read_text(encoding="utf-8")):
+        source = (TREE / path).read_text(encoding="utf-8")
+        assert re.search(rf"(def|class) {name}\b", source), f"{path}::{name}"
+    for path in re.findall(r"`((?:tests|docs|examples|xenaltp2m)/[\w/.-]+)`", page.read_text()):
+        assert (TREE / path).exists(), path
+
+
+SPANS = [
+    pytest.param(span, id=f"{page_name(page)}-{span}")
+    for page in PAGES
+    for span in sorted(set(re.findall(r"`((?:make|xenaltp2m) [^`]+)`", page.read_text())))
+]
+
+
+@pytest.mark.parametrize("span", SPANS)
+def test_commands_in_a_sentence_are_some_that_there_are(span: str) -> None:
+    """Here the targets, the commands and their options; blocks have commands that are done."""
+    program, *words = re.sub(r"--(connect|xen) \S+", "", span).split()
+    if program == "make":
+        targets = re.findall(r"^([a-z-]+):", (TREE / "Makefile").read_text(), re.MULTILINE)
+        assert {word for word in words if "=" not in word} <= set(targets)
+        return
+    command = [word for word in words if re.fullmatch("[a-z]+", word)][:1]
+    done = subprocess.run(
+        [sys.executable, "-m", "xenaltp2m", *command, "--help"],
+        cwd=TREE,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for option in (word.partition("=")[0] for word in words if word.startswith("--")):
+        assert option in done.stdout
+
+
 def test_the_errors_page_is_up_to_date() -> None:
     """What is on it is compared with what the mock refuses in tests/unit/test_errors.py."""
     subprocess.run([sys.executable, "docs/site/errors_page.py", "--check"], cwd=TREE, check=True)
