@@ -212,8 +212,10 @@ def directive(path: str, value: object) -> str:
     """Write what lets autodoc describe one name."""
     if inspect.isclass(value) and not get_origin(value):
         options = ["members"]
-        private = any(base.__name__.startswith("_") for base in value.__bases__)
-        options.append("inherited-members" if private else "show-inheritance")
+        if any(base.__name__.startswith("_") for base in value.__bases__):
+            options.append("inherited-members")
+        elif value.__bases__ != (object,):
+            options.append("show-inheritance")
         is_bare = is_dataclass(value) and "Attributes:" not in (value.__doc__ or "")
         if is_bare or issubclass(value, enum.Enum):
             options.append("undoc-members")

@@ -22,6 +22,7 @@ release = xenaltp2m.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 
 myst_heading_anchors = 4
+highlight_language = "text"
 
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
@@ -63,14 +64,6 @@ def readable_defaults(
     """Write a default that a dataclass makes anew as Python can read it."""
     del app, kind, name, value, options
     return signature and signature.replace("<factory>", "..."), returns
-
-
-def hide_private_bases(
-    app: Sphinx, name: str, value: object, options: object, bases: list[type]
-) -> None:
-    """Say nothing of bases that are nobody's business; what they have is listed as the class's."""
-    del app, name, value, options
-    bases[:] = [base for base in bases if not base.__name__.startswith("_")]
 
 
 @functools.cache
@@ -116,5 +109,4 @@ def setup(app: Sphinx) -> None:
     for before_and_after in (400, 600):
         app.connect("autodoc-process-docstring", swap_colons, priority=before_and_after)
     app.connect("autodoc-process-signature", readable_defaults)
-    app.connect("autodoc-process-bases", hide_private_bases)
     app.connect("doctree-read", spell_out)
