@@ -35,11 +35,11 @@ HOME = TREE / "README.md"
 CONTENTS = {
     "Begin": ("start", "concepts"),
     "How to": ("howto/*",),
-    "Use": ("events", "breakpoints", "state", "rescue", "errors"),
-    "Without Xen": ("mock", "simulator", "lab"),
+    "Use": ("cli", "events", "breakpoints", "state", "hazards", "doctor", "rescue", "errors"),
+    "Without Xen": ("mock", "simulator", "testing", "lab"),
     "Facts": ("semantics", "support", "performance", "security", "comparison"),
 }
-"""The pages of docs/ under each heading, in order; a page that is nowhere here follows them."""
+"""The pages of docs/ under each heading, in order, of those that are there; others follow them."""
 ROOT_PAGES = ("README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")
 
 INTERNAL = ("__main__", "abi", "arguments", "cli", "libxc", "loader", "mapping", "runs", "signals")
@@ -238,7 +238,9 @@ def build(target: Path) -> int:
         place.write_text(text_of(page), encoding="utf-8")
     with (source / "index.md").open("a", encoding="utf-8") as index:
         index.write(contents())
-    shutil.copytree(TREE / "docs" / "pictures", source / "docs" / "pictures")
+    (source / "docs" / "pictures").mkdir()
+    for picture in (TREE / "docs" / "pictures").glob("*.svg"):
+        shutil.copy(picture, source / "docs" / "pictures")
     examples(source)
     reference(source / "api")
     options = ["--quiet", "--fail-on-warning", "--keep-going", "--nitpicky", "-c", str(HERE)]

@@ -87,7 +87,8 @@ def page_name(page: Path) -> str:
 def test_every_block_is_of_a_kind_that_is_tested() -> None:
     assert len(BLOCKS) > 30
     for block in BLOCKS:
-        assert block.language in {"python", "sh", "text", "c", "ini"}, str(block)
+        known = {"python", "sh", "text", "c", "ini"}
+        assert block.language in known, f"{block}: say what it is, one of {known}"
     fences = sum(
         len(re.findall(r"^ *```", page.read_text(encoding="utf-8"), re.MULTILINE)) for page in PAGES
     )
@@ -178,8 +179,8 @@ def typed(blocks: list[Block], tree: Path, place: str) -> list[str]:
     if not any(". .venv/bin/activate" in block.text for block in blocks):
         path = f"{sys.prefix}/bin:{path}"
     preamble = LAB_PREAMBLE if place == LAB else PREAMBLE
+    files_the_docs_speak_of(tree)
     if place == DOM0:
-        files_the_docs_speak_of(tree)
         for name, command in (("xenaltp2m", ""), ("python3", "--script")):
             program = programs / name
             dom0 = TREE / "tests" / "examples" / "dom0.py"

@@ -42,7 +42,7 @@ MOCK_ONLY = """## Shown on the mock alone
 By the source, and by tests of the mock, but not on a running hypervisor: Xen 4.15, 4.16, 4.18, 4.19
 and 4.21; `altp2m_count` other than 10; populate on demand, log-dirty, shared, paged and foreign
 pages; PV and nested domains; refusals by an XSM policy; a hypervisor without CONFIG_VM_EVENT; Xen
-out of memory of its own; #VE in the guest.
+out of memory of its own.
 
 """
 FIELDS = {
