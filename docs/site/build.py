@@ -34,7 +34,7 @@ HOME = TREE / "README.md"
 
 CONTENTS = {
     "Begin": ("start", "concepts"),
-    "How to": ("howto/*",),
+    "How to": ("howto/first-hook", "howto/self-*", "howto/several-vcpus", "howto/*"),
     "Use": ("cli", "events", "breakpoints", "state", "hazards", "doctor", "rescue", "errors"),
     "Without Xen": ("mock", "simulator", "testing", "lab"),
     "Facts": ("semantics", "support", "performance", "security", "comparison"),
@@ -104,8 +104,10 @@ def contents() -> str:
     left = [page.relative_to(TREE / "docs").with_suffix("") for page in pages()[len(ROOT_PAGES) :]]
     blocks = []
     for caption, patterns in CONTENTS.items():
-        found = [page for pattern in patterns for page in left if page.match(pattern)]
-        left = [page for page in left if page not in found]
+        found = []
+        for pattern in patterns:
+            found += [page for page in left if page.match(pattern)]
+            left = [page for page in left if page not in found]
         blocks.append((caption, [f"docs/{page}" for page in found]))
     blocks[-1][1].extend(f"docs/{page}" for page in left)
     blocks.append(("Reference", ["api/index", "examples/index"]))

@@ -9,7 +9,9 @@ A block's language says what becomes of it; no other language may be used, and n
   those whose first line says where they belong:
 
   - ``# on a dom0``: ``xenaltp2m`` and ``python3`` are a dom0's, on a mock host that has the guests
-    and the files that the docs speak of; ``xl`` is looked at, and not done.
+    and the files that the docs speak of; ``xl`` is looked at, and not done. On real Xen, in the
+    lab, ``tests/live/test_docs.py`` types those whose guests are in ``examples/guest``; of the
+    others real Xen has not seen these very lines.
   - ``# on Debian, as root``: builds or boots the lab. ``make`` says what it would do; of other
     programs the options must be some that they have.
 
