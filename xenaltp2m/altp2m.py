@@ -10,10 +10,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from xenaltp2m.errors import InvalidArgumentError, NotMappedError, XenError
+from xenaltp2m.errors import InvalidArgumentError, XenError
 from xenaltp2m.handle import Handle, UndoList
 from xenaltp2m.types import ALL_GFNS, HOST_VIEW, Access, VcpuId, ViewId
-from xenaltp2m.view import Mismatch, Progress, View, check_gfn, refusal_of
+from xenaltp2m.view import (
+    Mismatch,
+    Progress,
+    View,
+    check_gfn,
+    existing_views,
+    refusal_of,
+    view_exists,
+)
 
 if TYPE_CHECKING:
     from xenaltp2m.domain import Domain
@@ -30,10 +38,6 @@ class SuperpageDefaultWarning(UserWarning):
 
 _NOTHING_OF_A_SUPERPAGE = (Access.N, Access.N2RWX, Access.X)
 """``X`` on CPUs where Xen lets no superpage be executed (XSA-304)."""
-
-
-PROBED = 64
-"""Numbers of views that are looked for where altp2m is on already: Xen has 10, or as configured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +86,9 @@ class Altp2m(Handle):
         try:
             if self._backend.altp2m_get_domain_state(self._domid):
                 self._prior_views.update(self.vcpu_views().values())
-                existing = [view for view in range(PROBED) if self._exists(ViewId(view))]
+                existing = tuple(map(int, existing_views(self._backend, self._domid)))
                 self.domain._journal.write(
-                    used=True, prior_views=tuple(existing), prior_view=int(self._prior_view)
+                    used=True, prior_views=existing, prior_view=int(self._prior_view)
                 )
             else:
                 self._switch_on()
@@ -382,7 +386,7 @@ class Altp2m(Handle):
         try:
             self._backend.altp2m_switch_to_view(self._domid, self._prior_view)
         except InvalidArgumentError:
-            if self._exists(self._prior_view):
+            if view_exists(self._backend, self._domid, self._prior_view):
                 raise  # its owner hid it
             self._backend.altp2m_switch_to_view(self._domid, HOST_VIEW)
         self._moved = False
@@ -394,16 +398,6 @@ class Altp2m(Handle):
             self._switch_back()
         except InvalidArgumentError:
             self._backend.altp2m_switch_to_view(self._domid, HOST_VIEW)
-
-    def _exists(self, view: ViewId) -> bool:
-        """Tell whether a view exists, by a call that tells it from an absent entry."""
-        try:
-            self._backend.altp2m_get_suppress_ve(self._domid, view, 0)
-        except InvalidArgumentError:
-            return False
-        except NotMappedError:
-            return True  # and has no entry for gfn 0
-        return True
 
     def _orphaned(self) -> bool:
         return self.domain._orphaned()

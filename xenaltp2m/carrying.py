@@ -11,16 +11,30 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
+from hashlib import sha256
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from xenaltp2m.errors import BusyError, DomainNotFoundError, InvalidArgumentError, XenError
+from xenaltp2m.errors import (
+    BusyError,
+    DomainNotFoundError,
+    InvalidArgumentError,
+    LeftoverError,
+    StateError,
+    XenError,
+)
 from xenaltp2m.handle import UndoList
-from xenaltp2m.viewstate import MonitorState, State, describe
+from xenaltp2m.journal import beside
+from xenaltp2m.rescue import diagnose, rescue
+from xenaltp2m.viewstate import MonitorState, PageState, State, describe, restore
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from xenaltp2m.domain import Domain
     from xenaltp2m.types import DomainInfo
+    from xenaltp2m.xen import Xen
 
 _LOOK_SECONDS = 0.05
 
@@ -161,3 +175,89 @@ class Carried:
             except BaseException as error:
                 self._close_all(error)
                 raise
+
+
+# Without an agent: for toolstacks.
+
+
+def import_views(xen: Xen, which: int | str | UUID, state: State) -> State:
+    """Make the views of a state, and leave them there when this process ends.
+
+    Nobody answers what the guest does against them: Xen then lifts it, page by page.
+
+    Args:
+        xen: The host, with a directory for journals, which tells of them.
+        which: The domain, as :meth:`Xen.domain`.
+        state: What to make; it may be of another domain, or release.
+
+    Returns:
+        The state as it is there.
+
+    Raises:
+        UnsupportedError: :func:`xenaltp2m.viewstate.obstacles` has some.
+        BusyError: Somebody works on the domain, or altp2m is on.
+        JournalError: The journal cannot be written. On any error nothing is left.
+    """
+    with xen.domain(which) as domain:
+        if domain.altp2m_active:
+            raise BusyError(
+                f"altp2m of domain {domain.domid} is on: somebody has views there",
+                domid=domain.domid,
+            )
+        altp2m = domain.altp2m()
+        restore(altp2m, state)
+        made = altp2m.capture()
+        domain._leave_as_it_is(made.to_bytes())
+    return made
+
+
+def imported_views(xen: Xen, which: int | str | UUID) -> State:
+    """Return what was imported into a domain, with the content that added pages have now.
+
+    Raises:
+        StateError: Nothing was, or what is known of it is damaged.
+        BusyError: Somebody works on the domain.
+    """
+    found = diagnose(xen, which)
+    domid = int(found.domain.domid)
+    if found.working:
+        raise BusyError(
+            f"process {found.working[0].pid} works on domain {domid}, and runs",
+            domid=domid,
+            hint=("it has to carry its views itself, by Domain.carried()",),
+        )
+    if not found.imported:
+        raise StateError(
+            f"no views were imported into domain {domid}",
+            domid=domid,
+            hint=("state save writes what Xen tells of others' views",),
+        )
+    [journal, *_] = found.imported
+    try:
+        state = State.from_bytes(beside(journal.path).read_bytes())
+        added = [int(gfn) for gfn in state.origin["added"]]
+        with xen.domain(domid) as domain:
+            contents = list(map(domain.memory.read_page, added))
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise StateError(
+            f"what was imported into domain {domid} is not known any more: {error}",
+            domid=domid,
+            hint=(f"xenaltp2m rescue --force {domid} takes it out",),
+        ) from error
+    pages = [PageState(sha256(content).hexdigest(), content) for content in contents]
+    return replace(state, pages=tuple(pages))
+
+
+def take_out_views(xen: Xen, which: int | str | UUID) -> None:
+    """Take out what was imported: vCPUs leave the views, altp2m goes off, added pages go.
+
+    Raises:
+        LeftoverError: Some of it could not be taken out; a second call tries it again.
+    """
+    outcome = rescue(xen, which, imported=True)
+    if outcome.failed:
+        raise LeftoverError(
+            f"not everything was taken out of domain {outcome.before.domain.domid}",
+            left=[step.what for step in outcome.failed],
+            domid=int(outcome.before.domain.domid),
+        )

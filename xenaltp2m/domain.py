@@ -201,7 +201,7 @@ class Domain(Handle):
         ``xc_monitor_enable``, ``xc_monitor_*``.
         """
         self._check_open()
-        self._check_nobody_was_killed()
+        self._check_nobody_was_killed(imported=True)
         if self._open_monitor is not None:
             raise BusyError(
                 f"{self._monitor!r} is open already: use it, or close it first", domid=self.domid
@@ -327,6 +327,14 @@ class Domain(Handle):
 
     def _carried_along(self) -> list[_CarriedAlong]:
         return [handle for handle in self._along if not handle.closed]
+
+    def _leave_as_it_is(self, content: bytes) -> None:
+        """Close, with all that is made staying; what that is, for the journal."""
+        self._journal.keep(content)
+        self.xen._journals.pop(self.uuid).close()
+        if self._altp2m is not None:
+            self._altp2m.abandon()
+        super().abandon()
 
     def _has_changed_it(self) -> bool:
         return bool(self._open_altp2m or self._open_monitor or self._added)
@@ -455,11 +463,21 @@ class Domain(Handle):
             self._undo.adopt(undo)
             raise
 
-    def _check_nobody_was_killed(self) -> None:
-        """Refuse to begin where a process was killed and has left something."""
+    def _check_nobody_was_killed(self, *, imported: bool = False) -> None:
+        """Refuse to begin where a process was killed and has left something.
+
+        Args:
+            imported: Whether it may be there that has left views on purpose.
+        """
         for found in dead(self.xen.journals, int(self.domid), self.uuid):
-            if found.path.name == self._journal.name:
+            if found.path.name == self._journal.name or (imported and found.kept):
                 continue
+            if found.kept:
+                raise BusyError(
+                    f"views were imported into domain {self.domid}",
+                    domid=self.domid,
+                    hint=(f"xenaltp2m state export FILE {self.domid} takes them out",),
+                )
             raise BusyError(
                 f"process {found.pid} was killed while it worked on domain {self.domid}, and has "
                 "left things behind",

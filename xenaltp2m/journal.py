@@ -68,6 +68,8 @@ class Record:
     """The views there were then, and"""
     prior_view: int = 0
     """the one that vCPUs were in."""
+    kept: bool = False
+    """Whether all of it was left on purpose (:func:`xenaltp2m.carrying.import_views`)."""
 
     def __bool__(self) -> bool:
         return self != _NOTHING
@@ -84,11 +86,21 @@ class Found:
     path: Path
     pid: int
     alive: bool
-    """Whether the process that wrote it runs."""
+    """Whether the process that wrote it runs, and has not left on purpose what is in it."""
     record: Record | None
     """None where no line is sound."""
     why_not: str = field(default="")
     """Why the journal is not of this domain: of another one, or from before the last boot."""
+
+    @property
+    def kept(self) -> bool:
+        """Whether what is in it was left on purpose."""
+        return self.record is not None and self.record.kept
+
+    def remove(self) -> None:
+        """Remove it, and what belongs to it."""
+        beside(self.path).unlink(missing_ok=True)
+        self.path.unlink()
 
 
 class Journal:
@@ -177,6 +189,26 @@ class Journal:
                 with contextlib.suppress(OSError):
                     (self._directory / self.name).unlink()
 
+    def keep(self, content: bytes) -> None:
+        """Write down that all of it is left on purpose, with what it is.
+
+        Raises:
+            JournalError: There is no directory, or nothing can be written there.
+        """
+        if self._directory is None:
+            raise JournalError(
+                "without a journal nobody could tell what was left: connect with one"
+            )
+        path = beside(self._directory / self.name)
+        try:
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with os.fdopen(file, "wb") as stream:
+                stream.write(content)
+            self.write(kept=True)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise JournalError(f"{path}: {error.strerror}", errno=error.errno) from error
+
     def forget(self) -> None:
         """Write down that nothing is to be undone: the domain is gone."""
         self.undone(**{one.name: getattr(_NOTHING, one.name) for one in fields(Record)})
@@ -210,6 +242,11 @@ class Journal:
         if self._file >= 0:
             os.close(self._file)
         self._file, self._size = file, len(line)
+
+
+def beside(path: Path) -> Path:
+    """Return where a journal's state of views is, if it has one."""
+    return path.with_name(f"{path.name}.state")
 
 
 def _write_all(file: int, line: bytes) -> None:
@@ -293,7 +330,7 @@ def _read(path: Path, pid: int, uuid: UUID) -> Found:
     alive = head["boot"] == _boot() and head["started"] != 0 and _process(pid) == {
         "pid": head["pid"], "started": head["started"]
     }  # fmt: skip
-    return Found(path, pid, alive, record, why_not)
+    return Found(path, pid, alive and not record.kept, record, why_not)
 
 
 def _content(path: Path) -> bytes:
@@ -325,7 +362,7 @@ def _parse(line: bytes) -> tuple[dict[str, Any], Record] | None:
 
 def _record(document: dict[str, Any]) -> Record | None:
     values: dict[str, Any] = {one.name: document.get(one.name) for one in fields(Record)}
-    flags = [values[name] for name in ("monitor", "access_required", "altp2m", "used")]
+    flags = [values[name] for name in ("monitor", "access_required", "altp2m", "used", "kept")]
     if not all(isinstance(flag, bool) for flag in flags):
         return None
     if not _is_count(values["pauses"], values["prior_view"]):

@@ -26,6 +26,7 @@ from xenaltp2m.abi.vm_event import Flag, layout
 from xenaltp2m.errors import BusyError, InvalidArgumentError, XenError
 from xenaltp2m.journal import Found, Journal, Pages, Record, find
 from xenaltp2m.types import HOST_VIEW, HVM_PARAM_ALTP2M, PAGE_SIZE, Altp2mMode, DomainInfo
+from xenaltp2m.view import PROBED
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -52,6 +53,7 @@ class Diagnosis:
         views: The views that vCPUs are in, by vCPU; empty where altp2m is off.
         ring: Whether a monitor's ring is enabled.
         killed: Journals of processes that were killed, with something to be undone.
+        imported: Journals of processes that left views on purpose.
         working: Journals of processes that run.
         unreadable: Journals that do not tell anything, or of another domain, and why.
         empty: Journals of processes that were killed with nothing to be undone.
@@ -64,6 +66,7 @@ class Diagnosis:
     views: dict[int, int]
     ring: bool
     killed: tuple[Found, ...]
+    imported: tuple[Found, ...]
     working: tuple[Found, ...]
     unreadable: tuple[Found, ...]
     empty: tuple[Found, ...]
@@ -72,12 +75,17 @@ class Diagnosis:
     def healthy(self) -> bool:
         """Whether nothing needs to be done: nobody was killed, and nothing of an agent is left."""
         ours = self.altp2m and not self.mixed
-        return not self.killed and (bool(self.working) or not (ours or self.ring))
+        known = self.working or self.imported
+        return not self.killed and (bool(known) or not (ours or self.ring))
 
     def lines(self) -> list[str]:
         """Say it in words, a line for each thing."""
         found = [
             f"process {one.pid} was killed and has left: {_left(one.record)}" for one in self.killed
+        ]
+        found += [
+            f"views were imported, by process {one.pid}: {_left(one.record)}"
+            for one in self.imported
         ]
         found += [f"process {one.pid} works on it, and runs" for one in self.working]
         for one in self.unreadable:
@@ -155,7 +163,8 @@ def diagnose(xen: Xen, which: int | str | UUID) -> Diagnosis:
         active and backend.hvm_param_get(domid, HVM_PARAM_ALTP2M) == Altp2mMode.MIXED,
         views,
         _has_ring(xen, domid),
-        tuple(found for found in useful if not found.alive and found.record),
+        tuple(one for one in useful if not (one.alive or one.kept) and one.record),
+        tuple(found for found in useful if found.kept),
         tuple(found for found in useful if found.alive),
         tuple(found for found in journals if found not in useful),
         tuple(found for found in useful if not found.alive and not found.record),
@@ -163,7 +172,12 @@ def diagnose(xen: Xen, which: int | str | UUID) -> Diagnosis:
 
 
 def rescue(
-    xen: Xen, which: int | str | UUID, *, dry_run: bool = False, force: bool = False
+    xen: Xen,
+    which: int | str | UUID,
+    *,
+    dry_run: bool = False,
+    force: bool = False,
+    imported: bool = False,
 ) -> Outcome:
     """Bring a domain back.
 
@@ -172,7 +186,8 @@ def rescue(
         which: As :meth:`Xen.domain`.
         dry_run: Change nothing, and tell what would be done.
         force: Go on even where a process that works on the domain runs, and where nothing is found
-            to be wrong: a vCPU may wait for an answer all the same.
+            to be wrong: a vCPU may wait for an answer all the same. Views that were imported go.
+        imported: Views that were imported go, whatever else is found.
 
     Raises:
         BusyError: A process that works on it runs.
@@ -186,18 +201,21 @@ def rescue(
             domid=int(before.domain.domid),
             hint=("end that first, by SIGTERM; with --force it is done under its feet",),
         )
-    return _Rescuer(xen, before, dry_run, force).run()
+    return _Rescuer(xen, before, dry_run, force, imported or force).run()
 
 
 class _Rescuer:
     """Takes the steps of one rescue."""
 
-    def __init__(self, xen: Xen, before: Diagnosis, dry_run: bool, force: bool) -> None:
+    def __init__(
+        self, xen: Xen, before: Diagnosis, dry_run: bool, force: bool, imported: bool
+    ) -> None:
         self._xen, self._backend = xen, xen.backend
         self._before = before
         self._domid = int(before.domain.domid)
         self._vcpus = range(before.domain.max_vcpu_id + 1)
         self._dry, self._force = dry_run, force
+        self._journals = before.killed + (before.imported if imported else ())
         # A rescue may be killed, too.
         self._journal = Journal(xen.journals, self._domid, before.domain.uuid)
         self._steps: list[Step] = []
@@ -215,13 +233,13 @@ class _Rescuer:
             if not (found.alive or self._dry):
                 with suppress(OSError):
                     found.path.unlink()
-        if before.healthy and not self._force:
+        if before.healthy and not (self._journals or self._force):
             return Outcome(before, (), self._unknown())
-        records = [found.record for found in before.killed if found.record is not None]
+        records = [found.record for found in self._journals if found.record is not None]
         # Without a ring somebody may wait all the same: a rescue was killed, too.
         has_ring = before.ring or self._force or any(record.monitor for record in records)
         with self._standing_still():
-            if before.altp2m and (records or self._force or not before.mixed):
+            if self._may_leave_views(records):
                 self._leave_views(records)
             if has_ring:
                 self._take("single steps end", self._end_steps)
@@ -230,10 +248,17 @@ class _Rescuer:
             self._take("whoever waits for an answer gets one, and the ring goes", self._end_ring)
         for record in records:
             self._take_back(record)
-        for found in before.killed:
+        for found in self._journals:
             if not any(step.error for step in self._steps):
-                self._take(f"{found.path} is removed", found.path.unlink)
+                self._take(f"{found.path} is removed", found.remove)
         return Outcome(before, tuple(self._steps), self._unknown())
+
+    def _may_leave_views(self, records: list[Record]) -> bool:
+        """Whether views are there that are an agent's, not the guest's own or imported ones."""
+        before = self._before
+        if set(before.imported) - set(self._journals):
+            return False
+        return before.altp2m and bool(records or self._force or not before.mixed)
 
     def _take(self, what: str, act: Callable[[], object]) -> None:
         error = None
@@ -285,8 +310,6 @@ class _Rescuer:
         self._backend.altp2m_destroy_view(self._domid, view)
 
     def _existing(self) -> list[int]:
-        from xenaltp2m.altp2m import PROBED
-
         found = []
         for view in range(1, PROBED):
             try:
@@ -375,7 +398,7 @@ class _Rescuer:
     def _unknown(self) -> tuple[str, ...]:
         """What neither Xen nor a journal tells."""
         before = self._before
-        if before.killed or before.working:
+        if before.killed or before.working or before.imported:
             return ()
         found = []
         if (before.altp2m and not before.mixed) or before.ring:

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import random
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import sub
@@ -89,7 +90,15 @@ class Runs(Generic[V]):
         self._merge()
         return sum(self._ends) - sum(self._starts)
 
-    def at(self, places: Iterable[int]) -> Iterator[tuple[int, V]]:
+    def sample(self, count: int | None) -> list[tuple[int, V]]:
+        """Return so many gfns that have a value, and that, chosen at random; None returns all."""
+        total = self.count()
+        places: Sequence[int] = range(total)
+        if count is not None and count < total:
+            places = sorted(random.sample(places, count))
+        return list(self._at(places))
+
+    def _at(self, places: Iterable[int]) -> Iterator[tuple[int, V]]:
         """Yield gfns that have a value, and that, by their places among these, which ascend."""
         self._merge()
         ends = list(accumulate(map(sub, self._ends, self._starts)))

@@ -7,10 +7,9 @@ asked of it: to say what differs from the host p2m, to verify it, and to roll ba
 
 from __future__ import annotations
 
-import random
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import pairwise
@@ -32,6 +31,7 @@ from xenaltp2m.types import (
     GFN_LIMIT,
     HOST_VIEW,
     Access,
+    DomId,
     Gfn,
     SuppressVeFailure,
     ViewId,
@@ -39,6 +39,7 @@ from xenaltp2m.types import (
 
 if TYPE_CHECKING:
     from xenaltp2m.altp2m import Altp2m
+    from xenaltp2m.backend import Backend
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with (gfns done, gfns in all) as a long operation goes on."""
@@ -46,6 +47,8 @@ Progress: TypeAlias = Callable[[int, int], None]
 BATCH = 1 << 16
 """Gfns in one bulk call: Xen preempts itself within it, and progress is shown between."""
 
+PROBED = 64
+"""Numbers of views that are looked for: Xen has 10, or as configured."""
 _BLOCK = 1 << 16
 _DEADLY = (Access.W, Access.WX)
 _SUPERPAGE_ORDER = 9
@@ -414,17 +417,14 @@ class View(Handle):
         self._check_open()
         self._backend.altp2m_get_domain_state(self._domid)  # an absent domain is not a mismatch
         self._backend.altp2m_get_mem_access(self._domid, self.id, ALL_GFNS)
-        total = self._access.count()
-        places: Sequence[int] = range(total)
-        if sample is not None and sample < total:
-            places = sorted(random.sample(places, sample))
+        chosen = self._access.sample(sample)
         mismatches = []
-        for done, (gfn, expected) in enumerate(self._access.at(places), 1):
+        for done, (gfn, expected) in enumerate(chosen, 1):
             found = self._own_access(gfn)
             if found != expected:
                 mismatches.append(Mismatch(Gfn(gfn), expected, found))
-            if progress is not None and (done % BATCH == 0 or done == len(places)):
-                progress(done, len(places))
+            if progress is not None and (done % BATCH == 0 or done == len(chosen)):
+                progress(done, len(chosen))
         return mismatches
 
     def reapply(self, *, progress: Progress | None = None) -> None:
@@ -494,11 +494,7 @@ class View(Handle):
         self._backend.altp2m_set_mem_access(self._domid, self.id, gfn, self._number(access))
 
     def _own_access(self, gfn: int) -> Access | None:
-        try:
-            number = self._backend.altp2m_get_mem_access(self._domid, self.id, gfn)
-        except NotMappedError:
-            return None
-        return self._backend.release.access_by_number[number]
+        return own_access(self._backend, self._domid, self.id, gfn)
 
     def _lazy_access(self, gfn: int) -> Access | None:
         """What a gfn without an entry of its own gets when it is first used."""
@@ -660,11 +656,37 @@ class View(Handle):
             self._backend.altp2m_destroy_view(self._domid, self.id)
         except BusyError:
             if self.id not in self._altp2m.vcpu_views().values():
-                if self._altp2m._exists(self.id):
+                if view_exists(self._backend, self._domid, self.id):
                     raise
                 return  # EBUSY is also Xen's word for no such view
             self._altp2m._vacate()
             self._backend.altp2m_destroy_view(self._domid, self.id)
+
+
+def own_access(backend: Backend, domid: DomId, view: ViewId, gfn: int) -> Access | None:
+    """Return the access of a view's own entry, or None if it has none."""
+    try:
+        number = backend.altp2m_get_mem_access(domid, view, gfn)
+    except NotMappedError:
+        return None
+    return backend.release.access_by_number[number]
+
+
+def view_exists(backend: Backend, domid: DomId, view: ViewId) -> bool:
+    """Tell whether a view exists, by a call that tells it from an absent entry."""
+    try:
+        backend.altp2m_get_suppress_ve(domid, view, 0)
+    except InvalidArgumentError:
+        return False
+    except NotMappedError:
+        return True  # and has no entry for gfn 0
+    return True
+
+
+def existing_views(backend: Backend, domid: DomId) -> list[ViewId]:
+    """List the views there are, view 0 included."""
+    numbers = map(ViewId, range(PROBED))
+    return [number for number in numbers if view_exists(backend, domid, number)]
 
 
 def refusal_of(access: Access, release: Release) -> XenError:

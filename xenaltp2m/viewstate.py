@@ -32,10 +32,12 @@ from xenaltp2m.events import (
 )
 from xenaltp2m.handle import UndoList
 from xenaltp2m.runs import FrozenRuns, Runs
-from xenaltp2m.types import GFN_LIMIT, PAGE_SIZE, Access, VcpuId, ViewId
+from xenaltp2m.types import ALL_GFNS, GFN_LIMIT, HOST_VIEW, PAGE_SIZE, Access, VcpuId, ViewId
+from xenaltp2m.view import existing_views, own_access
 
 if TYPE_CHECKING:
     from xenaltp2m.altp2m import Altp2m
+    from xenaltp2m.domain import Domain
     from xenaltp2m.view import Progress, View
 
 FORMAT = "xenaltp2m views"
@@ -48,6 +50,7 @@ _MAX_PAGES = 1 << 16
 _MAX_VCPUS = 1 << 13
 _MAX_RUNS = 1 << 22
 _MAX_LABEL = 1 << 10
+_SCANNED_AT_ONCE = 1 << 12
 _PACKED_FROM = 1 << 16
 _LEVEL = 1
 """Of gzip: the quickest makes a sixth of it already."""
@@ -173,7 +176,7 @@ def capture(
     altp2m: Altp2m,
     *,
     contents: bool = False,
-    verify: bool = False,
+    verify: bool | int = False,
     progress: Progress | None = None,
 ) -> State:
     """Describe the views made through a handle, by what was asked of them.
@@ -181,7 +184,8 @@ def capture(
     Args:
         altp2m: The handle.
         contents: Whether the content of added pages is part of it, to restore them elsewhere.
-        verify: Whether Xen is asked for the access of every gfn that was set.
+        verify: Whether Xen is asked for the access of every gfn that was set; or of how many of
+            each view, chosen at random.
         progress: Of that.
 
     Raises:
@@ -189,7 +193,8 @@ def capture(
     """
     domain, views, open_monitor = altp2m.domain, altp2m.views, altp2m.domain._open_monitor
     if verify:
-        lost = [mismatch for view in views for mismatch in view.verify(progress=progress)]
+        sample = None if verify is True else verify
+        lost = [one for view in views for one in view.verify(sample=sample, progress=progress)]
         if lost:
             raise StateError(
                 f"Xen has other access at {len(lost)} gfns, the first {lost[0].gfn:#x}: views were "
@@ -226,12 +231,125 @@ def describe(
         tuple(numbers.get(int(vcpu_views[vcpu])) for vcpu in sorted(vcpu_views)),
         tuple(sorted(altp2m._notified.items())),
         monitor,
-        {
-            "xen": str(domain.xen.release),
-            "domain": str(domain.uuid),
-            "name": domain.name or "",
-        },
+        {**_origin(domain), "views": [int(view.id) for view in views], "added": added},
     )
+
+
+def scan(domain: Domain, *, progress: Progress | None = None) -> State:
+    """Describe the views of a domain by what Xen tells: somebody else has made them.
+
+    Xen does not tell what is remapped, nor labels, nor which views are hidden; nor is what was set
+    told from what Xen has copied from the host p2m, where they are alike. Two calls for each gfn
+    and view; the domain stands still meanwhile.
+
+    Args:
+        domain: The domain.
+        progress: Called after each batch of a view's gfns.
+
+    Raises:
+        StateError: altp2m is off.
+
+    ``xc_altp2m_get_mem_access``, ``xc_altp2m_get_suppress_ve``.
+    """
+    if not domain.altp2m_active:
+        raise StateError(f"altp2m of domain {domain.domid} is off: there are no views")
+    with domain.paused():
+        numbers = [view for view in existing_views(domain.xen.backend, domain.domid) if view]
+        vcpus = [vcpu.view for vcpu in domain.vcpus()]
+        return State(
+            tuple(_scan_view(domain, ViewId(number), progress) for number in numbers),
+            (),
+            tuple(numbers.index(view) if view in numbers else None for view in vcpus),
+            origin={**_origin(domain), "views": numbers, "added": [], "by": "what Xen tells"},
+        )
+
+
+def _scan_view(domain: Domain, number: ViewId, progress: Progress | None) -> ViewState:
+    backend, domid = domain.xen.backend, domain.domid
+    access_of = backend.release.access_by_number
+    default = access_of[backend.altp2m_get_mem_access(domid, number, ALL_GFNS)]
+    access: Runs[Access] = Runs()
+    suppress_ve: Runs[bool] = Runs()
+    last = domain.maximum_gfn
+    for gfn in range(last + 1):
+        own = own_access(backend, domid, number, gfn)
+        if own is not None:
+            lazy = default
+            if not backend.release.lazy_copy_takes_view_default:
+                lazy = own_access(backend, domid, HOST_VIEW, gfn) or default
+            if own != lazy:
+                access.set(gfn, own)
+            if not backend.altp2m_get_suppress_ve(domid, number, gfn):
+                suppress_ve.set(gfn, False)
+        if progress is not None and (gfn % _SCANNED_AT_ONCE == 0 or gfn == last):
+            progress(gfn, last)
+    return ViewState("", default, True, access.frozen(), suppress_ve.frozen(), ())
+
+
+def compare(
+    domain: Domain, state: State, *, sample: int | None = None, progress: Progress | None = None
+) -> list[str]:
+    """Say in words where Xen has something else than a state that was captured of this domain.
+
+    Args:
+        domain: The domain; whoever has its views goes on.
+        state: What was captured.
+        sample: How many gfns of each view are looked at, chosen at random; None looks at all.
+        progress: Called after each batch of a view's gfns.
+
+    Raises:
+        StateError: It was captured of another domain.
+    """
+    numbers, added = state.origin.get("views"), state.origin.get("added")
+    if state.origin.get("domain") != str(domain.uuid) or not (
+        isinstance(numbers, list) and isinstance(added, list)
+        and len(numbers) == len(state.views) and len(added) == len(state.pages)
+    ):  # fmt: skip
+        raise StateError(
+            f"it was not captured of domain {domain.domid}, {domain.uuid}, but of "
+            f"{state.origin.get('domain')!r}",
+            hint=("state diff compares two files",),
+        )
+    if not domain.altp2m_active:
+        return ["altp2m is off"]
+    found = []
+    existing = existing_views(domain.xen.backend, domain.domid)
+    for number, wanted in zip(numbers, state.views, strict=True):
+        if number not in existing:
+            found.append(f"view {number} is gone")
+            continue
+        found += _compare_view(domain, number, wanted, added, sample, progress)
+    for vcpu, where in zip(domain.vcpus(), state.vcpus, strict=False):
+        if where is not None and vcpu.view != numbers[where]:
+            found.append(f"vCPU {vcpu.number} is in view {vcpu.view}, not {numbers[where]}")
+    return found
+
+
+def _compare_view(
+    domain: Domain, number: int, wanted: ViewState, added: Sequence[int], sample: int | None,
+    progress: Progress | None,
+) -> Iterator[str]:  # fmt: skip
+    access: Runs[Access] = Runs()
+    for first, count, value in wanted.access:
+        start = first if first >= 0 else added[-1 - first]
+        access.set_many(range(start, start + count), value)
+    chosen = access.sample(sample)
+    backend = domain.xen.backend
+    for done, (gfn, expected) in enumerate(chosen, 1):
+        own = own_access(backend, domain.domid, ViewId(number), gfn)
+        if own != expected:
+            now = "no entry" if own is None else str(own)
+            yield f"view {number}: gfn {gfn:#x} has {now}, not {expected}"
+        if progress is not None and (done % _SCANNED_AT_ONCE == 0 or done == len(chosen)):
+            progress(done, len(chosen))
+
+
+def _origin(domain: Domain) -> dict[str, Any]:
+    return {
+        "xen": str(domain.xen.release),
+        "domain": str(domain.uuid),
+        "name": domain.name or "",
+    }
 
 
 def _capture_view(view: View, places: Mapping[int, Place]) -> ViewState:

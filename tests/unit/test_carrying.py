@@ -3,17 +3,22 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from errno import EINVAL
+from pathlib import Path
 
 import pytest
 
 import xenaltp2m as xa
 from tests.contract.guests import GUESTS, MEMORY_KIB, RunningGuest, serve
+from xenaltp2m import cli
 from xenaltp2m.backend.mock import MockBackend
 from xenaltp2m.breakpoints import Breakpoints, Hit
+from xenaltp2m.rescue import diagnose, rescue
 from xenaltp2m.viewstate import State, diff
 
 from .faults import Failing
@@ -209,3 +214,182 @@ def test_all_of_it_or_nothing(there: bool) -> None:
         assert domain.pauses == (0 if domid > 1 else 1)  # as the mock began it
         number += 1 if there else chance.randrange(1, 8)
     assert calls > 40
+
+
+# Without an agent: imported, and taken out.
+
+
+class Lasting(MockBackend):
+    """A host that outlives its callers."""
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lasting]:
+    """One with a domain, that commands work on; journals are in tmp_path."""
+    mock = Lasting(memory_pages=1 << 13)
+    mock.add_domain("guest", vcpus=2, memory_kib=4096, superpages=False)
+
+    @contextmanager
+    def connect(*_: object) -> Iterator[xa.Xen]:
+        with xa.connect(mock, journal=tmp_path / "journals") as xen:
+            yield xen
+
+    monkeypatch.setattr("xenaltp2m.cli.state.connect", connect)
+    yield mock
+    MockBackend.close(mock)
+
+
+def saved(path: Path) -> State:
+    """Views of another domain, in a file, its vCPUs in the first."""
+    mock = MockBackend()
+    mock.add_domain("other", vcpus=2)
+    with xa.connect(mock) as xen, xen.domain("other") as dom, dom.altp2m() as altp2m:
+        view = altp2m.create_view(label="one")
+        view.set_access(range(0x10, 0x20), xa.Access.RX)
+        [shadow] = dom.add_pages()
+        dom.memory.write_page(shadow, b"\x5a" * xa.PAGE_SIZE)
+        view.remap(0x12, shadow, access=xa.Access.X)
+        altp2m.create_view(label="two").set_access(0x30, xa.Access.R)
+        altp2m.switch_to_view(view)
+        state = altp2m.capture(contents=True)
+    path.write_bytes(state.to_bytes())
+    return state
+
+
+def run(*words: object) -> int:
+    return cli.main(["state", *map(str, words)])
+
+
+def test_imported_views_stay_and_are_taken_out(host: Lasting, tmp_path: Path) -> None:
+    state, domid = saved(tmp_path / "a"), 1
+    before = host.domain_getinfolist(domid, 1)
+    assert run("import", tmp_path / "a", "guest") == cli.DONE
+    assert host.altp2m_get_domain_state(domid)
+    assert [host.altp2m_get_vcpu_p2m_idx(domid, vcpu) for vcpu in range(2)] == [1, 1]
+    assert run("verify", tmp_path / "a", "guest") == cli.USAGE  # of another domain
+    with xa.connect(host, journal=tmp_path / "journals") as xen, xen.domain("guest") as dom:
+        with pytest.raises(xa.BusyError, match="were imported") as told:
+            dom.altp2m()
+        assert told.value.hint == ("xenaltp2m state export FILE 1 takes them out",)
+        dom.monitor().close()  # to hear of them
+        shadow = dom.maximum_gfn
+        assert dom.memory.read_page(shadow) == b"\x5a" * xa.PAGE_SIZE
+        dom.memory.write(shadow << 12, b"changed")
+    assert run("import", tmp_path / "a", "guest") == cli.REFUSED
+    assert run("export", tmp_path / "b", "guest") == cli.DONE
+    exported = State.from_bytes((tmp_path / "b").read_bytes())
+    assert exported.views == state.views
+    assert exported.vcpus == state.vcpus
+    assert exported.pages[0].content is not None
+    assert exported.pages[0].content.startswith(b"changed\x5a")
+    assert not host.altp2m_get_domain_state(domid)
+    assert list((tmp_path / "journals").iterdir()) == []
+    [after] = host.domain_getinfolist(domid, 1)
+    assert replace(after, pages=before[0].pages) == before[0]
+    assert after.pages == before[0].pages - 1  # the monitor's ring had been one of them
+    assert run("export", tmp_path / "c", "guest") == cli.USAGE
+    assert run("import", tmp_path / "b", "guest") == cli.DONE
+
+
+def test_what_was_imported_is_rescued_only_by_force(host: Lasting, tmp_path: Path) -> None:
+    saved(tmp_path / "a")
+    assert run("import", tmp_path / "a", "guest") == cli.DONE
+    with xa.connect(host, journal=tmp_path / "journals") as xen:
+        assert "views were imported" in diagnose(xen, "guest").lines()[0]
+        assert rescue(xen, "guest").steps == ()
+        assert host.altp2m_get_domain_state(1)
+        assert not rescue(xen, "guest", force=True).failed
+        assert not host.altp2m_get_domain_state(1)
+    assert list((tmp_path / "journals").iterdir()) == []
+
+
+def test_a_killed_monitor_beside_imported_views(host: Lasting, tmp_path: Path) -> None:
+    saved(tmp_path / "a")
+    assert run("import", tmp_path / "a", "guest") == cli.DONE
+    host.monitor_enable(1)  # whose owner is no more
+    with xa.connect(host, journal=tmp_path / "journals") as xen:
+        steps = [step.what for step in rescue(xen, "guest").steps]
+        assert any("the ring goes" in what for what in steps) == bool(steps)
+    assert host.altp2m_get_domain_state(1)
+    assert host.altp2m_get_vcpu_p2m_idx(1, 0) == 1
+
+
+def test_an_import_that_fails_leaves_nothing(host: Lasting, tmp_path: Path) -> None:
+    saved(tmp_path / "a")
+    before = host.domain_getinfolist(1, 1)
+    for nth in range(1, 60, 3):
+        host.fail(None, nth, EINVAL)
+        done = run("import", tmp_path / "a", "guest")
+        host._faults.clear()
+        if done == cli.DONE:
+            assert run("export", tmp_path / f"out-{nth}", "guest") == cli.DONE
+        assert host.domain_getinfolist(1, 1) == before
+        assert not host.altp2m_get_domain_state(1)
+        assert list((tmp_path / "journals").glob("*")) == []
+
+
+def test_a_damaged_record_of_what_was_imported(host: Lasting, tmp_path: Path) -> None:
+    saved(tmp_path / "a")
+    assert run("import", tmp_path / "a", "guest") == cli.DONE
+    [path] = (tmp_path / "journals").glob("*.state")
+    path.write_bytes(path.read_bytes()[:-9])
+    assert run("export", tmp_path / "b", "guest") == cli.USAGE
+    assert not (tmp_path / "b").exists()
+    assert host.altp2m_get_domain_state(1)
+
+
+def test_an_agent_that_runs_carries_its_views_itself(
+    host: Lasting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (
+        xa.connect(host, journal=tmp_path / "journals") as xen,
+        xen.domain("guest") as dom,
+        dom.altp2m(),
+    ):
+        assert run("export", tmp_path / "b", "guest") == cli.REFUSED
+    assert "it has to carry its views itself" in capsys.readouterr().err
+
+
+def test_others_views_are_saved_and_verified(
+    host: Lasting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("save", tmp_path / "none", "guest") == cli.USAGE
+    with xa.connect(host) as xen, xen.domain("guest") as dom, dom.altp2m() as altp2m:
+        view = altp2m.create_view(label="theirs")
+        view.set_access(range(0x10, 0x20), xa.Access.RX)
+        view.set_suppress_ve(0x14, False)
+        altp2m.switch_to_view(view)
+        assert run("save", tmp_path / "s", "guest") == cli.DONE
+        assert "does not tell what is remapped" in capsys.readouterr().err
+        state = State.from_bytes((tmp_path / "s").read_bytes())
+        own = altp2m.capture()
+        assert diff(replace(own, views=(replace(own.views[0], label=""),)), state) == []
+        assert run("verify", tmp_path / "s", "guest") == cli.DONE
+        assert run("verify", tmp_path / "s", "guest", "--sample", 3) == cli.DONE
+        (tmp_path / "own").write_bytes(own.to_bytes())
+        host.altp2m_set_mem_access(1, int(view.id), 0x15, 7)
+        capsys.readouterr()
+        with pytest.raises(SystemExit, match="1"):
+            run("verify", tmp_path / "own", "guest", "--json")
+        assert json.loads(capsys.readouterr().out) == {
+            "differences": ["view 1: gfn 0x15 has rwx, not r-x"]
+        }
+        altp2m.switch_to_view(None)
+        view.close()
+        with pytest.raises(SystemExit, match="1"):
+            run("verify", tmp_path / "own", "guest")
+        assert "view 1 is gone" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="1"):
+        run("verify", tmp_path / "own", "guest")
+    assert "altp2m is off" in capsys.readouterr().out
+
+
+def test_files_that_cannot_be_written(host: Lasting, tmp_path: Path) -> None:
+    saved(tmp_path / "a")
+    assert run("import", tmp_path / "a", "guest") == cli.DONE
+    assert run("export", tmp_path / "a", "guest") == cli.USAGE  # it is there already
+    assert run("export", tmp_path / "none" / "b", "guest") == cli.USAGE
+    assert host.altp2m_get_domain_state(1)
+    assert run("export", tmp_path / "b", "guest") == cli.DONE

@@ -1,21 +1,34 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``state``: look at a saved state of views, compare two, make its views in a domain."""
+"""``state``: views as files: look at them, compare them, save them, make them in a domain."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
+import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import xenaltp2m as xa
+from xenaltp2m.carrying import import_views, imported_views, take_out_views
 from xenaltp2m.cli.console import Console, Table
 from xenaltp2m.cli.host import Signals, connect, is_altp2m_active
-from xenaltp2m.cli.pages import counted, seconds
-from xenaltp2m.viewstate import MAX_FILE, State, ViewState, diff, obstacles, restore
+from xenaltp2m.cli.pages import counted, number_among, seconds
+from xenaltp2m.viewstate import (
+    MAX_FILE,
+    State,
+    ViewState,
+    compare,
+    diff,
+    obstacles,
+    restore,
+    scan,
+)
 
-SUMMARY = "look at a saved state of views, compare two, make its views in a domain"
+SUMMARY = "views as files: look at them, compare them, save them, make them in a domain"
 
 KEYS = """\
 A state is what an agent's views have that the host p2m has not; an agent writes it with
@@ -23,14 +36,23 @@ altp2m.capture(contents=True).to_bytes().
 
   show FILE             its views, and what is in them
   diff FILE FILE        what is different; the exit code is 1 if something is
+  verify FILE DOMAIN    where Xen has something else than a state captured of that domain; the exit
+                        code is 1 if it has. --sample looks at some gfns of each view only
+  save FILE DOMAIN      writes what Xen tells of the views that others have made: access, not remaps
   restore FILE DOMAIN   makes its views in a domain, and keeps them until --hold is over, Ctrl-C or
                         SIGTERM; --dry-run tells what is in the way, and changes nothing. Nobody
                         answers what the guest does against them: Xen then lifts it, page by page
+  import FILE DOMAIN    the same, and they stay when this ends: for the hooks of a toolstack
+  export FILE DOMAIN    takes what was imported out, into a file: before a migration, say
+
+A FILE that is written, or imported, may be -: standard output or input.
 
 --json prints one object:
   show      {"views": [{"label", "default", "visible", "access": {access: gfns}, "suppress_ve",
             "remaps"}], "pages": number, "vcpus": [view or null], "origin"}
   diff      {"differences": [in words]}
+  verify    {"differences": [in words]}
+  save, export, import  {"file", "views", "pages"}
   restore   {"obstacles": [in words], "views": [numbers]}
 """
 
@@ -38,10 +60,13 @@ altp2m.capture(contents=True).to_bytes().
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.set_defaults(usage_error=parser.error)
-    parser.add_argument("action", choices=("show", "diff", "restore"), help="what to do")
+    parser.add_argument("action", choices=tuple(_ACTIONS), help="what to do")
     parser.add_argument("file", metavar="FILE", help="a saved state")
     parser.add_argument(
         "other", metavar="FILE|DOMAIN", nargs="?", help="the other state, or the domain"
+    )
+    parser.add_argument(
+        "--sample", type=_sample, metavar="GFNS", help="verify: so many of each view, at random"
     )
     parser.add_argument("--dry-run", action="store_true", help="restore: tell what is in the way")
     parser.add_argument(
@@ -49,22 +74,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _sample(text: str) -> int:
+    return number_among(text, range(1, 1 << 36), "a number of gfns")
+
+
 def run(options: argparse.Namespace, console: Console) -> None:
     """Run the command."""
     if (options.other is None) is not (options.action == "show"):
-        wanted = {"show": "one file", "diff": "two files", "restore": "a file and a domain"}
-        options.usage_error(f"{options.action} takes {wanted[options.action]}")
-    state = _read(options.file)
-    if options.action == "show":
-        _show(state, options.file, console)
-    elif options.action == "diff":
-        _diff(state, _read(options.other), console)
-    else:
-        _restore(state, options, console)
+        wanted = {"show": "one file", "diff": "two files"}.get(
+            options.action, "a file and a domain"
+        )
+        options.usage_error(f"{options.action} takes {wanted}")
+    _ACTIONS[options.action](options, console)
 
 
 def _read(name: str) -> State:
     try:
+        if name == "-":
+            return State.from_bytes(sys.stdin.buffer.read(MAX_FILE + 1))
         with Path(name).open("rb") as stream:
             return State.from_bytes(stream.read(MAX_FILE + 1))
     except xa.StateError as error:
@@ -73,7 +100,31 @@ def _read(name: str) -> State:
         raise xa.StateError(f"{name}: {error.strerror}", errno=error.errno) from error
 
 
-def _show(state: State, name: str, console: Console) -> None:
+def _write(state: State, name: str, console: Console) -> None:
+    """Write a file, whole or not at all; none that is there already."""
+    data = state.to_bytes()
+    document = {"file": name, "views": len(state.views), "pages": len(state.pages)}
+    if name == "-":
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        return
+    path = Path(name)
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(file, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        if not isinstance(error, FileExistsError):
+            path.unlink(missing_ok=True)
+        raise xa.StateError(f"{name}: {error.strerror}", errno=error.errno) from error
+    views, pages = counted(len(state.views), "view"), counted(len(state.pages), "added page")
+    console.result(document, Table((f"{name}: {views}, {pages}",), []))
+
+
+def _show(options: argparse.Namespace, console: Console) -> None:
+    name, state = options.file, _read(options.file)
     document = {
         "views": [_view(view) for view in state.views],
         "pages": len(state.pages),
@@ -91,7 +142,8 @@ def _show(state: State, name: str, console: Console) -> None:
         )
         for number, view in enumerate(state.views)
     ]
-    origin = ", ".join(f"{key} {value}" for key, value in sorted(state.origin.items()) if value)
+    told = {key: state.origin.get(key) for key in ("domain", "name", "xen")}
+    origin = ", ".join(f"{key} {value}" for key, value in told.items() if value)
     title = (
         f"{name}: {counted(len(state.views), 'view')}, {counted(len(state.pages), 'added page')}"
     )
@@ -117,8 +169,42 @@ def _view(view: ViewState) -> dict[str, Any]:
     }
 
 
-def _diff(before: State, after: State, console: Console) -> None:
-    found = diff(before, after)
+def _diff(options: argparse.Namespace, console: Console) -> None:
+    _tell(diff(_read(options.file), _read(options.other)), console)
+
+
+def _verify(options: argparse.Namespace, console: Console) -> None:
+    state = _read(options.file)
+    with connect(options, console) as xen, xen.domain(options.other) as domain:
+        progress = console.progress("verifying")
+        found = compare(domain, state, sample=options.sample, progress=progress)
+    _tell(found, console)
+
+
+def _save(options: argparse.Namespace, console: Console) -> None:
+    with connect(options, console) as xen, xen.domain(options.other) as domain:
+        _write(scan(domain, progress=console.progress("asking Xen")), options.file, console)
+    console.note("Xen does not tell what is remapped: an agent's own capture has it.")
+
+
+def _import(options: argparse.Namespace, console: Console) -> None:
+    state = _read(options.file)
+    with Signals() as signals, connect(options, console) as xen:
+        signals.hold_back()
+        made = import_views(xen, options.other, state)
+    views, pages = counted(len(made.views), "view"), counted(len(made.pages), "added page")
+    document = {"file": options.file, "views": len(made.views), "pages": len(made.pages)}
+    console.result(document, Table((f"imported: {views}, {pages}",), []))
+
+
+def _export(options: argparse.Namespace, console: Console) -> None:
+    with Signals() as signals, connect(options, console) as xen:
+        signals.hold_back()
+        _write(imported_views(xen, options.other), options.file, console)
+        take_out_views(xen, options.other)
+
+
+def _tell(found: list[str], console: Console) -> None:
     console.result(
         {"differences": found},
         Table(("different",), [(line,) for line in found]) if found else Table(("the same",), []),
@@ -127,7 +213,8 @@ def _diff(before: State, after: State, console: Console) -> None:
         raise SystemExit(1)
 
 
-def _restore(state: State, options: argparse.Namespace, console: Console) -> None:
+def _restore(options: argparse.Namespace, console: Console) -> None:
+    state = _read(options.file)
     with ExitStack() as stack:
         signals = stack.enter_context(Signals())
         xen = stack.enter_context(connect(options, console))
@@ -154,3 +241,14 @@ def _restore(state: State, options: argparse.Namespace, console: Console) -> Non
         while rest > 0 and not signals.arrived(min(rest, 1.0)):
             rest -= 1.0
     console.note("Undone: views destroyed" + ("." if was_active else ", altp2m off."))
+
+
+_ACTIONS: dict[str, Callable[[argparse.Namespace, Console], None]] = {
+    "show": _show,
+    "diff": _diff,
+    "verify": _verify,
+    "save": _save,
+    "restore": _restore,
+    "import": _import,
+    "export": _export,
+}
