@@ -74,9 +74,8 @@ class Diagnosis:
     @property
     def healthy(self) -> bool:
         """Whether nothing needs to be done: nobody was killed, and nothing of an agent is left."""
-        ours = self.altp2m and not self.mixed
-        known = self.working or self.imported
-        return not self.killed and (bool(known) or not (ours or self.ring))
+        ours = self.altp2m and not (self.mixed or self.imported)
+        return not self.killed and (bool(self.working) or not (ours or self.ring))
 
     def lines(self) -> list[str]:
         """Say it in words, a line for each thing."""
