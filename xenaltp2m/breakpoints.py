@@ -443,11 +443,14 @@ class Breakpoints(Handle):
         self._added = UndoList()
         """What the shadows are."""
         self._shadows = Shadows(self._domain, self._views, self._added)
+        self._heard: list[type[Event]] = []
+        """What was not heard of before, and will not be after."""
         pages, self._pages = self._pages, {}
         try:
             for kind in (MemAccess, SoftwareBreakpoint):
                 with suppress(AlreadyError):
                     self._monitor.enable(kind)
+                    self._heard.append(kind)
             for label in ("hooks", "step", "write"):
                 self._create_view(label)
             self.hooks, self._step_view, self._write_view = self._views
@@ -1003,6 +1006,9 @@ class Breakpoints(Handle):
     def _destroy_views(self) -> None:
         doing = f"closing {self!r}"
         undo = UndoList()
+        for kind in self._heard:
+            what = f"events of {kind.__name__} of domain {self._domid}"
+            undo.push(what, partial(self._hear_no_more, kind))
         for view in self._views:
             undo.push("", view.close)
         undo.push("", lambda: self._undo.unwind(doing))
@@ -1038,6 +1044,11 @@ class Breakpoints(Handle):
         if gfn in self._pages:
             self._pages[gfn].unmap()
             del self._pages[gfn]
+
+    def _hear_no_more(self, kind: type[Event]) -> None:
+        if not self._monitor.closed:
+            with suppress(InvalidArgumentError):  # somebody has disabled it already
+                self._monitor.disable(kind)
 
     def _leave(self) -> None:
         if not self._altp2m.closed:

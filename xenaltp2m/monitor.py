@@ -425,10 +425,12 @@ class Monitor(Handle):
         switch(self._domid, **{word: on, **subscription.options})
 
     def _turn_off(self, subscription: Subscription) -> None:
-        if self._enabled.pop(subscription.key, None) is None or subscription.switch is None:
+        if subscription.key not in self._enabled:
             return
-        with contextlib.suppress(AlreadyError):
-            self._turn(subscription, False)
+        if subscription.switch is not None:
+            with contextlib.suppress(AlreadyError):
+                self._turn(subscription, False)
+        del self._enabled[subscription.key]
 
     @property
     def subscriptions(self) -> tuple[Subscription, ...]:

@@ -14,13 +14,16 @@ from __future__ import annotations
 import re
 import runpy
 import sys
+import tempfile
 from pathlib import Path
 from unittest.mock import patch
 
-from xenaltp2m import cli
+from xenaltp2m import cli, xen
 from xenaltp2m.backend import Backend, open_backend
 from xenaltp2m.backend.mock import Instruction, MockBackend, WriteControlRegister
+from xenaltp2m.carrying import import_views
 from xenaltp2m.types import PAGE_SIZE
+from xenaltp2m.viewstate import State
 
 GUESTS = Path(__file__).parents[2] / "examples" / "guest"
 ENDLESS, END = {"watch", "trace"}, ("--count", "3")
@@ -53,12 +56,32 @@ def host(arguments: list[str]) -> MockBackend:
     return mock
 
 
+def prepare(mock: MockBackend, arguments: list[str]) -> None:
+    """Have in the domain what commands before this one have left there, or somebody else."""
+    mock.name = "libxc"  # so that there are journals
+    patch("xenaltp2m.xen.DIRECTORY", Path(tempfile.mkdtemp())).start()
+    if "save" in arguments or "verify" in arguments:
+        domid = int(mock.name_to_domid("DOMAIN") or 0)
+        mock.altp2m_set_domain_state(domid, True)
+        mock.altp2m_set_mem_access(domid, mock.altp2m_create_view(domid, 7), 0x100, 1)
+    if "export" in arguments:
+        with patch.object(MockBackend, "close"):
+            connection = xen.connect(mock)
+            content = Path("views.json").read_bytes()
+            import_views(connection, "DOMAIN", State.from_bytes(content))
+            connection.close()
+
+
 def main() -> int:
     """Run the command line there."""
     arguments = sys.argv[1:]
 
+    mock = host(arguments)
+    if "state" in arguments:
+        prepare(mock, arguments)
+
     def opened(name: str) -> Backend:
-        return host(arguments) if name == "libxc" else open_backend(name)
+        return mock if name == "libxc" else open_backend(name)
 
     with patch("xenaltp2m.xen.open_backend", opened):
         if arguments[:1] == ["--script"]:
