@@ -15,6 +15,7 @@ from errno import EINVAL
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,6 +28,7 @@ from xenaltp2m.viewstate import FORMAT, State, capture, diff, obstacles, restore
 
 from .faults import Failing
 
+SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "state.schema.json").read_text())
 GFNS = 256
 ACCESSES = [xa.Access.N, xa.Access.R, xa.Access.X, xa.Access.RX, xa.Access.RW, xa.Access.RWX,
             xa.Access.N2RWX, xa.Access.RX2RW]  # fmt: skip
@@ -104,6 +106,7 @@ def test_captured_restored_and_captured_it_is_the_same(seed: int, xen: tuple[int
         data = state.to_bytes(origin=False)
         assert State.from_bytes(data) == state
         assert State.from_bytes(data).to_bytes(origin=False) == data
+        jsonschema.validate(json.loads(plain(state)), SCHEMA)
         other = Host(stack, xen)
         assert obstacles(other.altp2m, state) == []
         restore(other.altp2m, State.from_bytes(data))
@@ -266,6 +269,14 @@ def test_files_that_cannot_be(name: str, value: Any) -> None:
     with pytest.raises(xa.StateError) as error:
         State.from_bytes(signed(document | {name: value}))
     assert "checksum is another" not in error.value.message
+
+
+def test_the_schema_tells_shapes_apart() -> None:
+    document = json.loads(plain(small()))
+    wrong = [("views", {}), ("version", 2), ("notify", [[0]]), ("vcpus", ["a"]), ("pages", [{}])]
+    for name, value in wrong:
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(document | {name: value}, SCHEMA)
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG_VIEWS)
