@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from xenaltp2m.errors import InvalidArgumentError, XenError
+from xenaltp2m.errors import DomainNotFoundError, InvalidArgumentError, XenError
 from xenaltp2m.handle import Handle, UndoList
 from xenaltp2m.types import ALL_GFNS, HOST_VIEW, Access, VcpuId, ViewId
 from xenaltp2m.view import (
@@ -252,9 +252,14 @@ class Altp2m(Handle):
             Views that were otherwise; where altp2m had been switched off, all. What is told by
             :meth:`on_lost` is told before the domain goes on.
 
+        Raises:
+            DomainNotFoundError: The domain is gone, or was carried away: the hint says where it
+                is. All views are lost, and told of.
+
         ``xc_altp2m_get_domain_state``, ``xc_altp2m_get_mem_access``.
         """
         self._check_open()
+        self._check_it_is_there()
         wrong: dict[View, tuple[Mismatch, ...]] = {}
         is_on = self._backend.altp2m_get_domain_state(self._domid)
         if is_on:
@@ -262,7 +267,6 @@ class Altp2m(Handle):
                 if found_wrong := view.verify(sample=sample, progress=progress):
                     wrong[view] = tuple(found_wrong)
         else:
-            self.domain.info()  # raises where the domain is gone
             wrong = dict.fromkeys(self.views, ())
         if not wrong:
             return []
@@ -279,6 +283,23 @@ class Altp2m(Handle):
                 for tell in self._listeners:
                     tell(lost)
         return found
+
+    def _check_it_is_there(self) -> None:
+        """Raise where the domain is gone, or is elsewhere by now; that is told, too."""
+        try:
+            self.domain.info()
+        except DomainNotFoundError as gone:
+            for info in self.domain.xen.domains():
+                if info.uuid == self.domain.uuid:
+                    hint = (
+                        f"it is domain {info.domid} now, with altp2m off: open it, and restore a "
+                        "state that was captured; Domain.carried() would have carried all of it"
+                    )
+                    gone.hint = (hint, *gone.hint)
+            for view in self.views:
+                for tell in self._listeners:
+                    tell(Lost(view, (), reapplied=False, failure=gone))
+            raise
 
     @staticmethod
     def _try(act: Callable[[], None]) -> XenError | None:

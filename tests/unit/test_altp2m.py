@@ -16,14 +16,18 @@ from xenaltp2m import (
     BusyError,
     DecorativeDefaultWarning,
     Domain,
+    Gfn,
     InvalidArgumentError,
     LeftoverError,
+    Lost,
+    Mismatch,
     OutOfMemoryError,
     SuperpageDefaultWarning,
     UnsupportedError,
     View,
     ViewId,
     Xen,
+    XenError,
     connect,
 )
 from xenaltp2m.abi.releases import SUPPORTED
@@ -495,3 +499,83 @@ def test_views_that_track_a_gfn(dom: Domain, altp2m: Altp2m, view: View) -> None
     assert [altp2m.tracking(gfn) for gfn in gfns] == [[view], [other], [other]]
     other.close()
     assert [altp2m.tracking(gfn) for gfn in gfns] == [[view], [], []]
+
+
+# What gets lost.
+
+
+def make_much(altp2m: Altp2m) -> None:
+    """Views with all there is, a #VE page, and the vCPUs in one of them."""
+    view = altp2m.create_view(label="one")
+    view.set_access(range(4, 12), Access.RX)
+    view.remap(20, 21, access=Access.X)
+    view.remap(21, 22, access=Access.R)
+    view.set_suppress_ve(9, False)
+    hidden = altp2m.create_view(label="two")
+    hidden.set_access(30, Access.N)
+    hidden.set_visibility(False)
+    altp2m.switch_to_view(view)
+    altp2m.enable_notify(0, 8)
+
+
+@every_release
+def test_altp2m_that_somebody_switched_off_is_made_again(
+    altp2m: Altp2m, mock: MockBackend, guest: Model
+) -> None:
+    make_much(altp2m)
+    before = state_of(mock, 1, GFNS)
+    told: list[Lost] = []
+    altp2m.on_lost(told.append)
+    assert altp2m.verify() == []
+    mock.altp2m_set_domain_state(1, False)
+    found = altp2m.verify()
+    assert found == told == [Lost(view, (), reapplied=True) for view in altp2m.views]
+    assert changes(before, state_of(mock, 1, GFNS)) == set()
+    assert altp2m.verify() == []
+
+
+def test_what_cannot_be_made_again_is_told_and_tried_again(
+    altp2m: Altp2m, mock: MockBackend, guest: Model
+) -> None:
+    make_much(altp2m)
+    before, off, pauses = state_of(mock, 1, GFNS), None, guest.pauses
+    calls = 0
+    while True:
+        mock.altp2m_set_domain_state(1, False)
+        off = off or state_of(mock, 1, GFNS)
+        calls += 1
+        mock.fail(None, calls + 3, EPERM)  # after those that look
+        try:
+            found = altp2m.verify()
+        except XenError:
+            found = []  # pausing, or unpausing, has failed
+            if guest.pauses > pauses:
+                altp2m.domain.unpause()
+        if not mock._faults:
+            if all(lost.reapplied for lost in found) and found:
+                assert changes(before, state_of(mock, 1, GFNS)) == set()
+            elif found:
+                assert all(isinstance(lost.failure, XenError) for lost in found)
+                assert changes(off, state_of(mock, 1, GFNS)) == set()
+                altp2m.verify()
+                assert changes(before, state_of(mock, 1, GFNS)) == set()
+        else:
+            break
+    mock._faults.clear()
+    assert calls > 15
+    assert altp2m.verify() == []
+    assert changes(before, state_of(mock, 1, GFNS)) == set()
+
+
+def test_what_is_only_looked_for_stays_as_it_is(
+    altp2m: Altp2m, mock: MockBackend, guest: Model
+) -> None:
+    make_much(altp2m)
+    [one, two] = altp2m.views
+    guest.set_mem_access(0, 30, RX)
+    [lost] = altp2m.verify(reapply=False)
+    assert lost == Lost(two, (Mismatch(Gfn(30), Access.N, Access.RX),), reapplied=False)
+    assert altp2m.verify([one]) == []
+    assert two.access(30) == Access.RX
+    assert [each.view for each in altp2m.verify()] == [two]
+    assert two.access(30) == Access.N

@@ -135,6 +135,17 @@ def test_it_did_not_leave(agent: Agent) -> None:
     assert agent.guest.lines("noticed") == [0, 0]
 
 
+def test_it_was_carried_behind_our_back(agent: Agent) -> None:
+    told: list[xa.Lost] = []
+    agent.altp2m.on_lost(told.append)
+    new = agent.mock.carry(agent.dom.domid)
+    with pytest.raises(xa.DomainNotFoundError) as error:
+        agent.altp2m.verify()
+    assert error.value.hint[0].startswith(f"it is domain {new} now, with altp2m off")
+    assert {lost.view for lost in told} == set(agent.altp2m.views)
+    assert all(lost.failure is error.value and not lost.reapplied for lost in told)
+
+
 def test_it_does_not_come_back(agent: Agent) -> None:
     with (
         pytest.raises(xa.DomainNotFoundError, match=r"has not come back within 0\.1 s"),
