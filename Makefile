@@ -14,6 +14,9 @@ retry = for pause in 5 20 0; do $(1) && break; \
 	[ $$pause -ne 0 ] || { echo "make: failed three times: $(firstword $(2))" >&2; exit 1; }; \
 	echo "make: trying again in $$pause s" >&2; sleep $$pause; done
 
+apt = apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
+	apt-get -qq install --no-install-recommends $(1) >/dev/null
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test check lint format types docs ffi ffi-check abi bench bench-sim bench-xen fuzz guest dist clean headers \
@@ -115,6 +118,10 @@ clean: ## remove what these targets made
 $(READY): pyproject.toml setup.py
 	@echo "make: setting up $(VENV), about half a minute" >&2
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'
+	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then :; \
+	elif [ "$$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then \
+		$(call retry,{ $(call apt,python3-venv ca-certificates); },apt-get); \
+	else echo "make: $(PYTHON) cannot make virtual environments: apt-get install python3-venv" >&2; exit 1; fi
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(call retry,$(RUN) -m pip install -qq 'pip>=25.1',pip)
 	@$(call retry,$(RUN) -m pip install -qq --editable '.[cli$(comma)sim]' --group dev,pip)
@@ -124,7 +131,5 @@ $(READY): pyproject.toml setup.py
 headers:
 	@if [ -e /usr/include/xenctrl.h ] && command -v gcc >/dev/null; then :; \
 	elif [ "$$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then \
-		$(call retry,{ apt-get -qq update && \
-			DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends \
-			gcc libc6-dev libxen-dev >/dev/null; },apt-get); \
+		$(call retry,{ $(call apt,gcc libc6-dev libxen-dev); },apt-get); \
 	else echo "make: no gcc or no Xen headers (libxen-dev): the ABI proofs will be skipped" >&2; fi
