@@ -50,6 +50,9 @@ _MAX_PAGES = 1 << 16
 _MAX_VCPUS = 1 << 13
 _MAX_RUNS = 1 << 22
 _MAX_LABEL = 1 << 10
+_FOUR_GIB = 1 << 20
+_UPPERMOST = 1 << 12
+"""Both in pages."""
 _SCANNED_AT_ONCE = 1 << 12
 _PACKED_FROM = 1 << 16
 _LEVEL = 1
@@ -240,7 +243,9 @@ def scan(domain: Domain, *, progress: Progress | None = None) -> State:
 
     Xen does not tell what is remapped, nor labels, nor which views are hidden; nor is what was set
     told from what Xen has copied from the host p2m, where they are alike. Two calls for each gfn
-    and view; the domain stands still meanwhile.
+    and view; the domain stands still meanwhile. Looked at is where memory is: as many gfns as the
+    domain may have pages, from 0 and from 4 GiB on, and the uppermost 4096, where special pages
+    and added ones are.
 
     Args:
         domain: The domain.
@@ -270,8 +275,9 @@ def _scan_view(domain: Domain, number: ViewId, progress: Progress | None) -> Vie
     default = access_of[backend.altp2m_get_mem_access(domid, number, ALL_GFNS)]
     access: Runs[Access] = Runs()
     suppress_ve: Runs[bool] = Runs()
-    last = domain.maximum_gfn
-    for gfn in range(last + 1):
+    places = _places_of_memory(domain.info().max_pages, domain.maximum_gfn)
+    total = sum(map(len, places))
+    for done, gfn in enumerate(chain.from_iterable(places), 1):
         own = own_access(backend, domid, number, gfn)
         if own is not None:
             lazy = default
@@ -281,9 +287,18 @@ def _scan_view(domain: Domain, number: ViewId, progress: Progress | None) -> Vie
                 access.set(gfn, own)
             if not backend.altp2m_get_suppress_ve(domid, number, gfn):
                 suppress_ve.set(gfn, False)
-        if progress is not None and (gfn % _SCANNED_AT_ONCE == 0 or gfn == last):
-            progress(gfn, last)
+        if progress is not None and (done % _SCANNED_AT_ONCE == 0 or done == total):
+            progress(done, total)
     return ViewState("", default, True, access.frozen(), suppress_ve.frozen(), ())
+
+
+def _places_of_memory(pages: int, last: int) -> list[range]:
+    """Tell where a domain's memory may be, by gfn."""
+    found: Runs[bool] = Runs()
+    upper = max(last + 1 - _UPPERMOST, 0)
+    for first, count in ((0, min(pages, _FOUR_GIB)), (_FOUR_GIB, pages), (upper, _UPPERMOST)):
+        found.set_many(range(first, min(first + count, last + 1)), True)
+    return [range(run.first, run.end) for run in found]
 
 
 def compare(

@@ -24,7 +24,7 @@ import xenaltp2m as xa
 from xenaltp2m import cli
 from xenaltp2m.backend.mock import MockBackend
 from xenaltp2m.runs import FrozenRuns
-from xenaltp2m.viewstate import FORMAT, State, capture, diff, obstacles, restore
+from xenaltp2m.viewstate import FORMAT, State, _places_of_memory, capture, diff, obstacles, restore
 
 from .faults import Failing
 
@@ -396,3 +396,17 @@ def test_what_cannot_be_done(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     out, err = capsys.readouterr()
     assert f"the content of {count} added pages was not captured" in out
     assert "cannot be restored there" in err
+
+
+@pytest.mark.parametrize(
+    ("pages", "last", "places"),
+    [
+        (100, 99, [range(100)]),
+        (4096, 0xFF010, [range(4096), range(0xFE011, 0xFF011)]),
+        (1 << 19, 0xFF010, [range(1 << 19), range(0xFE011, 0xFF011)]),
+        (0x140000, 0x150000, [range(0x150001)]),
+        (0x101000, 0x300000, [range(0x201000), range(0x2FF001, 0x300001)]),
+    ],
+)
+def test_where_memory_may_be(pages: int, last: int, places: list[range]) -> None:
+    assert _places_of_memory(pages, last) == places
