@@ -13,7 +13,16 @@ enum {
 enum {
     HVMOP_ALTP2M_INTERFACE_VERSION = 1,
     HVMOP_altp2m_set_mem_access_multi = 9,
+    HVMOP_get_mem_type = 15,
     HVMOP_altp2m = 25,
+};
+
+/* What HVMOP_get_mem_type answers: hvmmem_type_t. */
+enum {
+    HVMMEM_ram_rw = 0,
+    HVMMEM_ram_ro = 1,
+    HVMMEM_mmio_dm = 2,
+    HVMMEM_ioreq_server = 4
 };
 
 typedef struct xencall_handle xencall_handle;

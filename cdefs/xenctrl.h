@@ -133,6 +133,11 @@ int xc_domain_decrease_reservation_exact(
     xc_interface *xch, uint32_t domid, unsigned long nr_extents, unsigned int extent_order,
     xen_pfn_t *extent_start);
 
+/* Pages; each pointer may be NULL. Up to 4.16 every failure's errno is 1 (xc_domain_pod_target). */
+int xc_domain_get_pod_target(
+    xc_interface *xch, uint32_t domid, uint64_t *tot_pages, uint64_t *pod_cache_pages,
+    uint64_t *pod_entries);
+
 /* The pool that p2m and view tables are built from. Bytes, and exact, since 4.17. */
 /* since 4.17 */
 int xc_get_paging_mempool_size(xc_interface *xch, uint32_t domid, uint64_t *size);

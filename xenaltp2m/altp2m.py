@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -66,7 +66,11 @@ class Altp2m(Handle):
     through it, moves the vCPUs back, and switches altp2m off if opening had switched it on.
     """
 
-    def __init__(self, domain: Domain) -> None:
+    def __init__(self, domain: Domain, accept: Collection[str] = ()) -> None:
+        from xenaltp2m.hazards import check_names
+
+        check_names(accept)
+        self._accept = accept
         self.domain = domain
         self._backend = domain.xen.backend
         self._views: list[View] = []
@@ -78,13 +82,17 @@ class Altp2m(Handle):
         self._set_up()
 
     def _set_up(self) -> None:
+        from xenaltp2m.hazards import refuse
+
         super().__init__()
         self._domid = self.domain.domid
         self._prior_views: set[ViewId] = set()
         self._switched_on = False
         self._moved = False
         try:
-            if self._backend.altp2m_get_domain_state(self._domid):
+            active = self._backend.altp2m_get_domain_state(self._domid)
+            refuse(self.domain, self._accept)
+            if active:
                 self._prior_views.update(self.vcpu_views().values())
                 existing = tuple(map(int, existing_views(self._backend, self._domid)))
                 self.domain._journal.write(

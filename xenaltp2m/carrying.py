@@ -9,7 +9,7 @@ handles know.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
@@ -180,7 +180,9 @@ class Carried:
 # Without an agent: for toolstacks.
 
 
-def import_views(xen: Xen, which: int | str | UUID, state: State) -> State:
+def import_views(
+    xen: Xen, which: int | str | UUID, state: State, *, accept: Collection[str] = ()
+) -> State:
     """Make the views of a state, and leave them there when this process ends.
 
     Nobody answers what the guest does against them: Xen then lifts it, page by page.
@@ -189,6 +191,7 @@ def import_views(xen: Xen, which: int | str | UUID, state: State) -> State:
         xen: The host, with a directory for journals, which tells of them.
         which: The domain, as :meth:`Xen.domain`.
         state: What to make; it may be of another domain, or release.
+        accept: See :meth:`Domain.altp2m`.
 
     Returns:
         The state as it is there.
@@ -204,7 +207,7 @@ def import_views(xen: Xen, which: int | str | UUID, state: State) -> State:
                 f"altp2m of domain {domain.domid} is on: somebody has views there",
                 domid=domain.domid,
             )
-        altp2m = domain.altp2m()
+        altp2m = domain.altp2m(accept=accept)
         restore(altp2m, state)
         made = altp2m.capture()
         domain._leave_as_it_is(made.to_bytes())

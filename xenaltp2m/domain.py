@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -42,6 +42,7 @@ from xenaltp2m.view import View, check_gfn
 
 if TYPE_CHECKING:
     from xenaltp2m.carrying import Carried
+    from xenaltp2m.hazards import Hazard
     from xenaltp2m.tracing import Trace
     from xenaltp2m.xen import Xen
 
@@ -162,10 +163,28 @@ class Domain(Handle):
 
     # Control.
 
-    def altp2m(self) -> Altp2m:
+    def hazards(self, views: int = 1) -> list[Hazard]:
+        """List what undermines views of the domain, what is refused by default first.
+
+        :func:`xenaltp2m.hazards.survey` tells, too, what could not be found out.
+
+        Args:
+            views: For how many views besides view 0 the p2m pool is to suffice.
+        """
+        from xenaltp2m.hazards import survey
+
+        self._check_open()
+        return list(survey(self, views).hazards)
+
+    def altp2m(self, *, accept: Collection[str] = ()) -> Altp2m:
         """Switch altp2m on, unless it is on, for as long as the result is open.
 
+        Args:
+            accept: Names of hazards with which it is opened all the same, such as
+                ``("passthrough",)``. They are not looked for.
+
         Raises:
+            HazardError: A view might fail to hold and nobody would be told: see :meth:`hazards`.
             UnsupportedError: Xen was not booted with ``altp2m=1``, or the domain is PV.
             InvalidArgumentError: The domain was created without altp2m.
             BusyError: It is open already, through this handle of the domain or another; or a
@@ -177,7 +196,7 @@ class Domain(Handle):
             raise BusyError(
                 f"{other!r} is open already: use it, or close it first", domid=self.domid
             )
-        self._altp2m = Altp2m(self)
+        self._altp2m = Altp2m(self, accept)
         return self._altp2m
 
     def monitor(

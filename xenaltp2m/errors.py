@@ -127,6 +127,22 @@ class StateError(XenError, ValueError):
     """A saved state of views cannot be used: it is damaged, or of a version not known."""
 
 
+class HazardError(XenError):
+    """Something undermines the views that were to be made, and nobody has accepted it.
+
+    Attributes:
+        hazards: The names of what was found, each a section of ``docs/hazards.md``.
+    """
+
+    def __init__(self, message: str, *, hazards: Sequence[str] = (), **keywords: Any) -> None:
+        super().__init__(message, **keywords)
+        self.hazards = tuple(hazards)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        keywords = self.context() | {"hint": self.hint, "hazards": self.hazards}
+        return _rebuild, (type(self), self.message, keywords)
+
+
 class RingError(XenError):
     """A monitor's ring holds what neither Xen nor this package can have put there."""
 
@@ -303,6 +319,12 @@ HINTS: dict[tuple[str, int], tuple[str, ...]] = {
     ("hvm_param_set", _errno.EINVAL): (
         "a value or parameter Xen does not know, or the domain has nested virtualisation",
         _NOT_HVM,
+    ),
+    ("hvm_get_mem_type", _errno.EINVAL): (_NOT_HVM,),
+    ("domain_get_pod_target", _errno.EINVAL): (_NOT_HVM,),
+    ("domain_get_pod_target", _errno.EPERM): (
+        "the domain has gone (Xen 4.16 and older say EPERM for that, too)",
+        _PRIVILEGE,
     ),
     ("hvm_param_get", _errno.EINVAL): ("a parameter Xen does not know", _NOT_HVM),
     ("monitor_enable", _errno.EBUSY): (

@@ -95,6 +95,7 @@ class Trace(Handle):
         cr3: int | Collection[int] | None = None,
         most_per_second: float | None = None,
         fast: bool = True,
+        accept: Collection[str] = (),
     ) -> None:
         """Begin.
 
@@ -108,6 +109,7 @@ class Trace(Handle):
             cr3: Only calls with these page tables are told.
             most_per_second: How many calls are told in a second; the rest is counted.
             fast: See :class:`Breakpoints`.
+            accept: See :meth:`Domain.altp2m`.
 
         Raises:
             SymbolError: A name is not known.
@@ -136,7 +138,7 @@ class Trace(Handle):
         self._return_places: set[int] = set()
         """Where breakpoints are for these: they stay, for it will be called from there again."""
         try:
-            altp2m = domain.altp2m()
+            altp2m = domain.altp2m(accept=accept)
             self._undo.push("", altp2m.close)
             self._monitor = domain.monitor()
             self._undo.push("", self._monitor.close)

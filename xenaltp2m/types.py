@@ -114,6 +114,33 @@ class DomainInfo:
     vcpus: int
     """vCPUs that are up; in a PVH guest that never ran, only the first."""
     max_vcpu_id: int
+    shared_pages: int = 0
+    """Pages that are shared with other domains (``XENMEM_sharing_op``)."""
+    paged_pages: int = 0
+    """Pages that were written to disk (``XENMEM_paging_op``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PodTarget:
+    """What ``xc_domain_get_pod_target`` says of a domain, in 4 KiB pages."""
+
+    pages: int
+    cached: int
+    """Pages that wait to be given to a gfn that is populated on demand."""
+    entries: int
+    """Gfns that are yet to be populated on demand."""
+
+
+class MemoryType(enum.IntEnum):
+    """What a gfn is in the host p2m, as ``HVMOP_get_mem_type`` tells it (``HVMMEM_*``)."""
+
+    RAM = 0
+    """Also a gfn that is yet to be populated on demand."""
+    READ_ONLY = 1
+    """A ROM; or RAM that is log-dirty or shared, to which a write is seen by Xen first."""
+    EMULATED = 2
+    """MMIO, of a device or of nothing; and any hole."""
+    IOREQ_SERVER = 4
 
 
 @dataclass(frozen=True, slots=True)

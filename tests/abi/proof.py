@@ -109,6 +109,7 @@ def table_claims(version: Version) -> Iterator[Claim]:
         "struct xen_domctl_getvcpuinfo": layouts.VCPU_INFO,
         "struct xen_domctl": layouts.DOMCTL,
         "struct xen_hvm_altp2m_op": layouts.ALTP2M_OP,
+        "struct xen_hvm_get_mem_type": layouts.GET_MEM_TYPE,
         "struct hvm_hw_cpu": layouts.HVM_CPU,
         "struct hvm_save_descriptor": layouts.HVM_DESCRIPTOR,
         "struct vm_event_st": layouts.VM_EVENT[layouts.VM_EVENT_VERSION.at(version)],

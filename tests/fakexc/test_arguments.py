@@ -61,6 +61,7 @@ SAMPLES: dict[str, object] = {
     "gfns": array("Q", [1]),
     "stream": b"\1",
     "name": "guest",
+    "path": "/local/domain/1/name",
     "channel": 1,
 }
 

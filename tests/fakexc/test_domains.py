@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import struct
 from pathlib import Path
 from uuid import UUID
 
@@ -12,13 +13,14 @@ import pytest
 from xenaltp2m.backend.libxc import LibxcBackend
 from xenaltp2m.errors import (
     DomainNotFoundError,
+    InvalidArgumentError,
     LibraryError,
     NotMappedError,
     OutOfMemoryError,
     UnsupportedError,
     XenError,
 )
-from xenaltp2m.types import DomainInfo, DomId, VcpuInfo
+from xenaltp2m.types import DomainInfo, DomId, PodTarget, VcpuInfo
 
 from . import fake as fakexc
 from .cases import DOMID
@@ -36,6 +38,8 @@ def info(
     max_pages: int = 0,
     vcpus: int = 0,
     max_vcpu_id: int = 0,
+    shared_pages: int = 0,
+    paged_pages: int = 0,
 ) -> bytes:
     """One ``struct xen_domctl_getdomaininfo``, laid out by hand from public/domctl.h."""
     raw = bytearray(b"\xa5" * size)
@@ -43,6 +47,8 @@ def info(
     raw[4:8] = flags.to_bytes(4, "little")
     raw[8:16] = pages.to_bytes(8, "little")
     raw[16:24] = max_pages.to_bytes(8, "little")
+    raw[32:40] = shared_pages.to_bytes(8, "little")
+    raw[40:48] = paged_pages.to_bytes(8, "little")
     raw[64:68] = vcpus.to_bytes(4, "little")
     raw[68:72] = max_vcpu_id.to_bytes(4, "little")
     raw[76:92] = UUID_BYTES
@@ -88,6 +94,8 @@ def test_domains(backend: LibxcBackend, fake: Fake) -> None:
         max_pages=high + 1,
         vcpus=0x8000_0001,
         max_vcpu_id=0x8000_0000,
+        shared_pages=high + 2,
+        paged_pages=high + 3,
     )
     fake.answer("xc_domain_getinfolist", 2, data=raw)
     zero, guest = backend.domain_getinfolist(0, 5)
@@ -106,6 +114,8 @@ def test_domains(backend: LibxcBackend, fake: Fake) -> None:
         max_pages=high + 1,
         vcpus=0x8000_0001,
         max_vcpu_id=0x8000_0000,
+        shared_pages=high + 2,
+        paged_pages=high + 3,
     )
 
 
@@ -231,6 +241,22 @@ def test_a_search_goes_on_past_a_batch(backend: LibxcBackend, fake: Fake) -> Non
         module._DOMAINS_AT_ONCE = before
 
 
+def test_what_xenstore_has(backend: LibxcBackend, fake: Fake) -> None:
+    fake.answer("xs_read", data=b"hvm\0\xff")
+    assert backend.xs_read("/libxl/7/type") == b"hvm\0\xff"
+    assert fake.calls[-1].data == b"/libxl/7/type"
+    fake.fail("xs_read", errno.ENOENT)
+    assert backend.xs_read("/libxl/8/type") is None
+    fake.fail("xs_read", errno.EACCES)
+    with pytest.raises(XenError) as caught:
+        backend.xs_read("/libxl/9/type")
+    assert (caught.value.op, caught.value.errno) == ("xs_read", errno.EACCES)
+    fake.reset()
+    with pytest.raises(InvalidArgumentError, match="not a path"):
+        backend.xs_read("/libxl/\0/type")
+    assert fake.names() == []
+
+
 # Configurations: libxl.
 
 
@@ -297,6 +323,40 @@ def test_libxl_does_not_open(known: LibxcBackend, fake: Fake) -> None:
     fake.answer("xc_domain_getinfolist", 1, data=info(DOMID))
     fake.answer("libxl_userdata_retrieve", data=b"{}")
     assert known.domain_config_json(DOMID) == "{}", "once xenstored is up"
+
+
+# xc_domain_get_pod_target.
+
+
+def test_populate_on_demand(backend: LibxcBackend, fake: Fake) -> None:
+    numbers = 0xFEDC_BA98_7654_3210, 1 << 63, 3
+    fake.answer("xc_domain_get_pod_target", data=struct.pack("<QQQ", *numbers))
+    assert backend.domain_get_pod_target(DOMID) == PodTarget(*numbers)
+    assert fake.only_call().args == (DOMID,)
+    fake.fail("xc_domain_get_pod_target", errno.EPERM)
+    with pytest.raises(XenError, match="has gone") as caught:
+        backend.domain_get_pod_target(DOMID)
+    assert (caught.value.op, caught.value.domid) == ("domain_get_pod_target", DOMID)
+
+
+# xc_shadow_control, of which there are two.
+
+
+def test_the_pool_in_a_library_up_to_4_15(tmp_path: Path) -> None:
+    if not fakexc.have_compiler():
+        pytest.skip("no gcc to build the stand-in with")
+    library = fakexc.build(tmp_path / "lib", without={"xc_logdirty_control"})
+    fake = Fake(library)
+    backend = fakexc.connect(library)
+    fake.reset()
+    fake.answer("xc_shadow_control", outs=(0xFEDC_BA98_7654, 0))
+    assert backend.shadow_get_allocation(DOMID) == 0xFEDC_BA98_7654, "an unsigned long there"
+    assert fake.only_call().args == (DOMID, 30, 0, 0)
+    fake.fail("xc_shadow_control", errno.ENOMEM)
+    with pytest.raises(OutOfMemoryError) as caught:
+        backend.shadow_get_allocation(DOMID)
+    assert (caught.value.op, caught.value.domid) == ("shadow_get_allocation", DOMID)
+    backend.close()
 
 
 # xc_vcpu_getinfo.

@@ -16,13 +16,14 @@ from xenaltp2m.abi.releases import SUPPORTED, release
 from xenaltp2m.backend.libxc import LibxcBackend
 from xenaltp2m.backend.loader import ENVIRONMENT, Loader
 from xenaltp2m.errors import InvalidArgumentError, LibraryMismatchWarning, UnsupportedError
+from xenaltp2m.types import MemoryType
 
 from . import fake as fakexc
 from .cases import DOMID
 from .fake import Fake
 
 DOMCTL, MONITOR_OP, CONTROL_REGISTERS = 36, 77, 4
-HVM_OP, ALTP2M, SET_MEM_ACCESS_MULTI = 34, 25, 9
+HVM_OP, ALTP2M, SET_MEM_ACCESS_MULTI, GET_MEM_TYPE = 34, 25, 9, 15
 VIEW, MANY = 3, 511
 """One gfn more than libxenctrl is trusted with."""
 
@@ -110,6 +111,36 @@ def test_a_bad_domid_opens_nothing(backend: LibxcBackend, fake: Fake) -> None:
     with pytest.raises(InvalidArgumentError):
         backend.monitor_control_registers(0x7FF0)
     assert fake.names() == []
+
+
+# The type of a gfn.
+
+
+def test_what_is_asked_about_a_gfn(backend: LibxcBackend, fake: Fake) -> None:
+    """``struct xen_hvm_get_mem_type``, laid out by hand from public/hvm/hvm_op.h."""
+    fake.answer("xencall2", outs=(4, 0))
+    assert backend.hvm_get_mem_type(DOMID, 0xFEDC_BA98_7654_3210) is MemoryType.IOREQ_SERVER
+    opened, allocated, called, freed = fake.calls
+    assert (opened.name, allocated.name, allocated.args) == (
+        "xencall_open", "xencall_alloc_buffer", (16,),
+    )  # fmt: skip
+    assert (called.name, called.args[:2]) == ("xencall2", (HVM_OP, GET_MEM_TYPE))
+    assert called.data == struct.pack("<HHIQ", DOMID, 0, 0, 0xFEDC_BA98_7654_3210)
+    assert (freed.name, freed.args) == ("xencall_free_buffer", called.args[2:])
+    for number in range(3):
+        fake.answer("xencall2", outs=(number, 0))
+        assert backend.hvm_get_mem_type(1, 2) == number
+
+
+@pytest.mark.parametrize("number", range(1, 134))
+def test_every_errno_about_a_gfn(number: int, backend: LibxcBackend, fake: Fake) -> None:
+    fake.fail("xencall2", number)
+    with pytest.raises(errors.XenError) as caught:
+        backend.hvm_get_mem_type(DOMID, 5)
+    expected = errors.from_errno("hvm_get_mem_type", number, domid=DOMID)
+    assert (type(caught.value), str(caught.value)) == (type(expected), str(expected))
+    assert fake.names()[-1] == "xencall_free_buffer"
+    assert backend.hvm_get_mem_type(DOMID, 5) is MemoryType.RAM
 
 
 # Bulk access.

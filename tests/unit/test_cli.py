@@ -127,6 +127,47 @@ def usage_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return err.splitlines()[-1]
 
 
+# Hazards.
+
+OPENING: dict[str, list[str]] = {
+    "protect": NOW,
+    "watch": ["--connect", "mock", "watch", "guest", "--gfn", "5", "--duration", "0.01"],
+    "trace": [
+        "--connect", "mock", "trace", "guest", "--symbols", IMAGE, "--duration", "0.01", "target",
+    ],
+}  # fmt: skip
+"""Commands that open altp2m."""
+
+
+@pytest.mark.parametrize("command", [*OPENING, "state"])
+def test_a_hazard_is_told_and_can_be_accepted(
+    command: str,
+    mocks: list[WatchedMock],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if command == "state":
+        with xa.connect("mock") as xen, xen.domain("guest") as dom, dom.altp2m() as altp2m:
+            (tmp_path / "state").write_bytes(altp2m.capture().to_bytes())
+        file = str(tmp_path / "state")
+        arguments = ["--connect", "mock", "state", "restore", file, "guest", "--hold", "0"]
+    else:
+        arguments = OPENING[command]
+    monkeypatch.setattr(WatchedMock, "options", {"mode": Altp2mMode.MIXED})
+    assert cli.main(arguments) == cli.REFUSED
+    err = capsys.readouterr().err
+    assert "mixed: the domain's altp2m mode is mixed" in err
+    assert "--accept mixed" in err
+    mocks[-1].assert_as_before()
+    assert cli.main([*arguments, "--accept", "mixed"]) == cli.DONE
+    assert not mocks[-1].domain(1).active
+
+
+def test_only_hazards_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "invalid choice" in usage_error(capsys, *NOW, "--accept", "everything")
+
+
 # Arguments.
 
 

@@ -22,6 +22,7 @@ from xenaltp2m.errors import (
     BusyError,
     ClosedError,
     DomainNotFoundError,
+    HazardError,
     InvalidArgumentError,
     JournalError,
     LeftoverError,
@@ -51,6 +52,7 @@ PYTHONS: dict[type[XenError], type[Exception]] = {
     LibraryError: OSError,
     LeftoverError: OSError,
     JournalError: OSError,
+    HazardError: OSError,
     RingError: OSError,
     StateError: ValueError,
 }

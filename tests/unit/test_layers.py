@@ -40,9 +40,12 @@ HANDLES, TOOLS = 4, 5
 CONCRETE = {"backend.libxc", "backend.mock"}
 OPENS_BACKENDS = {("backend", concrete) for concrete in CONCRETE}
 """An upward arrow, within a function: :func:`xenaltp2m.backend.open_backend`."""
-OFFERS_TOOLS = {("domain", "tracing"), ("domain", "carrying"), ("altp2m", "viewstate")}
-"""The others: ``Domain.trace``, ``Domain.carried``, ``Altp2m.capture``, for those who have such a
-handle."""
+OFFERS_TOOLS = {
+    ("domain", "tracing"), ("domain", "carrying"), ("domain", "hazards"), ("altp2m", "hazards"),
+    ("altp2m", "viewstate"),
+}  # fmt: skip
+"""The others: ``Domain.trace``, ``Domain.carried``, ``Domain.hazards``, ``Altp2m.capture``, for
+those who have such a handle; and what opening an altp2m refuses."""
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,17 @@ NUMBERS = [
 
 
 def test_every_number_of_the_protocol_has_a_bound() -> None:
-    others = {"self", "function", "name", "state", "suppress", "visible", "required", "writable"}
+    others = {
+        "self",
+        "function",
+        "name",
+        "path",
+        "state",
+        "suppress",
+        "visible",
+        "required",
+        "writable",
+    }
     others |= {"enable", "disable", "sync", "onchangeonly", "allow_userspace"}
     others |= {"gfns", "accesses", "stream", "pages", "ring"}
     for op in OPERATIONS:

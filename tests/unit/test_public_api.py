@@ -14,14 +14,33 @@ from types import FunctionType, ModuleType
 import pytest
 
 import xenaltp2m
-from xenaltp2m import Access, Altp2mMode, carrying, errors, tracing, types, viewstate
+from xenaltp2m import (
+    Access,
+    Altp2mMode,
+    MemoryType,
+    carrying,
+    errors,
+    hazards,
+    tracing,
+    types,
+    viewstate,
+)
 from xenaltp2m.abi import releases
 from xenaltp2m.abi._ffi import ffi
 from xenaltp2m.backend import Backend, arguments
 
 PACKAGE = Path(xenaltp2m.__file__).parent
 GENERATED = {"_ffi.py"}
-REACHED = {"Release", "Backend", "Trace", "AddressSpace", "MappedPages", "State", "Carried"}
+REACHED = {
+    "Release",
+    "Backend",
+    "Trace",
+    "AddressSpace",
+    "MappedPages",
+    "Hazard",
+    "State",
+    "Carried",
+}
 """Classes that users meet but never name, or import from where they are."""
 PROTOCOL = {name for name in vars(Backend) if not name.startswith("_")}
 
@@ -159,7 +178,7 @@ def test_what_handles_take_and_give_is_exported() -> None:
     modules = [
         xenaltp2m.view, xenaltp2m.altp2m, xenaltp2m.events, xenaltp2m.monitor, xenaltp2m.vcpu,
         xenaltp2m.memory, xenaltp2m.domain, xenaltp2m.breakpoints, xenaltp2m.xen, tracing,
-        viewstate, carrying,
+        viewstate, carrying, hazards,
     ]  # fmt: skip
     known = {name: value for module in modules for name, value in vars(module).items()}
     met = set()
@@ -215,6 +234,18 @@ def test_altp2m_modes_are_xen_s() -> None:
     }
 
 
+def test_memory_types_are_xen_s() -> None:
+    names = {
+        MemoryType.RAM: "ram_rw",
+        MemoryType.READ_ONLY: "ram_ro",
+        MemoryType.EMULATED: "mmio_dm",
+        MemoryType.IOREQ_SERVER: "ioreq_server",
+    }
+    assert set(names) == set(MemoryType)
+    for kind, name in names.items():
+        assert kind.value == constant(f"HVMMEM_{name}")
+
+
 def test_other_numbers_are_xen_s() -> None:
     assert constant("HVM_PARAM_ALTP2M") == types.HVM_PARAM_ALTP2M
     assert constant("DOMID_FIRST_RESERVED") == arguments.DOMID_LIMIT
@@ -230,7 +261,7 @@ def test_enums_have_no_members_that_are_not_checked() -> None:
         for name in own_classes(module)
         if issubclass(getattr(module, name), enum.Enum)
     }
-    assert found == {"Access", "Altp2mMode"}
+    assert found == {"Access", "Altp2mMode", "MemoryType"}
 
 
 # Access, as people write and read it.

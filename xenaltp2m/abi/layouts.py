@@ -17,6 +17,7 @@ __all__ = [
     "ALTP2M_OP",
     "DOMAIN_INFO",
     "DOMCTL",
+    "GET_MEM_TYPE",
     "HVM_CPU",
     "HVM_CPU_TYPECODE",
     "HVM_DESCRIPTOR",
@@ -163,6 +164,12 @@ ALTP2M_OP: Final = Layout(
             **_run(24, 8, "opaque pfn_list access_list", "u.set_mem_access_multi."),
         }
     ),
+)
+
+
+#: ``struct xen_hvm_get_mem_type`` (public/hvm/hvm_op.h), unchanged 4.14 .. 4.22.
+GET_MEM_TYPE: Final = Layout(
+    16, MappingProxyType({**_run(0, 2, "domid mem_type"), "pfn": Field(8, 8)})
 )
 
 

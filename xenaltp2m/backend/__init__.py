@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from xenaltp2m.abi.releases import Release
 from xenaltp2m.errors import InvalidArgumentError
-from xenaltp2m.types import DomainInfo, VcpuInfo
+from xenaltp2m.types import DomainInfo, MemoryType, PodTarget, VcpuInfo
 
 Bytes: TypeAlias = "bytes | bytearray | memoryview"
 """Bytes that are only read."""
@@ -83,6 +83,9 @@ class Backend(Protocol):
     def domain_config_json(self, domid: int) -> str:
         """``libxl_userdata_retrieve`` of ``libxl-json``: the configuration, a JSON object."""
 
+    def xs_read(self, path: str) -> bytes | None:
+        """``xs_read``: what xenstore has at a path, or None where it has nothing."""
+
     def domain_pause(self, domid: int) -> None:
         """``xc_domain_pause``: add one to the domain's pause count."""
 
@@ -91,6 +94,15 @@ class Backend(Protocol):
 
     def domain_maximum_gpfn(self, domid: int) -> int:
         """``xc_domain_maximum_gpfn``: the highest gfn ever mapped in the host p2m."""
+
+    def domain_get_pod_target(self, domid: int) -> PodTarget:
+        """``xc_domain_get_pod_target``: how much of the domain is populated on demand.
+
+        With a library up to 4.16 every refusal is EPERM.
+        """
+
+    def hvm_get_mem_type(self, domid: int, gfn: int) -> MemoryType:
+        """``HVMOP_get_mem_type``, for which libxenctrl has no function: changes nothing."""
 
     def domain_setmaxmem(self, domid: int, max_kib: int) -> None:
         """``xc_domain_setmaxmem``: bound the domain's memory, in KiB."""
@@ -135,6 +147,9 @@ class Backend(Protocol):
 
     def set_paging_mempool_size(self, domid: int, size: int) -> None:
         """``xc_set_paging_mempool_size`` (4.17): resize the p2m pool, in bytes."""
+
+    def shadow_get_allocation(self, domid: int) -> int:
+        """``xc_shadow_control`` with ``GET_ALLOCATION``: the p2m pool, in MiB, rounded up."""
 
     # Host memory access.
 

@@ -14,6 +14,9 @@ from xenaltp2m.abi.releases import SUPPORTED
 from xenaltp2m.cli import domains, protect, rescue, state, trace, watch
 from xenaltp2m.cli.console import Console
 from xenaltp2m.cli.host import MOCK_DOMAIN
+from xenaltp2m.hazards import NAMES
+
+_OPENING_ALTP2M = "protect", "watch", "state", "trace"
 
 DONE, REFUSED, USAGE, LEFTOVER, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -85,7 +88,20 @@ def _parser() -> argparse.ArgumentParser:
     rescue.add_arguments(_add_command(commands, "rescue", rescue.run, rescue.SUMMARY, rescue.KEYS))
     state.add_arguments(_add_command(commands, "state", state.run, state.SUMMARY, state.KEYS))
     trace.add_arguments(_add_command(commands, "trace", trace.run, trace.SUMMARY, trace.KEYS))
+    for name in _OPENING_ALTP2M:
+        _add_accept(commands.choices[name])
     return parser
+
+
+def _add_accept(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--accept",
+        action="append",
+        default=[],
+        choices=NAMES,
+        metavar="HAZARD",
+        help="go on although the domain has this hazard, such as passthrough; may be given again",
+    )
 
 
 def _add_command(

@@ -127,7 +127,7 @@ def _protected(
 ) -> Iterator[tuple[xa.Altp2m, xa.View]]:
     """Run the guest in a view that protects the pages; what it wrote to copies is kept."""
     copies: list[tuple[int, int, bytes]] = []
-    with domain.altp2m() as altp2m:
+    with domain.altp2m(accept=options.accept) as altp2m:
         view = altp2m.create_view(label="protect")
         try:
             with domain.paused():

@@ -191,7 +191,7 @@ def _import(options: argparse.Namespace, console: Console) -> None:
     state = _read(options.file)
     with Signals() as signals, connect(options, console) as xen:
         signals.hold_back()
-        made = import_views(xen, options.other, state)
+        made = import_views(xen, options.other, state, accept=options.accept)
     views, pages = counted(len(made.views), "view"), counted(len(made.pages), "added page")
     document = {"file": options.file, "views": len(made.views), "pages": len(made.pages)}
     console.result(document, Table((f"imported: {views}, {pages}",), []))
@@ -221,7 +221,7 @@ def _restore(options: argparse.Namespace, console: Console) -> None:
         domain = stack.enter_context(xen.domain(options.other))
         was_active = is_altp2m_active(domain, console)
         signals.hold_back()
-        altp2m = stack.enter_context(domain.altp2m())
+        altp2m = stack.enter_context(domain.altp2m(accept=options.accept))
         problems = obstacles(altp2m, state)
         if options.dry_run or problems:
             rows = [(line,) for line in problems]

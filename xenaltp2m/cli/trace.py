@@ -176,6 +176,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
                 cr3=options.cr3,
                 most_per_second=options.rate,
                 fast=not options.toggle,
+                accept=options.accept,
             )
         )
         stop.wake = trace.stop

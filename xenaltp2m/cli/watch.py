@@ -218,7 +218,9 @@ def run(options: argparse.Namespace, console: Console) -> None:
             assert image is not None
             check_loaded(domain, image, image.symbol(name), console)
         stop.hold_back()
-        altp2m = stack.enter_context(domain.altp2m()) if gfns or ranges else None
+        altp2m = None
+        if gfns or ranges:
+            altp2m = stack.enter_context(domain.altp2m(accept=options.accept))
         view = breakpoints = None
         with domain.paused():  # so that nothing happens half watched
             monitor = stack.enter_context(domain.monitor(*kinds))

@@ -12,6 +12,7 @@ prototype, and takes whatever has an ``__int__``.
 
 from __future__ import annotations
 
+import contextlib
 import errno as _errno
 import functools
 import itertools
@@ -33,7 +34,7 @@ from xenaltp2m.backend.libxc.clib import NULL, checked, constant, ffi, new, oper
 from xenaltp2m.backend.loader import Library, Loader, mismatch
 from xenaltp2m.backend.mapping import Mapping
 from xenaltp2m.errors import ClosedError, InvalidArgumentError, UnsupportedError, XenError
-from xenaltp2m.types import PAGE_SIZE, DomainInfo, DomId, VcpuInfo
+from xenaltp2m.types import PAGE_SIZE, DomainInfo, DomId, MemoryType, PodTarget, VcpuInfo
 
 __all__ = ["LibxcBackend"]
 
@@ -347,10 +348,18 @@ class LibxcBackend:
     def _stored_name(self, op: str, domid: int) -> bytes | None:
         # Not through libxl: libxl_domid_to_name is this very read (libxl_utils.c, 4.14 to 4.22),
         # behind a second privcmd handle and a process-wide fork handler.
+        return self._stored(op, f"/local/domain/{domid}/name", domid)
+
+    def xs_read(self, path: str) -> bytes | None:
+        if "\0" in path:
+            raise InvalidArgumentError(f"xs_read: {path!r} is not a path", op="xs_read")
+        return self._stored("xs_read", path)
+
+    def _stored(self, op: str, path: str, domid: int | None = None) -> bytes | None:
         length = new(clib.UINT)
-        path = f"/local/domain/{domid}/name".encode()
         store = self._xenstore_handle()
-        data = self._xenstore.xs_read(store, 0, path, length)  # 0: XBT_NULL, no transaction
+        # 0: XBT_NULL, no transaction
+        data = self._xenstore.xs_read(store, 0, os.fsencode(path), length)
         if data == NULL:
             error = refusal("xs_read", domid=domid)
             if error.errno == _errno.ENOENT:
@@ -426,6 +435,19 @@ class LibxcBackend:
         gpfn = new(clib.PFN)
         self._call("xc_domain_maximum_gpfn", _domid(domid), gpfn)
         return int(gpfn[0])
+
+    def domain_get_pod_target(self, domid: int) -> PodTarget:
+        numbers = [new(clib.UINT64) for _ in range(3)]
+        self._call("xc_domain_get_pod_target", _domid(domid), *numbers)
+        return PodTarget(*(int(number[0]) for number in numbers))
+
+    def hvm_get_mem_type(self, domid: int, gfn: int) -> MemoryType:
+        asked = layouts.GET_MEM_TYPE.filled({"domid": _domid(domid), "pfn": _gfn(gfn)})
+        with self._hypercall_buffer(asked, domid) as (address, answer):
+            hypercall, op = constant("__HYPERVISOR_hvm_op"), constant("HVMOP_get_mem_type")
+            if self._xencall.xencall2(self._xcall, hypercall, op, address) < 0:
+                raise refusal("hvm_get_mem_type", domid=domid)
+            return MemoryType(layouts.GET_MEM_TYPE.number(bytes(answer), "mem_type"))
 
     def domain_setmaxmem(self, domid: int, max_kib: int) -> None:
         self._call("xc_domain_setmaxmem", _domid(domid), _number("max_kib", max_kib))
@@ -520,6 +542,19 @@ class LibxcBackend:
 
     def set_paging_mempool_size(self, domid: int, size: int) -> None:
         self._call("xc_set_paging_mempool_size", _domid(domid), _number("size", size))
+
+    def shadow_get_allocation(self, domid: int) -> int:
+        """``xc_shadow_control``, which has another prototype in libraries up to 4.15."""
+        function, op = "xc_shadow_control", constant("XEN_DOMCTL_SHADOW_OP_GET_ALLOCATION")
+        if self.supports("xc_logdirty_control") or not self.supports(function):
+            size = new(clib.UINT)
+            self._call(function, _domid(domid), op, size, 0)
+            return int(size[0])
+        long_size = new(clib.ULONG)
+        older = clib.cast_function(self._library, function, "xc_shadow_control_4_14_t *")
+        if older(self._xch, _domid(domid), op, NULL, 0, long_size, 0, NULL) < 0:
+            raise refusal(function, domid=domid)
+        return int(long_size[0])
 
     # Host memory access.
 
@@ -786,16 +821,22 @@ class LibxcBackend:
             "domain": _domid(domid),
             "u.monitor_op.op": constant("XEN_DOMCTL_MONITOR_OP_CONTROL_REGISTERS"),
         }
-        domctl = layouts.DOMCTL.filled(values)
+        with self._hypercall_buffer(layouts.DOMCTL.filled(values), domid) as (address, _):
+            hypercall = constant("__HYPERVISOR_domctl")
+            if self._xencall.xencall1(self._xcall, hypercall, address) < 0:
+                raise refusal("monitor_control_registers", domid=domid)
+
+    @contextlib.contextmanager
+    def _hypercall_buffer(self, content: bytearray, domid: int) -> Iterator[tuple[int, Any]]:
+        """Lend memory that Xen can reach, with a content: its address, and what is there then."""
         handle, calls = self._xencall_handle(), self._xencall
-        room = calls.xencall_alloc_buffer(handle, len(domctl))
+        room = calls.xencall_alloc_buffer(handle, len(content))
         if room == NULL:
             raise refusal("xencall_alloc_buffer", domid=domid)
         try:
-            ffi.buffer(room, len(domctl))[:] = domctl
-            address = int(ffi.cast("uintptr_t", room))
-            if calls.xencall1(handle, constant("__HYPERVISOR_domctl"), address) < 0:
-                raise refusal("monitor_control_registers", domid=domid)
+            lent = ffi.buffer(room, len(content))
+            lent[:] = content
+            yield int(ffi.cast("uintptr_t", room)), lent
         finally:
             calls.xencall_free_buffer(handle, room)
 
@@ -945,6 +986,8 @@ def _domain_info(layout: layouts.Layout, raw: memoryview, base: int) -> DomainIn
         max_pages=number("max_pages"),
         vcpus=number("nr_online_vcpus"),
         max_vcpu_id=number("max_vcpu_id"),
+        shared_pages=number("shr_pages"),
+        paged_pages=number("paged_pages"),
     )
 
 

@@ -26,6 +26,7 @@ BOOL = ffi.typeof("bool *")
 INT = ffi.typeof("int *")
 INT32 = ffi.typeof("int32_t *")
 UINT = ffi.typeof("unsigned int *")
+ULONG = ffi.typeof("unsigned long *")
 UINT16 = ffi.typeof("uint16_t *")
 UINT32 = ffi.typeof("uint32_t *")
 UINT64 = ffi.typeof("uint64_t *")
@@ -40,6 +41,8 @@ def operation(function: str) -> str:
     """Return the Protocol's name for a C function."""
     if function == "xc_altp2m_set_supress_ve_multi":
         return "altp2m_set_suppress_ve_multi"
+    if function == "xc_shadow_control":
+        return "shadow_get_allocation"
     return function.removeprefix("xc_").removeprefix("xen")
 
 
@@ -87,6 +90,11 @@ class Absent:
             op=op,
             hint=("the file is not what its name says, or a cut-down build of it",),
         )
+
+
+def cast_function(library: Library, symbol: str, ctype: str) -> Any:
+    """Return a library's function under another prototype than the one declared."""
+    return ffi.cast(ctype, ffi.addressof(library.handle, symbol))
 
 
 _loaded: dict[str, Library] = {}

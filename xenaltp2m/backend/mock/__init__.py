@@ -60,7 +60,16 @@ from xenaltp2m.backend.mock.processor import (
 )
 from xenaltp2m.backend.mock.script import Access, Instruction, Script
 from xenaltp2m.backend.mock.vcpu import Trap
-from xenaltp2m.types import ALL_GFNS, PAGE_SIZE, Altp2mMode, DomainInfo, DomId, VcpuInfo
+from xenaltp2m.types import (
+    ALL_GFNS,
+    PAGE_SIZE,
+    Altp2mMode,
+    DomainInfo,
+    DomId,
+    MemoryType,
+    PodTarget,
+    VcpuInfo,
+)
 
 __all__ = [
     "Access",
@@ -84,6 +93,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _Text = TypeVar("_Text", bound=TextIO)
 
+_MIB = 1 << 20
 _LOG_LENGTH = 100_000
 _LOGGED_ITEMS = 64
 _MAX_PAGES = (1 << 32) - 1
@@ -579,6 +589,8 @@ class MockBackend:
             "target_memkb": domain.target_kib,
             "type.pvh" if domain.kind == "pvh" else f"type.{domain.kind}": {},
         }
+        if domain.nested:
+            build["nested_hvm"] = "True"
         if domain.mode:
             build["altp2m"] = Altp2mMode(domain.mode).name.lower()
             if self.release.view_count_is_setting:
@@ -589,6 +601,13 @@ class MockBackend:
                 "b_info": build,
             }
         )
+
+    @_operation
+    def xs_read(self, path: str) -> bytes | None:
+        for domain in self.machine.domains.values():
+            if not domain.dying and (found := domain.store().get(path)) is not None:
+                return found.encode()
+        return None
 
     @_operation
     def domain_pause(self, domid: int) -> None:
@@ -604,6 +623,21 @@ class MockBackend:
     @_operation
     def domain_maximum_gpfn(self, domid: int) -> int:
         return self.machine.controlled(domid).host.max_mapped
+
+    @_operation
+    def domain_get_pod_target(self, domid: int) -> PodTarget:
+        told = self.machine.library.version >= (4, 17)  # xc_domain_pod_target
+        try:
+            domain = self.machine.controlled(domid)
+        except Refused as refused:
+            raise Refused(refused.errno if told else EPERM) from None
+        if not domain.hvm and self.release.version >= (4, 17):
+            raise Refused(EINVAL if told else EPERM)
+        return PodTarget(domain.pages, 0, domain.pod_entries)
+
+    @_operation
+    def hvm_get_mem_type(self, domid: int, gfn: int) -> MemoryType:
+        return self.machine.controlled(domid).mem_type(gfn)
 
     @_operation
     def domain_setmaxmem(self, domid: int, max_kib: int) -> None:
@@ -748,6 +782,10 @@ class MockBackend:
         if size % PAGE_SIZE:
             raise Refused(EINVAL)
         pool.pages = max(size // PAGE_SIZE, pool.used)
+
+    @_operation
+    def shadow_get_allocation(self, domid: int) -> int:
+        return -(-self._domctl(domid).pool.pages * PAGE_SIZE // _MIB)
 
     @_operation
     def set_mem_access(self, domid: int, access: int, first_gfn: int, count: int) -> None:
@@ -1095,6 +1133,8 @@ def _info(domain: Domain) -> DomainInfo:
         max_pages=domain.max_pages,
         vcpus=domain.online_vcpus,
         max_vcpu_id=len(domain.vcpus) - 1,
+        shared_pages=domain.shared_pages,
+        paged_pages=domain.paged_pages,
     )
 
 

@@ -46,13 +46,19 @@ from xenaltp2m.backend.mock.p2m import (
     pieces,
 )
 from xenaltp2m.backend.mock.vcpu import INVALID_VIEW, Vcpu
-from xenaltp2m.types import ALL_GFNS, PAGE_SIZE, Altp2mMode
+from xenaltp2m.types import ALL_GFNS, PAGE_SIZE, Altp2mMode, MemoryType
 
 _MAP_NORESERVE = 0x4000  # <sys/mman.h>, Linux: memory is taken when it is touched, not before
 _DEFAULT_VIEWS = 10
 _SPECIAL_PAGES_END = 0xFF000
 _SPECIAL_PAGES = 8
 _APIC_PAGE_GFN = 0xFEE00
+_READ_ONLY_TYPES = frozenset(
+    {PageType.RAM_LOGDIRTY, PageType.RAM_RO, PageType.GRANT_MAP_RO, PageType.SHARED}
+)
+"""``P2M_RO_TYPES``."""
+_PLAIN_TYPES = RAM_TYPES | {PageType.POPULATE_ON_DEMAND, PageType.GRANT_MAP_RW}
+"""What ``hvmop_get_mem_type`` calls RAM of the rest."""
 _UUID_NAMESPACE = UUID("7b0d2f5c-5f0e-4c0e-9d1e-6d5ad2e5c0de")
 
 HVM_PARAM_STORE_PFN = 1
@@ -218,6 +224,12 @@ class Domain:
         self.special_frames: set[int] = set()
         """Frames a guest may not name as #VE page (``is_special_page``)."""
         self.dirty: set[int] = set()
+        self.pod_entries = self.shared_pages = self.paged_pages = 0
+        """How many gfns :meth:`set_aside` was given, less those that are plain RAM again."""
+        self.passed_through: list[str] = []
+        """PCI devices it was given, as ``0000:03:00.0``."""
+        self.memory_target: int | None = None
+        """What it is told to balloon to, in KiB, where that is not what it was made with."""
 
     def _table(self) -> P2m:
         self.pool.take()  # the root
@@ -275,9 +287,11 @@ class Domain:
             base = gfn >> order << order
             self.host_write(base, mfn, order, PageType.RAM_RW, self.host_default_access)
             self._set_m2p(base, mfn, order)
+            self.pod_entries -= min(1 << order, self.pod_entries)
             found = self.host.lookup(gfn)
         if unshare and found.type == PageType.SHARED:
             self.host_write(gfn, found.mfn, ORDER_4K, PageType.RAM_RW, found.access)
+            self.shared_pages -= min(1, self.shared_pages)
             found = self.host.lookup(gfn)
         if found.type == PageType.BROKEN:
             if populate:
@@ -354,6 +368,7 @@ class Domain:
         """Take one page back (``guest_remove_page``); a direct MMIO entry is refused."""
         found = self.host.lookup(gfn)
         if found.type == PageType.POPULATE_ON_DEMAND:  # p2m_pod_decrease_reservation
+            self.pod_entries -= min(1, self.pod_entries)
             return not self.host_write(
                 gfn, INVALID_MFN, ORDER_4K, PageType.INVALID, self.host_default_access
             )
@@ -390,6 +405,56 @@ class Domain:
     def _set_m2p(self, gfn: int, mfn: int, order: int) -> None:
         for offset in range(1 << order):
             self.m2p[mfn + offset] = gfn + offset
+
+    def set_aside(self, gfn: int, kind: PageType) -> None:
+        """Make a page of RAM one that is shared, paged out, or to be populated on demand.
+
+        What a toolstack does by ``XENMEM_sharing_op``, ``XENMEM_paging_op`` or when it makes a
+        domain with less memory than its limit: none of these calls is modelled.
+        """
+        found = self.host.lookup(gfn)
+        access = self.host_default_access
+        if kind == PageType.SHARED:
+            self.shared_pages += 1
+            self.host_write(gfn, found.mfn, ORDER_4K, kind, access)
+            return
+        if kind == PageType.PAGED:
+            self.paged_pages += 1
+        else:
+            self.pod_entries += 1
+        self.m2p.pop(found.mfn, None)
+        self.host_write(gfn, INVALID_MFN, ORDER_4K, kind, access)
+        self.machine.frames.release(found.mfn, self)
+
+    def mem_type(self, gfn: int) -> MemoryType:
+        """``hvmop_get_mem_type``."""
+        if not self.hvm:
+            raise Refused(EINVAL)
+        kind = self.host.lookup(gfn).type
+        if kind == PageType.IOREQ_SERVER:
+            return MemoryType.IOREQ_SERVER
+        if kind in _READ_ONLY_TYPES:
+            return MemoryType.READ_ONLY
+        if kind in _PLAIN_TYPES:
+            return MemoryType.RAM
+        return MemoryType.EMULATED
+
+    def store(self) -> dict[str, str]:
+        """What the toolstack has put into xenstore about it, by path."""
+        home, libxl = f"/local/domain/{self.domid}", f"/libxl/{self.domid}"
+        target = self.target_kib if self.memory_target is None else self.memory_target
+        found = {
+            f"{home}/name": self.name,
+            f"{home}/memory/static-max": str(self.max_kib),
+            f"{home}/memory/target": str(target),
+            f"{libxl}/type": self.kind,
+        }
+        if self.passed_through:
+            backend = f"/local/domain/0/backend/pci/{self.domid}/0"
+            found[f"{backend}/num_devs"] = str(len(self.passed_through))
+            for number, device in enumerate(self.passed_through):
+                found[f"{backend}/dev-{number}"] = device
+        return found
 
     def write_logdirty(self, gfn: int) -> None:
         """A guest wrote to a log-dirty page: note it, make it plain RAM (``p2m_change_type_one``).
