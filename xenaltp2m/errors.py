@@ -217,6 +217,10 @@ _LAZY = "the view has no entry of its own for the gfn yet: it fills from the hos
 _OLD_XEN = "this Xen is older than the operation"
 _NO_VM_EVENT = "the hypervisor was built without CONFIG_VM_EVENT (Xen 4.22)"
 _NO_VCPU = "no such vCPU"
+_NO_XEN = (
+    "this kernel is not running as a Xen control domain (no /dev/xen/privcmd): boot Xen, or use "
+    'the mock backend, connect("mock"); xenaltp2m doctor tells more'
+)
 
 HINTS: dict[tuple[str, int], tuple[str, ...]] = {
     ("altp2m", _errno.EOPNOTSUPP): (_HOST_OFF, _INACTIVE, _NOT_HVM, _NO_COUNT, _OLD_XEN),
@@ -410,9 +414,7 @@ HINTS: dict[tuple[str, int], tuple[str, ...]] = {
     ("evtchn_bind_interdomain", _errno.EINVAL): (
         "the domain has no such port, or another agent has bound it",
     ),
-    ("interface_open", _errno.ENOENT): (
-        "this kernel is not running as a Xen control domain (no /dev/xen/privcmd)",
-    ),
+    ("interface_open", _errno.ENOENT): (_NO_XEN,),
     ("interface_open", _errno.EACCES): (_PRIVILEGE,),
     ("*", _errno.ESRCH): (_NO_DOMAIN,),
     ("*", _errno.EACCES): (_SKEW, _PRIVILEGE),

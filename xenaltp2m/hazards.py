@@ -68,6 +68,11 @@ class Hazard:
         """Its section."""
         return f"{PAGE}#{self.name}"
 
+    @property
+    def of_release(self) -> bool:
+        """Whether it is the running release's, and every domain's."""
+        return self.name in _BUGS
+
 
 @dataclass(frozen=True, slots=True)
 class Survey:
@@ -355,8 +360,8 @@ class _Facts:
         if needs <= has:
             return None
         return (
-            f"the pool has {has / _MIB:.1f} MiB, and the host p2m with {self.views} views may "
-            f"need {needs / _MIB:.1f} MiB, each gfn mapped on its own"
+            f"the pool has {has // 1024} KiB, and the host p2m with {self.views} views may "
+            f"need {needs // 1024} KiB, each gfn mapped on its own"
         )
 
 

@@ -19,6 +19,7 @@ from xenaltp2m.journal import DIRECTORY, Journal
 from xenaltp2m.types import DomainInfo
 
 _DOMAINS_AT_ONCE = 256
+_LIST = "it was not created, or has ended: xenaltp2m list shows the domains"
 
 
 def connect(
@@ -116,13 +117,11 @@ class Xen(Handle):
             for info in self.domains():
                 if info.uuid == which:
                     return info
-            raise DomainNotFoundError(f"no domain has the uuid {which}")
+            raise DomainNotFoundError(f"no domain has the uuid {which}", hint=(_LIST,))
         if isinstance(which, str):
             domid = self.backend.name_to_domid(which)
             if domid is None:
-                raise DomainNotFoundError(
-                    f"no domain is called {which!r}", hint=("xenaltp2m list shows the domains",)
-                )
+                raise DomainNotFoundError(f"no domain is called {which!r}", hint=(_LIST,))
         elif isinstance(which, int) and not isinstance(which, bool):
             domid = which
         else:
@@ -130,7 +129,7 @@ class Xen(Handle):
         for info in self.backend.domain_getinfolist(domid, 1):
             if info.domid == domid:
                 return info
-        raise DomainNotFoundError(f"there is no domain {domid}", domid=domid)
+        raise DomainNotFoundError(f"there is no domain {domid}", domid=domid, hint=(_LIST,))
 
     def abandon(self) -> None:
         """Close without undoing anything; what journals say to be undone stays."""

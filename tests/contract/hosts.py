@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 from xenaltp2m.abi.releases import Release
 from xenaltp2m.backend import Backend
@@ -46,6 +47,14 @@ class Host:
         """Make a domain of one's own."""
         raise NotImplementedError
 
+    def create_plain(self) -> int:
+        """Make a domain in whose configuration altp2m is not named."""
+        raise NotImplementedError
+
+    def pv_domain(self) -> int:
+        """Return a domain that is PV."""
+        raise NotImplementedError
+
     def destroy(self, domid: int) -> None:
         """Destroy a domain."""
         raise NotImplementedError
@@ -62,6 +71,12 @@ class MockHost(Host):
     def create(self, mode: Altp2mMode = Altp2mMode.EXTERNAL, vcpus: int = 1) -> int:
         return self.backend.add_domain(self.name_of(mode, vcpus), mode=mode, vcpus=vcpus)
 
+    def create_plain(self) -> int:
+        return self.create(Altp2mMode.DISABLED)
+
+    def pv_domain(self) -> int:
+        return self.backend.add_domain("pv", kind="pv", mode=Altp2mMode.DISABLED)
+
     def destroy(self, domid: int) -> None:
         self.backend.destroy(domid)
 
@@ -76,8 +91,20 @@ class XenHost(Host):
 
     def create(self, mode: Altp2mMode = Altp2mMode.EXTERNAL, vcpus: int = 1) -> int:
         self._created += 1
-        name = self.name_of(mode, vcpus)
         config = f"/lab/{mode.name.lower()}-{vcpus}.cfg"
+        return self._create(config, self.name_of(mode, vcpus))
+
+    def create_plain(self) -> int:
+        text = Path("/lab/disabled-1.cfg").read_text()
+        lines = [line for line in text.splitlines() if not line.startswith("altp2m")]
+        config = Path("/tmp/plain.cfg")
+        config.write_text("\n".join(lines))
+        return self._create(str(config), "plain")
+
+    def pv_domain(self) -> int:
+        return 0
+
+    def _create(self, config: str, name: str) -> int:
         subprocess.run(["xl", "create", "-p", "-q", "-e", config, f'name="{name}"'], check=True)
         found = subprocess.run(["xl", "domid", name], check=True, capture_output=True, text=True)
         return int(found.stdout)

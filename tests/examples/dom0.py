@@ -22,6 +22,7 @@ from xenaltp2m import cli, xen
 from xenaltp2m.backend import Backend, open_backend
 from xenaltp2m.backend.mock import Instruction, MockBackend, WriteControlRegister
 from xenaltp2m.carrying import import_views
+from xenaltp2m.doctor import Finding, examine_xen
 from xenaltp2m.types import PAGE_SIZE
 from xenaltp2m.viewstate import State
 
@@ -83,7 +84,14 @@ def main() -> int:
     def opened(name: str) -> Backend:
         return mock if name == "libxc" else open_backend(name)
 
-    with patch("xenaltp2m.xen.open_backend", opened):
+    def examined(which: str | None) -> list[Finding]:
+        with xen.connect(mock) as connection:
+            return examine_xen(connection, which)
+
+    with (
+        patch("xenaltp2m.xen.open_backend", opened),
+        patch("xenaltp2m.cli.doctor.examine", examined),  # but this machine, which is no dom0
+    ):
         if arguments[:1] == ["--script"]:
             sys.argv = arguments[1:]
             runpy.run_path(sys.argv[0], run_name="__main__")

@@ -501,10 +501,11 @@ def test_errors(
 
     assert error_of(1, "--connect", "mock", "protect", "nobody", *PROTECT[4:]) == [
         "no domain is called 'nobody'",
-        "  hint: xenaltp2m list shows the domains",
+        "  hint: it was not created, or has ended: xenaltp2m list shows the domains",
     ]
     assert error_of(1, "--connect", "mock", "protect", "7", *PROTECT[4:]) == [
-        "there is no domain 7"
+        "there is no domain 7",
+        "  hint: it was not created, or has ended: xenaltp2m list shows the domains",
     ]
     assert error_of(2, *PROTECT, "--symbol", "tarjet") == [
         f"{IMAGE} has no symbol 'tarjet'; did you mean target or _start?"

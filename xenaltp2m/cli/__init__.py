@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import xenaltp2m as xa
 from xenaltp2m.abi.releases import SUPPORTED
-from xenaltp2m.cli import domains, protect, rescue, state, trace, watch
+from xenaltp2m.cli import doctor, domains, protect, rescue, state, trace, watch
 from xenaltp2m.cli.console import Console
 from xenaltp2m.cli.host import MOCK_DOMAIN
 from xenaltp2m.hazards import NAMES
@@ -23,7 +23,8 @@ DONE, REFUSED, USAGE, LEFTOVER, INTERRUPTED = 0, 1, 2, 3, 130
 _EXIT_CODES = """\
 exit codes:
   0    done; what was to be undone is undone, after Ctrl-C and SIGTERM, too
-  1    refused: by Xen, by the domain's configuration, or there is no such domain or library
+  1    refused: by Xen, by the domain's configuration, or there is no such domain or library;
+       doctor has found a problem, state diff a difference
   2    wrong arguments, or an image or a saved state that cannot be used
   3    something could not be undone; the message says what is still in place
   130  interrupted before anything was changed
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(connect="libxc", xen=None, json=False, quiet=False)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_command(commands, "list", domains.run, domains.SUMMARY, domains.KEYS)
+    doctor.add_arguments(_add_command(commands, "doctor", doctor.run, doctor.SUMMARY, doctor.KEYS))
     protect.add_arguments(
         _add_command(commands, "protect", protect.run, protect.SUMMARY, protect.KEYS)
     )

@@ -11,6 +11,7 @@ import pytest
 
 import xenaltp2m as xa
 from xenaltp2m.backend import Backend, open_backend
+from xenaltp2m.doctor import Grade, examine
 
 
 @pytest.fixture
@@ -57,3 +58,10 @@ def test_the_handles_say_so(domid: int) -> None:
         xen = xa.connect("libxc")
     with xen, pytest.raises(xa.AccessDeniedError, match="EACCES"):
         xen.domain(domid).pause()  # up to 4.16 and from 4.21 not even the listing works
+
+
+def test_doctor_says_so(backend: Backend, domid: int) -> None:
+    [finding] = (one for one in examine() if one.check == "library-release")
+    assert finding.severity is Grade.PROBLEM
+    assert f"but Xen {backend.release} is running" in finding.evidence
+    assert f"libxenmisc{backend.release}" in finding.cure

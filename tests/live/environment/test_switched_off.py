@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 import xenaltp2m as xa
+from xenaltp2m.doctor import Grade, examine
 
 
 @pytest.fixture
@@ -35,3 +36,10 @@ def test_the_rest_works(dom: xa.Domain) -> None:
     assert dom.info().paused
     dom.memory.write(0x5000, b"still here")
     assert dom.memory.read(0x5000, 10) == b"still here"
+
+
+def test_doctor_says_so(dom: xa.Domain) -> None:
+    found = examine(int(dom.domid))
+    [finding] = (one for one in found if one.severity is Grade.PROBLEM)
+    assert finding.check == "altp2m-option"
+    assert 'GRUB_CMDLINE_XEN="altp2m=1"' in finding.cure

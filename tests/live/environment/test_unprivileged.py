@@ -8,6 +8,7 @@ import os
 import pytest
 
 import xenaltp2m as xa
+from xenaltp2m.doctor import Grade, examine
 
 
 def test_connecting_is_denied() -> None:
@@ -21,3 +22,10 @@ def test_connecting_is_denied() -> None:
 def test_the_mock_needs_no_privilege() -> None:
     with xa.connect("mock") as xen, xen.domain("guest") as dom, dom.altp2m() as altp2m:
         assert altp2m.create_view().id == 1
+
+
+def test_doctor_says_so() -> None:
+    [finding] = (one for one in examine() if one.check == "privileges")
+    assert finding.severity is Grade.PROBLEM
+    assert "privcmd" in finding.evidence
+    assert "sudo" in finding.cure

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""``doctor``: find out what keeps altp2m from working."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+from xenaltp2m.cli.console import Console, Table, printable
+from xenaltp2m.cli.host import connect
+from xenaltp2m.doctor import Finding, Grade, examine, examine_xen, healthy
+
+SUMMARY = "find out what keeps altp2m from working, here and on a domain"
+
+KEYS = """\
+Each line is a finding: ok; note, worth knowing; warning, something may not work or not hold;
+problem, altp2m cannot be used so. What is not ok has its cause and its cure. The exit code is 1
+where there is a problem.
+
+Without DOMAIN the machine and its Xen are looked at. With --connect mock it is the mock and its
+domain. --quiet leaves out what is ok.
+
+--json prints {"healthy": true or false, "findings": [...]}, each finding with
+  check, severity ("ok", "note", "warning", "problem"), evidence, cause, cure, link
+"""
+
+_WIDTH = max(map(len, Grade))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("domain", metavar="DOMAIN", nargs="?", help="domid, name or uuid")
+
+
+def run(options: argparse.Namespace, console: Console) -> None:
+    """Run the command."""
+    if options.connect == "mock":
+        with connect(options, console) as xen:
+            found = examine_xen(xen, options.domain)
+    else:
+        found = examine(options.domain)
+    if console.as_json:
+        findings = [asdict(finding) for finding in found]
+        console.result({"healthy": healthy(found), "findings": findings}, Table((), ()))
+    else:
+        for finding in found:
+            if not (options.quiet and finding.severity is Grade.OK):
+                _tell(finding, console)
+    if not healthy(found):
+        raise SystemExit(1)
+
+
+def _tell(finding: Finding, console: Console) -> None:
+    first, *rest = finding.evidence.splitlines()
+    console.line(f"{finding.severity:<{_WIDTH}}  {finding.check}: {printable(first)}")
+    indent = " " * (_WIDTH + 2)
+    for line in rest:
+        console.line(f"{indent}{printable(line)}")
+    for name in ("cause", "cure"):
+        if text := getattr(finding, name):
+            console.line(f"{indent}{name}: {printable(text)}")
+    if finding.severity in (Grade.WARNING, Grade.PROBLEM):
+        console.line(f"{indent}see: {finding.link}")
