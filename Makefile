@@ -19,7 +19,7 @@ apt = apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint format types docs ffi ffi-check abi bench bench-sim bench-xen fuzz guest dist clean headers \
+.PHONY: help demo test check lint format types docs ffi ffi-check abi bench bench-sim bench-recording bench-xen fuzz guest dist clean headers \
 	lab lab-shell test-xen test-xen-all conformance support demo-xen
 
 help: ## list the targets
@@ -63,6 +63,9 @@ bench: $(READY) ## measure what calls cost against C
 
 bench-sim: $(READY) ## measure the simulator against Unicorn alone
 	$(RUN) tests/bench/bench_sim.py
+
+bench-recording: $(READY) ## measure what recording a session costs
+	$(RUN) tests/bench/bench_recording.py
 
 bench-xen: $(READY) ## measure the monitor against xen-access and C on real Xen in the lab
 	$(RUN) tests/bench/bench_xen.py

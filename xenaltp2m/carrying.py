@@ -8,7 +8,6 @@ handles know.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import replace
@@ -144,15 +143,16 @@ class Carried:
     def _await(self) -> DomainInfo:
         """Return the domain, wherever it is now, once it is there."""
         domain = self._domain
-        end = time.monotonic() + self._seconds
+        clock = domain.xen.backend.clock
+        end = clock.monotonic() + self._seconds
         while True:
             with suppress(XenError):
                 for info in domain.xen.domains():
                     if info.uuid == domain.uuid and not (info.dying or info.shutdown):
                         return info
-            if time.monotonic() > end:
+            if clock.monotonic() > end:
                 break
-            time.sleep(_LOOK_SECONDS)
+            clock.sleep(_LOOK_SECONDS)
         domain.abandon()
         raise DomainNotFoundError(
             f"domain {domain.uuid} has not come back within {self._seconds:g} s: its views are not "

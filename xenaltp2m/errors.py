@@ -16,6 +16,8 @@ from typing import Any
 class XenError(OSError):
     """Something was refused. Root of every error this package raises on purpose.
 
+    Only :class:`ReplayError` is none, for a reason.
+
     Attributes:
         op: The backend operation (the C name without ``xc_``) or the handle method.
         errno: Xen's errno as Linux numbers it, or None where no call was made.
@@ -69,6 +71,10 @@ class XenError(OSError):
             "gfn": self.gfn,
             "vcpu": self.vcpu,
         }
+
+
+def _rebuild_replay(message: str, line: int, expected: str | None, came: str) -> ReplayError:
+    return ReplayError(message, line=line, expected=expected, came=came)
 
 
 def _rebuild(kind: type[XenError], message: str, keywords: dict[str, Any]) -> XenError:
@@ -141,6 +147,29 @@ class HazardError(XenError):
     def __reduce__(self) -> tuple[Any, ...]:
         keywords = self.context() | {"hint": self.hint, "hazards": self.hazards}
         return _rebuild, (type(self), self.message, keywords)
+
+
+class RecordingError(XenError, ValueError):
+    """A recording cannot be made or read: it is there already, damaged, or not known."""
+
+
+class ReplayError(AssertionError):
+    """A replayed session does what the recorded one did not.
+
+    No :class:`XenError`: who copes with a refusal by Xen must not take this for one.
+
+    Attributes:
+        line: Of the recording.
+        expected: What is recorded there, in words; None where the recording has ended.
+        came: What came instead, in words.
+    """
+
+    def __init__(self, message: str, *, line: int, expected: str | None, came: str) -> None:
+        super().__init__(message)
+        self.line, self.expected, self.came = line, expected, came
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_replay, (str(self), self.line, self.expected, self.came)
 
 
 class RingError(XenError):

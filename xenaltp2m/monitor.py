@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import os
 import select
-import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from dataclasses import replace
 from errno import ENODEV
@@ -209,6 +208,7 @@ class Monitor(Handle):
         self.domain = domain
         self.access_required = access_required
         self._backend = domain.xen.backend
+        self._clock = self._backend.clock
         self._release = domain.xen.release
         self.version = self._known_version()
         self._answerers: list[Handler] = []
@@ -239,7 +239,7 @@ class Monitor(Handle):
         self._damaged = self._enabled_in_xen = False
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poller = select.epoll()
-        self._poll = self._poller.poll
+        self._poll = self._clock.polling(self._poller)
         self._poller.register(self._wakeup, select.EPOLLIN)
         self._leave_loop: Callable[[], object] | None = None
         self._own = UndoList()
@@ -704,14 +704,14 @@ class Monitor(Handle):
             ``_NOT_YET`` where the ring should be looked at again, else what iterating ends with.
         """
         self._flush()
-        begun = looked = time.monotonic()
+        begun = looked = self._clock.monotonic()
         while not self._stopping:
             wait = _LIVENESS_SECONDS
             if timeout is not None:
-                wait = max(min(wait, begun + timeout - time.monotonic()), 0)
+                wait = max(min(wait, begun + timeout - self._clock.monotonic()), 0)
             if self._heed(self._poll(wait)) and self._ring.unread:
                 return _NOT_YET
-            now = time.monotonic()
+            now = self._clock.monotonic()
             if timeout is not None and now >= begun + timeout:
                 return self._ended() if timeout else None
             if now >= looked + _LIVENESS_SECONDS and not self._stopping:
@@ -971,7 +971,7 @@ class Monitor(Handle):
             except BusyError:
                 if last:
                     raise
-            time.sleep(_SETTLE_STEP)  # vCPUs that wait for room must run to find some
+            self._clock.sleep(_SETTLE_STEP)  # vCPUs that wait for room must run to find some
 
     def _give_back(self) -> None:
         try:
@@ -1031,7 +1031,7 @@ class Monitor(Handle):
         if info is None or info.paused or info.shutdown or info.dying:
             return
         seconds = _SETTLE_SECONDS_OF_WRITES if self._gates_writes else _SETTLE_SECONDS
-        end = time.monotonic() + seconds
+        end = self._clock.monotonic() + seconds
         waiting: dict[int, VcpuInfo | None] = dict.fromkeys(self._last)
         while waiting:
             for vcpu, before in list(waiting.items()):
@@ -1041,9 +1041,9 @@ class Monitor(Handle):
                     del waiting[vcpu]
                 elif before is None:
                     waiting[vcpu] = now
-            if not waiting or time.monotonic() > end:
+            if not waiting or self._clock.monotonic() > end:
                 return
-            time.sleep(_SETTLE_STEP)
+            self._clock.sleep(_SETTLE_STEP)
 
     def _returned(self, vcpu: int) -> bool:
         """Tell whether a vCPU's fast single-step has ended."""

@@ -12,7 +12,6 @@ agent had added, how often it had paused the domain, whether altp2m was on befor
 
 from __future__ import annotations
 
-import time
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -344,7 +343,7 @@ class _Rescuer:
             except BusyError:
                 if attempt == _TRIES - 1:
                     raise
-                time.sleep(_SETTLE)
+                self._backend.clock.sleep(_SETTLE)
             except InvalidArgumentError:
                 return  # there is none
             else:

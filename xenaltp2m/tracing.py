@@ -129,7 +129,8 @@ class Trace(Handle):
         self.busy = 0.0
         self._until = math.inf
         self.ended: DomainEnded | None = None
-        self._begun = time.monotonic()
+        self._clock = domain.xen.backend.clock
+        self._begun = self._clock.monotonic()
         self._next = 0.0
         self._seen: deque[Seen] = deque()
         self._callback: Callable[[Seen], object] = self._seen.append
@@ -221,7 +222,7 @@ class Trace(Handle):
             seconds: After so long this ends, with the next that happens, told or not.
         """
         self._callback = callback
-        self._until = time.perf_counter() + seconds
+        self._until = self._clock.monotonic() + seconds
         try:
             self._monitor.run(self._handle, timeout)
         finally:
@@ -247,9 +248,8 @@ class Trace(Handle):
         try:
             return self._breakpoints(event)
         finally:
-            now = time.perf_counter()
-            self.busy += now - begun
-            if now >= self._until:
+            self.busy += time.perf_counter() - begun
+            if self._until < math.inf and self._clock.monotonic() >= self._until:
                 self._monitor.stop()
 
     def _answer(self, event: Event) -> None:
@@ -265,7 +265,7 @@ class Trace(Handle):
         cr3 = registers.cr3
         if self._cr3 is not None and cr3 & _CR3_ADDRESS not in self._cr3:
             return
-        now = time.monotonic() - self._begun
+        now = self._clock.monotonic() - self._begun
         if now < self._next:
             self.dropped += 1
             return
@@ -319,4 +319,4 @@ class Trace(Handle):
         if call is None:
             return  # somebody else comes by
         value = registers.rax & (-1 if registers.msr_efer & EFER_LMA else 0xFFFF_FFFF)
-        self._callback(Return(call, hit.vcpu, time.monotonic() - self._begun, value))
+        self._callback(Return(call, hit.vcpu, self._clock.monotonic() - self._begun, value))

@@ -13,7 +13,13 @@ from xenaltp2m.abi.releases import Release
 from xenaltp2m.backend import Backend, open_backend
 from xenaltp2m.backend.arguments import DOMID_LIMIT
 from xenaltp2m.domain import Domain
-from xenaltp2m.errors import DomainNotFoundError, InvalidArgumentError, XenError
+from xenaltp2m.errors import (
+    DomainNotFoundError,
+    InvalidArgumentError,
+    RecordingError,
+    ReplayError,
+    XenError,
+)
 from xenaltp2m.handle import Handle, UndoList
 from xenaltp2m.journal import DIRECTORY, Journal
 from xenaltp2m.types import DomainInfo
@@ -23,26 +29,40 @@ _LIST = "it was not created, or has ended: xenaltp2m list shows the domains"
 
 
 def connect(
-    backend: str | Backend = "libxc", *, journal: str | os.PathLike[str] | None = ""
+    backend: str | Backend = "libxc",
+    *,
+    journal: str | os.PathLike[str] | None = "",
+    record: str | os.PathLike[str] | None = None,
 ) -> Xen:
     """Open a connection to a hypervisor.
 
     Args:
         backend: ``"libxc"`` for the Xen this runs on, as root in dom0; ``"mock"`` for a modelled
-            host with one domain called ``guest``; or a backend object, such as a
-            :class:`xenaltp2m.backend.mock.MockBackend` with domains of your own. Closing the
-            connection closes it, too.
+            host with one domain called ``guest``; ``"replay:FILE"`` for a recorded session; or a
+            backend object, such as a :class:`xenaltp2m.backend.mock.MockBackend` with domains of
+            your own. Closing the connection closes it, too.
         journal: The directory for journals, with which :func:`xenaltp2m.rescue.rescue` brings a
             domain back whose agent was killed; by default :data:`xenaltp2m.journal.DIRECTORY` on
             Xen and none on a mock. None does without.
+        record: A file to write the session to, so that it can be replayed; it must not be there
+            yet. Only this user may read it, for it has what was read of the guest's memory.
 
     Raises:
+        RecordingError: There is such a file, or the one to replay is not a recording.
         LibraryError: No usable libxenctrl was found.
         XenError: This is not a Xen control domain.
     """
     opened = open_backend(backend) if isinstance(backend, str) else backend
     if journal == "":
         journal = DIRECTORY if opened.name == "libxc" else None
+    if record is not None:
+        from xenaltp2m.backend import recording
+
+        try:
+            opened = recording.record(opened, record)
+        except RecordingError:
+            opened.close()
+            raise
     return Xen(opened, None if journal is None else Path(journal))
 
 
@@ -130,6 +150,19 @@ class Xen(Handle):
             if info.domid == domid:
                 return info
         raise DomainNotFoundError(f"there is no domain {domid}", domid=domid, hint=(_LIST,))
+
+    def close(self) -> None:
+        """Close every domain opened here, then the backend; again is harmless.
+
+        Raises:
+            LeftoverError: Something could not be taken back; a second call tries it again.
+            ReplayError: What is replayed has done more than this, or something else.
+        """
+        try:
+            super().close()
+        except ReplayError:
+            self.abandon()  # there is nothing behind it to be taken back
+            raise
 
     def abandon(self) -> None:
         """Close without undoing anything; what journals say to be undone stays."""

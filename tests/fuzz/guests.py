@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Throws mutated images, prototypes, lists of symbols, page tables, journals and saved states at
-what reads them.
+"""Throws mutated images, prototypes, lists of symbols, page tables, journals, saved states and
+recorded sessions at what reads them.
 
-    guests.py [--count 420000] [--seed 1]
+    guests.py [--count 700000] [--seed 1]
 
 Each input must lead to a result or to the one error that is meant for it, within a second and with
 no more memory than a small multiple of its size; and what a result says of itself must hold.
@@ -11,8 +11,10 @@ no more memory than a small multiple of its size; and what a result says of itse
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import io
+import json
 import random
 import resource
 import signal
@@ -23,10 +25,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import cast
 from uuid import UUID
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import xenaltp2m as xa
+from tests.recorded.sessions import SESSIONS, run
 from tests.unit.test_prototypes import SOURCE, compiled
 from xenaltp2m import journal, symbols
 from xenaltp2m.abi.x86 import (
@@ -41,12 +46,16 @@ from xenaltp2m.abi.x86 import (
     Fault,
     Paging,
 )
-from xenaltp2m.errors import StateError, SymbolError
+from xenaltp2m.backend import Backend
+from xenaltp2m.backend.replay import ReplayBackend
+from xenaltp2m.backend.session import Reader
+from xenaltp2m.errors import RecordingError, ReplayError, StateError, SymbolError, XenError
 from xenaltp2m.prototypes import Prototypes
 from xenaltp2m.runs import FrozenRuns
 from xenaltp2m.types import Access
 from xenaltp2m.viewstate import PageState, State, ViewState
 
+RECORDINGS = Path(__file__).resolve().parents[1] / "recorded" / "xen-4.17"
 GUESTS = Path(__file__).resolve().parents[2] / "examples" / "guest"
 IMAGES = [path.read_bytes() for path in sorted(GUESTS.glob("*.elf"))]
 KERNEL = b"".join(
@@ -233,8 +242,62 @@ def a_state(chance: random.Random) -> None:
     assert found == STATE
 
 
+RECORDED = [path.read_bytes() for path in sorted(RECORDINGS.glob("*.session"))]
+
+
+def a_recording(chance: random.Random) -> None:
+    """A session: refused, or replayed until it is asked for something else."""
+    which = chance.randrange(len(RECORDED))
+    lines = RECORDED[which].splitlines(keepends=True)
+    for _ in range(chance.choice([1, 1, 2, 8])):
+        at = chance.randrange(len(lines))
+        kind = chance.random()
+        if kind < 0.6:
+            lines[at] = mutated(chance, lines[at].ljust(16)).replace(b"\n", b"") + b"\n"
+        elif kind < 0.8:
+            with contextlib.suppress(ValueError):
+                lines[at] = other_value(chance, lines[at])
+        else:
+            lines.insert(chance.randrange(len(lines)), lines[at])
+    try:
+        backend = ReplayBackend(Reader(io.BytesIO(b"".join(lines)), "fuzzed"))
+    except RecordingError:
+        return
+    session = list(SESSIONS.values())[chance.randrange(len(SESSIONS))]
+    told, sys.unraisablehook = sys.unraisablehook, lambda _: None  # generators that are left
+    try:
+        run(session, xa.connect(cast("Backend", backend)))
+    except (XenError, ReplayError, AssertionError, ValueError):
+        with contextlib.suppress(ReplayError):
+            backend.close()
+    finally:
+        sys.unraisablehook = told
+
+
+def other_value(chance: random.Random, line: bytes) -> bytes:
+    """A line that is JSON, with another value in it."""
+    document = json.loads(line)
+    key = chance.choice(list(document))
+    others: list[object] = [
+        None,
+        True,
+        -1,
+        0,
+        1 << 64,
+        0.5,
+        "",
+        "xx",
+        [],
+        {},
+        [[0, 0, []]],
+        [{"raw": "00"}],
+    ]
+    document[key] = chance.choice([*others, document.get("arguments"), document.get("result")])
+    return json.dumps(document).encode() + b"\n"
+
+
 KINDS: list[Callable[[random.Random], None]] = [
-    an_image, a_list, page_tables, prototypes, a_journal, a_state
+    an_image, a_list, page_tables, prototypes, a_journal, a_state, a_recording
 ]  # fmt: skip
 
 
@@ -246,7 +309,7 @@ def too_long(number: int, frame: FrameType | None) -> None:
 def main() -> int:
     """Fuzz from the command line."""
     parser = argparse.ArgumentParser(description="Fuzz what comes from files and guests.")
-    parser.add_argument("--count", type=int, default=600_000, help="inputs")
+    parser.add_argument("--count", type=int, default=700_000, help="inputs")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     signal.signal(signal.SIGALRM, too_long)

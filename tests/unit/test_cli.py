@@ -210,7 +210,7 @@ def test_help_tells_of_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "required: COMMAND"),
         (["lisst"], "invalid choice: 'lisst'"),
-        (["--connect", "kvm", "list"], "invalid choice: 'kvm'"),
+        (["--connect", "kvm", "list"], "'kvm' is not libxc, mock or replay:FILE"),
         ([*LIST, "--xen", "4.13"], "'4.13' is not one of 4.14 to 4.22"),
         (["list", "--xen", "4.17"], "add --connect mock"),
         (["protect"], "DOMAIN, --image, --symbol"),
@@ -294,7 +294,8 @@ def test_states_of_a_domain(facts: dict[str, Any], state: str) -> None:
 def test_list_where_there_is_no_xen(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(backend: str) -> xa.Xen:
+    def refuse(backend: str, record: str | None) -> xa.Xen:
+        assert (backend, record) == ("libxc", None)
         raise xa.LibraryError(
             "no usable libxenctrl; tried:\n  libxenctrl.so.4.22: no such file",
             hint=['use the mock backend, connect("mock")'],

@@ -29,6 +29,7 @@ from xenaltp2m.errors import (
     LibraryError,
     NotMappedError,
     OutOfMemoryError,
+    RecordingError,
     RingError,
     StateError,
     SymbolError,
@@ -55,6 +56,7 @@ PYTHONS: dict[type[XenError], type[Exception]] = {
     HazardError: OSError,
     RingError: OSError,
     StateError: ValueError,
+    RecordingError: ValueError,
 }
 """Each error and the built-in one that code knowing nothing of this package would catch."""
 

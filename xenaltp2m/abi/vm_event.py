@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 from xenaltp2m.abi.layouts import VM_EVENT, Layout
 
@@ -23,10 +23,12 @@ __all__ = [
     "AccessFlag",
     "Flag",
     "Reason",
+    "as_line",
     "encode_request",
     "layout",
     "patch_registers",
     "read_data_room",
+    "words_of",
 ]
 
 
@@ -113,6 +115,20 @@ def layout(version: int) -> Layout:
         raise LookupError(
             f"vm_event interface version {version} is not known: {known} are"
         ) from None
+
+
+def as_line(raw: bytes, *, response: bool = False) -> dict[str, Any]:
+    """Tell of a request or a response as JSON has it: what it is, its vCPU, and its bytes."""
+    _, flags, reason, vcpu, _ = HEAD.unpack_from(raw)
+    if response:
+        return {"response": words_of(flags), "vcpu": vcpu, "raw": raw.hex()}
+    known = reason in Reason._value2member_map_
+    return {"request": Reason(reason).name if known else reason, "vcpu": vcpu, "raw": raw.hex()}
+
+
+def words_of(flags: int) -> list[str]:
+    """Name the flags of a request or a response."""
+    return [str(flag.name) for flag in Flag if flag & flags]
 
 
 def read_data_room(version: int) -> int:

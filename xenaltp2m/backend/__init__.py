@@ -16,11 +16,14 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
 from xenaltp2m.abi.releases import Release
+from xenaltp2m.backend.clock import Clock
 from xenaltp2m.errors import InvalidArgumentError
 from xenaltp2m.types import DomainInfo, MemoryType, PodTarget, VcpuInfo
 
 Bytes: TypeAlias = "bytes | bytearray | memoryview"
 """Bytes that are only read."""
+REPLAY = "replay:"
+"""What the name of a backend begins with that replays a file."""
 Gfns: TypeAlias = "array[int] | memoryview"
 """Native unsigned 64-bit integers: ``array("Q", ...)`` or a memoryview of format ``Q``."""
 
@@ -46,11 +49,15 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str:
-        """``"libxc"`` or ``"mock"``."""
+        """``"libxc"``, ``"mock"`` or ``"replay"``."""
 
     @property
     def release(self) -> Release:
         """The running hypervisor's release."""
+
+    @property
+    def clock(self) -> Clock:
+        """The time that decisions go by, which a replay has from its recording."""
 
     def supports(self, function: str) -> bool:
         """Tell whether C's ``function`` (with its ``xc_`` prefix) can be called."""
@@ -342,9 +349,12 @@ class Backend(Protocol):
 def open_backend(name: str) -> Backend:
     """Open a backend by name: ``"libxc"``, or ``"mock"`` with one domain called ``guest``.
 
+    ``"replay:FILE"`` is a recorded session.
+
     Raises:
         InvalidArgumentError: There is no such backend.
         LibraryError: No usable libxenctrl was found.
+        RecordingError: The file is not a recording.
     """
     # Imported here, so that naming the Protocol loads neither the FFI nor the model.
     if name == "libxc":
@@ -357,4 +367,10 @@ def open_backend(name: str) -> Backend:
         mock = MockBackend()
         mock.add_domain("guest")
         return mock
-    raise InvalidArgumentError(f'there is no backend {name!r}: use "libxc" or "mock"')
+    if name.startswith(REPLAY):
+        from xenaltp2m.backend.replay import replay
+
+        return replay(name.removeprefix(REPLAY))
+    raise InvalidArgumentError(
+        f'there is no backend {name!r}: use "libxc", "mock" or "{REPLAY}FILE"'
+    )

@@ -7,8 +7,10 @@ would address domain 5. A number that fits is Xen's to judge.
 
 from __future__ import annotations
 
+import inspect
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from xenaltp2m.errors import InvalidArgumentError
 from xenaltp2m.types import ALL_GFNS
@@ -54,6 +56,33 @@ LIMITS: Mapping[str, int] = {
 """The exclusive upper bound of each numeric parameter of the Protocol, by its name."""
 
 _WIDTHS = {"gfns": 8, "accesses": 1}
+
+
+class Parameters:
+    """The parameters of a method, but for ``self``.
+
+    Attributes:
+        names: Theirs, in order.
+    """
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        """Look at a method."""
+        signature = inspect.signature(method)
+        bound = list(signature.parameters.values())[1:]
+        self._signature = signature.replace(parameters=bound)
+        self.names = tuple(one.name for one in bound)
+
+    def bind(self, args: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
+        """Return arguments by their names, in the parameters' order.
+
+        Raises:
+            TypeError: They do not fit.
+        """
+        if len(args) == len(self.names) and not keywords:
+            return dict(zip(self.names, args, strict=True))
+        bound = self._signature.bind(*args, **keywords)
+        bound.apply_defaults()
+        return bound.arguments
 
 
 def check(op: str, named: Mapping[str, object]) -> None:

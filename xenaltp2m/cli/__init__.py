@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import xenaltp2m as xa
 from xenaltp2m.abi.releases import SUPPORTED
+from xenaltp2m.backend import REPLAY
 from xenaltp2m.cli import doctor, domains, protect, rescue, state, trace, watch
 from xenaltp2m.cli.console import Console
 from xenaltp2m.cli.host import MOCK_DOMAIN
@@ -25,7 +26,7 @@ exit codes:
   0    done; what was to be undone is undone, after Ctrl-C and SIGTERM, too
   1    refused: by Xen, by the domain's configuration, or there is no such domain or library;
        doctor has found a problem, state diff a difference
-  2    wrong arguments, or an image or a saved state that cannot be used
+  2    wrong arguments, or an image, a saved state or a recording that cannot be used
   3    something could not be undone; the message says what is still in place
   130  interrupted before anything was changed
 """
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.xen is not None and options.connect != "mock":
         parser.error("--xen chooses the mock's release: add --connect mock")
+    if options.record is not None and options.connect.startswith(REPLAY):
+        parser.error("what is replayed is recorded already")
     console = Console(options.json, options.quiet)
     try:
         with warnings.catch_warnings():
@@ -52,6 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except xa.XenError as error:
         console.error(error)
         return _exit_code(error)
+    except xa.ReplayError as error:
+        headline, _, details = str(error).partition("\n")
+        told = xa.XenError(headline)
+        told.add_note(details)
+        console.error(told)
+        return REFUSED
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -66,7 +75,8 @@ def _exit_code(error: xa.XenError) -> int:
     notes = getattr(error, "__notes__", ())
     if isinstance(error, xa.LeftoverError) or any("still in place" in note for note in notes):
         return LEFTOVER
-    return USAGE if isinstance(error, xa.SymbolError | xa.StateError) else REFUSED
+    unusable = xa.SymbolError | xa.StateError | xa.RecordingError
+    return USAGE if isinstance(error, unusable) else REFUSED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {xa.__version__}")
     _add_common(parser)
-    parser.set_defaults(connect="libxc", xen=None, json=False, quiet=False)
+    parser.set_defaults(connect="libxc", record=None, xen=None, json=False, quiet=False)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_command(commands, "list", domains.run, domains.SUMMARY, domains.KEYS)
     doctor.add_arguments(_add_command(commands, "doctor", doctor.run, doctor.SUMMARY, doctor.KEYS))
@@ -131,9 +141,18 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     absent = argparse.SUPPRESS
     parser.add_argument(
         "--connect",
-        choices=("libxc", "mock"),
+        type=_backend,
         default=absent,
-        help=f"the Xen this runs on (default), or a mock of it with one domain, {MOCK_DOMAIN!r}",
+        metavar="{libxc,mock,replay:FILE}",
+        help=f"the Xen this runs on (default), a mock of it with one domain, {MOCK_DOMAIN!r}, "
+        "or what --record has written",
+    )
+    parser.add_argument(
+        "--record",
+        default=absent,
+        metavar="FILE",
+        help="write all that is asked of Xen and what it answers to a new file, which may then "
+        "hold what the guest keeps secret",
     )
     parser.add_argument(
         "--xen",
@@ -146,6 +165,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quiet", action="store_true", default=absent, help="no progress and no remarks on stderr"
     )
+
+
+def _backend(text: str) -> str:
+    if text not in ("libxc", "mock") and not text.startswith(REPLAY):
+        raise argparse.ArgumentTypeError(f"{text!r} is not libxc, mock or {REPLAY}FILE")
+    return text
 
 
 def _release(text: str) -> tuple[int, int]:

@@ -47,8 +47,8 @@ def connect(
         image: The guest's image.
         script: What the mock's guest does otherwise, on each vCPU, for ever; nothing if None.
     """
-    if options.connect == "libxc":
-        with xa.connect("libxc") as xen:
+    if options.connect != "mock":
+        with xa.connect(options.connect, record=options.record) as xen:
             yield xen
         return
     from xenaltp2m.backend import mock
@@ -64,11 +64,15 @@ def connect(
         options.xen or (4, 17), memory_pages=(memory + _MOCK_SPARE) // xa.PAGE_SIZE
     )
     domid = backend.add_domain(MOCK_DOMAIN, vcpus=_MOCK_VCPUS, memory_kib=memory // 1024)
-    with xa.connect(backend) as xen:
-        executes = False
-        if image is not None:
-            with xen.domain(domid) as domain:
+    executes = False
+    if image is not None:  # through a connection of its own: a recording begins after it
+        loader = xa.connect(backend)
+        try:
+            with loader.domain(domid) as domain:
                 executes = _load(backend, domain, image, console.progress("loading the image"))
+        finally:
+            loader.abandon()
+    with xa.connect(backend, record=options.record) as xen:
         if script is not None and not executes:
             for vcpu in range(_MOCK_VCPUS):
                 backend.load(domid, script(memory // xa.PAGE_SIZE), vcpu, loop=True)

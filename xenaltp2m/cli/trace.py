@@ -240,7 +240,8 @@ class _Teller:
         self._top = options.top
         self._duration: float | None = options.duration
         self._most = math.inf if options.count is None else options.count
-        self._start = self._end = time.monotonic()
+        self._clock = domain.xen.backend.clock
+        self._start = self._end = self._clock.monotonic()
         self._deadline = self._start + (math.inf if options.duration is None else options.duration)
         self._told = 0
         self._lines: list[str] = []
@@ -276,14 +277,14 @@ class _Teller:
             tick = min(left, _TICK_SECONDS)
             trace.run(self._take, tick, seconds=tick)
             self._tick()
-        self._end = time.monotonic()
+        self._end = self._clock.monotonic()
         if trace.ended is not None:
             self._lines.append(self._of_end(trace.ended))
         self._flush()
         self._console.status("")
 
     def _left(self) -> float:
-        return 0 if self._told >= self._most else self._deadline - time.monotonic()
+        return 0 if self._told >= self._most else self._deadline - self._clock.monotonic()
 
     def _take(self, seen: Seen) -> None:
         if self._left() <= 0:
@@ -300,7 +301,7 @@ class _Teller:
             self._flush()
 
     def _tick(self) -> None:
-        now = time.monotonic()
+        now = self._clock.monotonic()
         self._flush()
         if now < self._next_tick:
             return
@@ -424,7 +425,7 @@ class _Teller:
     # Counting.
 
     def _table(self, *, rates: bool = False) -> Table:
-        passed = (time.monotonic() if rates else self._end) - self._start
+        passed = (self._clock.monotonic() if rates else self._end) - self._start
         total = self._trace.hits.total()
         rows = []
         for name, calls in self._trace.hits.most_common():
@@ -438,7 +439,7 @@ class _Teller:
 
     def _rate(self, name: str, calls: int) -> float:
         """How often it was called since the last look."""
-        now = time.monotonic()
+        now = self._clock.monotonic()
         then, before = self._rates.get(name, (self._start, 0))
         self._rates[name] = now, calls
         return (calls - before) / (now - then) if now > then else 0.0

@@ -16,6 +16,7 @@ from itertools import groupby
 from typing import Any
 
 import xenaltp2m as xa
+from xenaltp2m.backend.clock import Clock
 from xenaltp2m.cli.console import Console, Table, printable
 from xenaltp2m.cli.host import Stop, connect, is_altp2m_active
 from xenaltp2m.cli.pages import (
@@ -231,7 +232,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
                 view = altp2m.create_view(label="watch")
                 view.set_access(gfns, options.access, progress=console.progress("protecting"))
                 altp2m.switch_to_view(view)
-            watch = _Watch(options, console, image, view, breakpoints)
+            clock = xen.backend.clock
+            watch = _Watch(options, console, clock, image, view, breakpoints)
             watch.watch_bytes(ranges)
         _tell_start(domain, gfns, ranges, options, console, view)
         watch.check_view()
@@ -322,6 +324,7 @@ class _Watch:
         self,
         options: argparse.Namespace,
         console: Console,
+        clock: Clock,
         image: Image | None,
         view: xa.View | None,
         breakpoints: xa.Breakpoints | None,
@@ -339,7 +342,8 @@ class _Watch:
         self._once_in_view_0 = None
         if view is not None:
             self._once_in_view_0 = xa.Response.fast_singlestep(through=0, back_to=view)
-        self._start = self._end = time.monotonic()
+        self._clock = clock
+        self._start = self._end = clock.monotonic()
         self._deadline = self._start + (math.inf if options.duration is None else options.duration)
         self._hits = 0
         self._counted: Counter[tuple[str, int | None, str, int]] = Counter()
@@ -377,11 +381,11 @@ class _Watch:
                     going_on = not isinstance(event, xa.DomainEnded)
                     if stop.came or not going_on or self._left() <= 0:
                         break
-                    if time.monotonic() >= self._next_tick:
+                    if self._clock.monotonic() >= self._next_tick:
                         self._tick(stop)
             if going_on:
                 self._tick(stop)
-        self._end = time.monotonic()
+        self._end = self._clock.monotonic()
         self._console.status("")
 
     def _is_told(self, event: xa.Event) -> bool:
@@ -397,7 +401,7 @@ class _Watch:
 
     def _left(self) -> float:
         """How many seconds are left; none once there were hits enough."""
-        return 0 if self._hits >= self._most else self._deadline - time.monotonic()
+        return 0 if self._hits >= self._most else self._deadline - self._clock.monotonic()
 
     def _take(self, event: xa.Event) -> None:
         if not isinstance(event, xa.DomainEnded):
@@ -409,10 +413,10 @@ class _Watch:
         if self._console.as_json:
             self._console.line(json.dumps(self._document(event)))
         else:
-            self._console.line(self._text(event, time.monotonic() - self._start))
+            self._console.line(self._text(event, self._clock.monotonic() - self._start))
 
     def _tick(self, stop: Stop) -> None:
-        now = time.monotonic()
+        now = self._clock.monotonic()
         self._next_tick = now + _TICK_SECONDS
         passed = now - self._start
         rate = self._hits / passed if passed else 0.0
@@ -426,7 +430,7 @@ class _Watch:
 
         With many pages that would take too long; those stay as they were set.
         """
-        self._next_check = time.monotonic() + _VERIFY_SECONDS
+        self._next_check = self._clock.monotonic() + _VERIFY_SECONDS
         if self._breakpoints is not None:
             for gfn in self._breakpoints.verify():
                 self._warn_of(gfn)

@@ -29,6 +29,7 @@ from xenaltp2m import errors
 from xenaltp2m.abi import layouts
 from xenaltp2m.abi.releases import Release, release
 from xenaltp2m.backend import Bytes, Gfns, PortCalls, arguments
+from xenaltp2m.backend.clock import CLOCK
 from xenaltp2m.backend.libxc import clib
 from xenaltp2m.backend.libxc.clib import NULL, checked, constant, ffi, new, operation, refusal, text
 from xenaltp2m.backend.loader import Library, Loader, mismatch
@@ -131,6 +132,7 @@ class LibxcBackend:
     """
 
     name = "libxc"
+    clock = CLOCK
 
     def __init__(self, loader: Loader | None = None) -> None:
         """Open libxenctrl and ask which Xen is running.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import json
 import os
 import struct
@@ -38,8 +37,9 @@ from typing import Any, Concatenate, ParamSpec, TextIO, TypeVar
 from xenaltp2m import errors
 from xenaltp2m.abi import layouts, releases
 from xenaltp2m.abi.releases import Release, release
-from xenaltp2m.abi.vm_event import HEAD, Flag, Reason
+from xenaltp2m.abi.vm_event import as_line
 from xenaltp2m.backend import Bytes, Gfns, PortCalls, arguments
+from xenaltp2m.backend.clock import CLOCK
 from xenaltp2m.backend.mock.evtchn import Channel, Port
 from xenaltp2m.backend.mock.guest import Outcome, touch
 from xenaltp2m.backend.mock.machine import Domain, Livelock, Machine, Refused
@@ -142,20 +142,14 @@ def _operation(
 ) -> Callable[Concatenate[MockBackend, _P], _R]:
     """Make a Protocol method: arguments checked, faults injected, call logged, refusals raised."""
     op = method.__name__
-    signature = inspect.signature(method)
-    names = tuple(signature.parameters)[1:]
+    parameters = arguments.Parameters(method)
 
     @functools.wraps(method)
     def call(self: MockBackend, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         self._check_open()
-        if len(args) == len(names) and not kwargs:
-            named: dict[str, Any] = dict(zip(names, args, strict=True))
-        else:
-            bound = signature.bind(self, *args, **kwargs)
-            bound.apply_defaults()
-            named = bound.arguments
+        named = parameters.bind(args, kwargs)
         arguments.check(op, named)
-        logged = tuple(_logged(named[name]) for name in names)
+        logged = tuple(map(_logged, named.values()))
         try:
             self._inject(op)
             result = method(self, *args, **kwargs)
@@ -188,6 +182,7 @@ class MockBackend:
     """
 
     name = "mock"
+    clock = CLOCK
 
     def __init__(
         self,
@@ -370,10 +365,7 @@ class MockBackend:
             raise errors.InvalidArgumentError(f"domain {domid} is being recorded")
 
         def record(kind: str, raw: bytes) -> None:
-            _, flags, reason, vcpu, _ = HEAD.unpack_from(raw)
-            what = [flag.name for flag in Flag if flag & flags]
-            title = Reason(reason).name if kind == "request" else what
-            file.write(json.dumps({kind: title, "vcpu": vcpu, "raw": raw.hex()}) + "\n")
+            file.write(json.dumps(as_line(raw, response=kind == "response")) + "\n")
 
         monitor.record = record
         try:

@@ -1,0 +1,567 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a recorded session is: the lines of its file, and what of memory they tell.
+
+docs/recording.md describes the format. Nothing in a file is believed: sizes are bounded, and every
+line is checked before anything of it is used.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import inspect
+import json
+import math
+import zlib
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, BinaryIO, TypeAlias
+from uuid import UUID
+
+from xenaltp2m import errors
+from xenaltp2m.abi.layouts import VM_EVENT_RING
+from xenaltp2m.abi.releases import Release, release
+from xenaltp2m.abi.ring import MASK, REQ_PROD, RSP_PROD, SLOT_MASK, SLOTS
+from xenaltp2m.abi.vm_event import as_line
+from xenaltp2m.backend import Backend
+from xenaltp2m.backend.arguments import Parameters
+from xenaltp2m.errors import RecordingError, XenError
+from xenaltp2m.types import PAGE_SIZE, DomainInfo, DomId, VcpuInfo
+
+FORMAT = "xenaltp2m session"
+VERSION = 1
+MAX_LINE = 8 << 20
+MAX_FILE = 1 << 30
+"""Bytes: a recording ends where it would become larger, a larger one is not read."""
+
+Json: TypeAlias = Any
+Runs: TypeAlias = "bytes | tuple[tuple[int, bytes], ...]"
+"""A page as it is told: whole, or the parts that differ from what it was, each with its offset."""
+
+_SHORT = 64
+"""Numbers and bytes up to so many are written in plain."""
+_PART = 64
+_MOST_PARTS = 8
+_MOST_KNOWN = 1024
+_MOST_INFLATED = 1 << 24
+_NOTHING = bytes(PAGE_SIZE)
+_U64 = 1 << 64
+
+OPERATIONS: Mapping[str, Parameters] = {
+    name: Parameters(member)
+    for name, member in vars(Backend).items()
+    if inspect.isfunction(member) and name[0] != "_" and name != "close"
+}
+"""What can be called, with its parameters."""
+RESULTS: Mapping[str, str] = {
+    name: str(inspect.signature(getattr(Backend, name)).return_annotation) for name in OPERATIONS
+}
+"""What each gives, as the Protocol has it."""
+_ERRORS: Mapping[str, Callable[..., XenError]] = {
+    name: kind
+    for name, kind in vars(errors).items()
+    if inspect.isclass(kind) and issubclass(kind, XenError)
+}
+_ABOUT = ("errno", "domid", "view", "gfn", "vcpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call, with what came before it and of it.
+
+    Attributes:
+        time: When it returned, in seconds since the session began.
+        op: A method of the Protocol.
+        arguments: As :func:`encode` writes them.
+        result: What it gave, decoded; of mappings the pages as they are told.
+        error: What it raised instead.
+        indices: Of the ring, those that the agent has changed since the call before, by number.
+        responses: What the agent has written into the ring since then.
+        wrote: What it has written into pages: number of the mapping, page in it, how it is told.
+        requests: What Xen had written into the ring when the call returned.
+        produced: The ring's number of requests, where it is not just these more.
+        memory: What was different then in pages that are mapped.
+    """
+
+    time: float
+    op: str
+    arguments: list[Json]
+    result: Any = None
+    error: OSError | None = None
+    indices: Mapping[int, int] | None = None
+    responses: tuple[bytes, ...] = ()
+    wrote: tuple[tuple[int, int, Runs], ...] = ()
+    requests: tuple[bytes, ...] = ()
+    produced: int | None = None
+    memory: tuple[tuple[int, int, Runs], ...] = ()
+
+
+# Values.
+
+
+def encode(value: object) -> Json:
+    """Write an argument, or a result, as JSON has it."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, bytes | bytearray) or (
+        isinstance(value, memoryview) and value.format == "B"
+    ):
+        raw = bytes(value)
+        return {"bytes": raw.hex()} if len(raw) <= _SHORT else {"packed": _packed(raw)}
+    if isinstance(value, DomainInfo):
+        return asdict(value) | {"uuid": str(value.uuid)}
+    if isinstance(value, VcpuInfo):
+        return asdict(value)
+    if isinstance(value, list) and value and isinstance(value[0], DomainInfo):
+        return [encode(each) for each in value]
+    if isinstance(value, array | memoryview | Sequence):
+        try:
+            numbers = array("Q", value)
+        except (TypeError, OverflowError):
+            return {"other": repr(value)[:_SHORT]}
+        if len(numbers) <= _SHORT:
+            return numbers.tolist()
+        return {"numbers": _packed(numbers.tobytes())}
+    return {"other": repr(value)[:_SHORT]}
+
+
+def same(recorded: Json, came: Json) -> bool:
+    """Whether two encoded arguments are equal; what was packed may have been so otherwise."""
+    return bool(recorded == came or _plain(recorded) == _plain(came))
+
+
+def _plain(value: Json) -> Json:
+    """A packed value unpacked."""
+    if isinstance(value, dict) and len(value) == 1:
+        [(kind, text)] = value.items()
+        if kind in ("packed", "numbers"):
+            return kind, _unpacked(text)
+    return value
+
+
+def _packed(raw: bytes) -> str:
+    return base64.b64encode(zlib.compress(raw, 1)).decode()
+
+
+def _unpacked(text: object, most: int = _MOST_INFLATED) -> bytes:
+    inflate = zlib.decompressobj()
+    try:
+        raw = inflate.decompress(base64.b64decode(_text(text), validate=True), most)
+    except (zlib.error, binascii.Error):
+        raise _Unsound("something packed is damaged") from None
+    if not inflate.eof or inflate.unused_data:
+        raise _Unsound("something packed is damaged, or too large")
+    return raw
+
+
+class _Unsound(Exception):  # noqa: N818 - it never leaves this module
+    """What is wrong with a line."""
+
+
+def _text(value: Json) -> str:
+    if not isinstance(value, str):
+        raise _Unsound(f"{_shown(value)} stands where text should")
+    return value
+
+
+def _number(value: Json, limit: int = _U64) -> int:
+    if type(value) is not int or not 0 <= value < limit:
+        raise _Unsound(f"{_shown(value)} is no number that can stand there")
+    return value
+
+
+def _flag(value: Json) -> bool:
+    if not isinstance(value, bool):
+        raise _Unsound(f"{_shown(value)} stands where true or false should")
+    return value
+
+
+def _list(value: Json, length: int | None = None) -> list[Json]:
+    if not isinstance(value, list) or length not in (None, len(value)):
+        raise _Unsound(f"{_shown(value)} stands where a list should")
+    return value
+
+
+def _object(value: Json, *keys: str) -> dict[str, Json]:
+    if not isinstance(value, dict) or (keys and value.keys() != set(keys)):
+        raise _Unsound(f"{_shown(value)} stands where an object should")
+    return value
+
+
+def _hexadecimal(value: Json, most: int = PAGE_SIZE) -> bytes:
+    try:
+        raw = bytes.fromhex(_text(value))
+    except ValueError:
+        raise _Unsound("a hexadecimal text is none") from None
+    if len(raw) > most:
+        raise _Unsound("a hexadecimal text is too long")
+    return raw
+
+
+def _shown(value: Json) -> str:
+    return repr(value)[:_SHORT]
+
+
+def _raw(value: Json) -> bytes:
+    if isinstance(value, dict) and value.keys() == {"bytes"}:
+        return _hexadecimal(value["bytes"])
+    return _unpacked(_object(value, "packed")["packed"])
+
+
+def _domain_info(value: Json) -> DomainInfo:
+    found = _object(value, *(one.name for one in fields(DomainInfo)))
+    try:
+        uuid = UUID(_text(found["uuid"]))
+    except ValueError:
+        raise _Unsound("a uuid is none") from None
+    flags = ("hvm", "paused", "dying", "shutdown")
+    numbers = found.keys() - {"uuid", "domid", *flags}
+    return DomainInfo(
+        domid=DomId(_number(found["domid"])),
+        uuid=uuid,
+        **{name: _flag(found[name]) for name in flags},
+        **{name: _number(found[name]) for name in numbers},  # type: ignore[arg-type]
+    )
+
+
+def _vcpu_info(value: Json) -> VcpuInfo:
+    found = _object(value, *(one.name for one in fields(VcpuInfo)))
+    flags = {name: _flag(found[name]) for name in ("online", "blocked", "running")}
+    return VcpuInfo(**flags, cpu_time=_number(found["cpu_time"]))
+
+
+def _pair(value: Json) -> tuple[int, int]:
+    first, second = _list(value, 2)
+    return _number(first), _number(second)
+
+
+def _nothing(value: Json) -> int | None:
+    """Of a notification a number, where it failed and did not raise."""
+    return value if value is None or type(value) is int else _number(value)
+
+
+_DECODED: Mapping[str, Callable[[Json], Any]] = {
+    "None": _nothing,
+    "bool": _flag,
+    "int": _number,
+    "str": _text,
+    "bytes": _raw,
+    "int | None": lambda value: None if value is None else _number(value),
+    "str | None": lambda value: None if value is None else _text(value),
+    "tuple[int, int] | None": lambda value: None if value is None else _pair(value),
+    "list[DomainInfo]": lambda value: [_domain_info(each) for each in _list(value)],
+    "VcpuInfo": _vcpu_info,
+    "PortCalls": _nothing,
+    "tuple[int, memoryview]": lambda value: (
+        _number(_object(value, "port", "ring")["port"]), runs_of(value["ring"]),
+    ),
+    "list[memoryview]": lambda value: [runs_of(each) for each in _list(value)],
+}  # fmt: skip
+
+
+def error_as_json(error: OSError) -> Json:
+    """Write what a call raised."""
+    if not isinstance(error, XenError):
+        return {"type": "OSError", "message": str(error.strerror), "errno": error.errno}
+    told = {"type": type(error).__name__, "message": error.message} | error.context()
+    told |= {"notes": list(getattr(error, "__notes__", ())) or None}
+    if error.hint != errors.hint(str(error.op), error.errno or 0):
+        told["hint"] = list(error.hint)
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def _error(value: Json) -> OSError:
+    told = _object(value)
+    message, kind = _text(told.get("message")), _text(told.get("type"))
+    about = {name: told[name] for name in _ABOUT if name in told}
+    for number in about.values():
+        _number(number)
+    if kind == "OSError":
+        return OSError(_number(told.get("errno")), message)
+    if kind not in _ERRORS:
+        raise _Unsound(f"there is no error {_shown(kind)}")
+    op = None if told.get("op") is None else _text(told["op"])
+    hint: Sequence[str] = errors.hint(str(op), about.get("errno", 0))
+    if "hint" in told:
+        hint = [_text(each) for each in _list(told["hint"])]
+    error = _ERRORS[kind](message, op=op, hint=hint, **about)
+    for note in _list(told.get("notes", [])):
+        error.add_note(_text(note))
+    return error
+
+
+# Memory.
+
+
+def difference(before: bytes, now: bytes) -> Json:
+    """Tell what a page is, given what it was."""
+    parts = [
+        [at, now[at : at + _PART].hex()]
+        for at in range(0, PAGE_SIZE, _PART)
+        if before[at : at + _PART] != now[at : at + _PART]
+    ]
+    return parts if len(parts) <= _MOST_PARTS else _packed(now)
+
+
+def runs_of(told: Json) -> Runs:
+    """Read what :func:`difference` told."""
+    if isinstance(told, str):
+        whole = _unpacked(told, PAGE_SIZE)
+        if len(whole) != PAGE_SIZE:
+            raise _Unsound("a page has not the size of one")
+        return whole
+    runs = []
+    for part in _list(told):
+        at, text = _list(part, 2)
+        run = _number(at, PAGE_SIZE), _hexadecimal(text)
+        if sum(map(len, run[1:])) + run[0] > PAGE_SIZE:
+            raise _Unsound("a part of a page goes beyond it")
+        runs.append(run)
+    return tuple(runs)
+
+
+def applied(before: bytes, runs: Runs) -> bytes:
+    """Return what a page is."""
+    if isinstance(runs, bytes):
+        return runs
+    now = bytearray(before)
+    for at, part in runs:
+        now[at : at + len(part)] = part
+    return bytes(now)
+
+
+class Contents:
+    """What was told last of each page, so that only what differs is told again.
+
+    Who writes and who reads forget at the same moment, for both hold the same.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], bytes] = {}
+
+    def tell(self, domid: int, gfn: int, now: bytes) -> Json:
+        """Tell what a page is."""
+        told = difference(self._known.get((domid, gfn), _NOTHING), now)
+        self._keep(domid, gfn, now)
+        return told
+
+    def take(self, domid: int, gfn: int, runs: Runs) -> bytes:
+        """Return what a page is that was told so."""
+        now = applied(self._known.get((domid, gfn), _NOTHING), runs)
+        self._keep(domid, gfn, now)
+        return now
+
+    def _keep(self, domid: int, gfn: int, now: bytes) -> None:
+        if len(self._known) >= _MOST_KNOWN:
+            self._known.clear()
+        self._known[domid, gfn] = now
+
+
+class AgentRing:
+    """A copy of a monitor's ring for the agent alone, which changes only when a call is made.
+
+    Attributes:
+        memory: The page.
+    """
+
+    def __init__(self, content: bytes, entry_size: int) -> None:
+        """Begin with what the page is, given how large a request is."""
+        self.memory = array("B", content)
+        self._page = memoryview(self.memory)
+        self._words = self._page[: VM_EVENT_RING.size].cast("I")
+        starts = range(VM_EVENT_RING.size, PAGE_SIZE, entry_size)[:SLOTS]
+        self.slots = [self._page[start : start + entry_size] for start in starts]
+        self._known = self._words.tolist()
+
+    def release(self) -> None:
+        """Let go of the page, for whoever holds it besides."""
+        for view in (self._words, *self.slots, self._page):
+            view.release()
+        del self.memory
+
+    @property
+    def produced(self) -> int:
+        """How many requests the agent can see."""
+        return self._known[REQ_PROD]
+
+    def take(self) -> tuple[dict[int, int], list[tuple[int, bytes]]]:
+        """Return the indices that the agent has changed, and its new responses by their slots."""
+        words = self._words.tolist()
+        if words == self._known:
+            return {}, []
+        changed = {at: word for at, word in enumerate(words) if word != self._known[at]}
+        shown = self._known[RSP_PROD]
+        count = (words[RSP_PROD] - shown) & MASK
+        slots = [(shown + nth) & SLOT_MASK for nth in range(count if count <= SLOTS else 0)]
+        self._known = words
+        return changed, [(slot, self.slots[slot].tobytes()) for slot in slots]
+
+    def put(self, requests: Sequence[bytes], produced: int) -> None:
+        """Show the agent requests, and how many there have been."""
+        for nth, request in enumerate(requests):
+            slot = self.slots[(self._known[REQ_PROD] + nth) & SLOT_MASK]
+            slot[: len(request)] = request[: len(slot)]
+        self._words[REQ_PROD] = self._known[REQ_PROD] = produced
+
+
+# Lines.
+
+
+def header(backend: Backend, began: str) -> Json:
+    """Return the first line."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "backend": backend.name,
+        "release": list(backend.release.version),
+        "began": began,
+    }
+
+
+def line(document: Json) -> bytes:
+    """Return a line of a file."""
+    return json.dumps(document, separators=(",", ":")).encode() + b"\n"
+
+
+def requests_as_json(requests: Sequence[bytes]) -> Json:
+    """Tell of requests."""
+    return [as_line(raw) for raw in requests]
+
+
+def responses_as_json(responses: Sequence[bytes]) -> Json:
+    """Tell of responses."""
+    return [as_line(raw, response=True) for raw in responses]
+
+
+class Reader:
+    """Reads a session, a line at a time; everything was checked once when it is made.
+
+    Attributes:
+        name: The file's.
+        release: Of the hypervisor.
+        number: Of the line that was read last, from 1.
+    """
+
+    def __init__(self, stream: BinaryIO, name: str) -> None:
+        """Check it.
+
+        Args:
+            stream: The file, which can be read again.
+            name: For messages.
+
+        Raises:
+            RecordingError: It is not a recording, is damaged, or of a version not known.
+        """
+        self._stream, self.name = stream, name
+        self.release = self._begin()
+        for _ in self.lines():
+            pass
+        self._begin()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+    def lines(self) -> Iterator[Call | float]:
+        """Yield calls, and between them what the clock was when it was asked.
+
+        Raises:
+            RecordingError: A line is damaged.
+        """
+        while (text := self._line()) is not None:
+            try:
+                yield _parsed(text)
+            except _Unsound as why:
+                raise self._refusal(str(why)) from None
+
+    def _line(self) -> Json | None:
+        raw = self._stream.readline(MAX_LINE + 1)
+        self.number += 1
+        if len(raw) > MAX_LINE:
+            raise self._refusal("it is too long")
+        if not raw.endswith(b"\n"):
+            return None  # the end; or who wrote it was killed meanwhile
+        try:
+            return json.loads(raw)
+        except (ValueError, RecursionError):
+            raise self._refusal("it is not JSON") from None
+
+    def _begin(self) -> Release:
+        self._stream.seek(0)
+        self.number = 0
+        try:
+            found = self._line()
+        except RecordingError:
+            found = None
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            raise RecordingError(f"{self.name} is not the recording of a session")
+        if found.get("version") != VERSION:
+            raise RecordingError(
+                f"{self.name} is a recording of version {_shown(found.get('version'))}, and only "
+                f"{VERSION} is known"
+            )
+        try:
+            major, minor = (_number(each, 1 << 8) for each in _list(found.get("release"), 2))
+            return release(major, minor)
+        except (_Unsound, ValueError) as why:
+            raise self._refusal(str(why)) from None
+
+    def _refusal(self, why: str) -> RecordingError:
+        return RecordingError(f"line {self.number} of {self.name} is damaged: {why}")
+
+
+_KEYS = {one.name for one in fields(Call)} - {"op"} | {"call"}
+
+
+def _parsed(found: Json) -> Call | float:
+    told = _object(found)
+    if told.keys() == {"clock"}:
+        return _seconds(told["clock"])
+    op = _text(told.get("call"))
+    if op not in OPERATIONS or not told.keys() <= _KEYS:
+        raise _Unsound(f"there is no call {_shown(op)}, or more beside it")
+    error = _error(told["error"]) if "error" in told else None
+    result = _DECODED[RESULTS[op]](told.get("result")) if error is None else None
+    indices = {
+        _number(at, SLOTS): _number(word, 1 << 32)
+        for at, word in (_list(each, 2) for each in _list(told.get("indices", [])))
+    }
+    produced = told.get("produced")
+    return Call(
+        time=_seconds(told.get("time")),
+        op=op,
+        arguments=_list(told.get("arguments"), len(OPERATIONS[op].names)),
+        result=result,
+        error=error,
+        indices=indices,
+        responses=_events(told.get("responses", [])),
+        wrote=_pages(told.get("wrote", [])),
+        requests=_events(told.get("requests", [])),
+        produced=None if produced is None else _number(produced, 1 << 32),
+        memory=_pages(told.get("memory", [])),
+    )
+
+
+def _seconds(value: Json) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _Unsound(f"{_shown(value)} is no time")
+    if not math.isfinite(value) or value < 0:
+        raise _Unsound(f"{_shown(value)} is no time")
+    return float(value)
+
+
+def _events(value: Json) -> tuple[bytes, ...]:
+    found = tuple(_hexadecimal(_object(each).get("raw")) for each in _list(value))
+    if len(found) > SLOTS:
+        raise _Unsound("more events than a ring has room for")
+    return found
+
+
+def _pages(value: Json) -> tuple[tuple[int, int, Runs], ...]:
+    return tuple(
+        (_number(mapping), _number(page), runs_of(told))
+        for mapping, page, told in (_list(each, 3) for each in _list(value))
+    )
