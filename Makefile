@@ -19,7 +19,8 @@ apt = apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint format types docs ffi ffi-check abi bench bench-sim bench-recording bench-xen fuzz guest dist clean headers \
+.PHONY: help demo test test-example check lint format types docs ffi ffi-check abi bench bench-sim \
+	bench-recording bench-xen fuzz guest dist clean headers \
 	lab lab-shell test-xen test-xen-all conformance support demo-xen
 
 help: ## list the targets
@@ -31,6 +32,16 @@ demo: $(READY) ## trace a function of a guest that checks itself, in the simulat
 
 test: $(READY) headers ## run every test that needs no Xen
 	$(RUN) -m pytest -rfEs $(PYTEST)
+	$(MAKE) test-example
+
+test-example: $(READY) ## the example agent's tests, with the wheel in an empty environment without Xen
+	@set -e; rm -rf build; scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
+	$(call retry,$(RUN) -m build --wheel --outdir "$$scratch" . >/dev/null,build); \
+	$(PYTHON) -m venv "$$scratch/venv"; \
+	wheel=$$(ls "$$scratch"/xenaltp2m-*.whl); \
+	$(call retry,"$$scratch/venv/bin/pip" install -qq "$$wheel[sim]" pytest,pip install); \
+	cp -r examples/agent examples/guest "$$scratch"; cd "$$scratch/agent"; \
+	XENALTP2M_LIBXENCTRL=/no/such/library "$$scratch/venv/bin/python" -m pytest -q -rs
 
 check: lint types ffi-check test ## what CI runs: linters, types, the generated module, tests
 

@@ -17,8 +17,8 @@ import xenaltp2m as xa
 from xenaltp2m.backend.mock import MockBackend
 from xenaltp2m.breakpoints import Breakpoints, Hit
 from xenaltp2m.handle import Handle
+from xenaltp2m.testing import Failing
 
-from .faults import Failing
 from .hooked import (
     INC_EAX,
     INC_ECX,

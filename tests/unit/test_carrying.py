@@ -19,9 +19,8 @@ from xenaltp2m import cli
 from xenaltp2m.backend.mock import MockBackend
 from xenaltp2m.breakpoints import Breakpoints, Hit
 from xenaltp2m.rescue import diagnose, rescue
+from xenaltp2m.testing import Failing
 from xenaltp2m.viewstate import State, diff
-
-from .faults import Failing
 
 UNUSED = range(0x300, 0x310)
 

@@ -19,9 +19,9 @@ import pytest
 from xenaltp2m import Access, Altp2m, Domain, LeftoverError, View, Xen, XenError, connect
 from xenaltp2m import view as view_module
 from xenaltp2m.abi.releases import SUPPORTED
+from xenaltp2m.testing import Failing, Plan
 
 from .effective import State, changes, met, names, state_of
-from .faults import Failing, Plan
 
 ERRNOS = [EPERM, EINVAL, ENOMEM, EBUSY, ESRCH, EACCES]
 FIRST_NEW = 0xFF000

@@ -16,8 +16,7 @@ import pytest
 
 import xenaltp2m as xa
 from xenaltp2m.backend.mock import Cpuid, Instruction, WriteControlRegister
-
-from .faults import Failing
+from xenaltp2m.testing import Failing
 
 ERRNOS = [EPERM, EINVAL, ENOMEM, EBUSY, ESRCH, EACCES]
 RELEASES = [(4, 14), (4, 17), (4, 20)]

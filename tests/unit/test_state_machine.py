@@ -44,9 +44,9 @@ from xenaltp2m import (
 from xenaltp2m.abi.releases import SUPPORTED
 from xenaltp2m.backend.mock.p2m import PageType
 from xenaltp2m.backend.mock.vcpu import INVALID_VIEW
+from xenaltp2m.testing import Failing, Plan
 
 from .effective import State, changes, met, state_of
-from .faults import Failing, Plan
 
 RAM = [0, 1, 2, 3, 0x1FE, 0x1FF, 0x200, 0x201, 0x202]
 """Six gfns of a superpage, and three of pages that the host maps alone."""
