@@ -192,7 +192,7 @@ def test_without_a_domain_a_live_test_is_skipped(pytester: pytest.Pytester) -> N
 def test_with_a_domain_it_runs_there(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As far as it can be shown without Xen; docs/testing.md tells of a run on it."""
+    """As far as it can be shown without Xen."""
 
     def opened(name: str) -> Failing:
         assert name == "libxc"

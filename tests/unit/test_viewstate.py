@@ -24,8 +24,8 @@ import xenaltp2m as xa
 from xenaltp2m import cli
 from xenaltp2m.backend.mock import MockBackend
 from xenaltp2m.runs import FrozenRuns
-from xenaltp2m.viewstate import FORMAT, State, _places_of_memory, capture, diff, obstacles, restore
 from xenaltp2m.testing import Failing
+from xenaltp2m.viewstate import FORMAT, State, _places_of_memory, capture, diff, obstacles, restore
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "state.schema.json").read_text())
 GFNS = 256
