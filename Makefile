@@ -21,7 +21,7 @@ apt = apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-example check lint format types docs ffi ffi-check abi bench bench-sim \
 	bench-recording bench-xen fuzz guest dist clean headers \
-	lab lab-shell test-xen test-xen-all conformance support demo-xen
+	lab lab-shell test-xen test-xen-all conformance recordings support demo-xen
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | \
@@ -112,6 +112,13 @@ test-xen: $(READY) ## run the live tests on real Xen in the lab; XEN="4.17 4.20"
 
 test-xen-all: ## the same on every release the lab has
 	$(MAKE) test-xen XEN="4.17 4.20 4.14"
+
+recordings: $(READY) ## record the sessions of tests/recorded anew on real Xen in the lab
+	rm -rf results/recordings
+	$(RUN) tests/lab/run.py --install --xen 4.17 --results results/recordings --put xenaltp2m \
+		--put tests/recorded:tests/recorded --put examples/guest:examples/guest -- \
+		'touch tests/__init__.py; python3 -m tests.recorded.sessions "$$RESULTS"'
+	cp results/recordings/views.session results/recordings/events.session tests/recorded/xen-4.17
 
 conformance: $(READY) ## compare simulated guests with real Xen in the lab, event by event
 	for xen in $(XEN); do $(RUN) tests/lab/conformance.py --xen $$xen $(CONFORMANCE) || exit 1; done

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from xenaltp2m.errors import ClosedError, LeftoverError, XenError
+from xenaltp2m.errors import ClosedError, LeftoverError, ReplayError, XenError
 
 
 class UndoList:
@@ -64,11 +64,14 @@ class UndoList:
         failed: list[tuple[str, Callable[[], None]]] = []
         failures: list[XenError] = []
         left: list[str] = []
+        differs: ReplayError | None = None
         try:
             while self._steps:
                 what, undo = self._steps[-1]
                 try:
                     undo()
+                except ReplayError as error:
+                    differs = differs or error  # nothing behind the others is left to be undone
                 except XenError as error:
                     failed.append((what, undo))
                     failures.append(error)
@@ -77,6 +80,8 @@ class UndoList:
                 self._steps.pop()
         finally:
             self._steps += reversed(failed)
+        if differs is not None:
+            raise differs
         if failures:
             first = failures[0]
             while isinstance(first, LeftoverError) and isinstance(first.__cause__, XenError):
@@ -124,6 +129,7 @@ class Handle:
         Raises:
             LeftoverError: Something could not be taken back. The handle stays open and a second
                 ``close()`` tries just that again.
+            ReplayError: What is replayed took back something else, or went on.
         """
         if self._closed:
             return
@@ -133,6 +139,9 @@ class Handle:
             except LeftoverError:
                 if not self._gone():
                     raise
+            except ReplayError:
+                self.abandon()
+                raise
         self.abandon()
 
     def abandon(self) -> None:

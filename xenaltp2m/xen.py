@@ -17,7 +17,6 @@ from xenaltp2m.errors import (
     DomainNotFoundError,
     InvalidArgumentError,
     RecordingError,
-    ReplayError,
     XenError,
 )
 from xenaltp2m.handle import Handle, UndoList
@@ -150,19 +149,6 @@ class Xen(Handle):
             if info.domid == domid:
                 return info
         raise DomainNotFoundError(f"there is no domain {domid}", domid=domid, hint=(_LIST,))
-
-    def close(self) -> None:
-        """Close every domain opened here, then the backend; again is harmless.
-
-        Raises:
-            LeftoverError: Something could not be taken back; a second call tries it again.
-            ReplayError: What is replayed has done more than this, or something else.
-        """
-        try:
-            super().close()
-        except ReplayError:
-            self.abandon()  # there is nothing behind it to be taken back
-            raise
 
     def abandon(self) -> None:
         """Close without undoing anything; what journals say to be undone stays."""

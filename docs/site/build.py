@@ -36,13 +36,24 @@ CONTENTS = {
     "Begin": ("start", "concepts"),
     "How to": ("howto/first-hook", "howto/self-*", "howto/several-vcpus", "howto/*"),
     "Use": ("cli", "events", "breakpoints", "state", "hazards", "doctor", "rescue", "errors"),
-    "Without Xen": ("mock", "simulator", "testing", "lab"),
+    "Without Xen": ("testing", "mock", "simulator", "recording", "lab"),
     "Facts": ("semantics", "support", "performance", "security", "comparison"),
 }
 """The pages of docs/ under each heading, in order, of those that are there; others follow them."""
 ROOT_PAGES = ("README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")
 
-INTERNAL = ("__main__", "abi", "arguments", "cli", "libxc", "loader", "mapping", "runs", "signals")
+INTERNAL = (
+    "__main__",
+    "abi",
+    "arguments",
+    "cli",
+    "libxc",
+    "loader",
+    "mapping",
+    "runs",
+    "session",
+    "signals",
+)
 """Modules, and packages with all that is in them, that are nobody's but this package's."""
 EXPORTED_ONLY = ("altp2m", "domain", "vcpu", "view", "vm_event", "xen")
 """Modules of which ``xenaltp2m.__all__`` is all that is public, but for type aliases."""
@@ -130,12 +141,16 @@ def examples(target: Path) -> None:
     """Write a page for each example and for each guest, with its source."""
     for directory, title in (
         (EXAMPLES, "Examples"),
+        (EXAMPLES / "agent", "An agent with its tests"),
         (EXAMPLES / "guest", "Guests to try an agent on"),
     ):
         place = target / directory.relative_to(TREE)
         place.mkdir(parents=True)
         sources = [
-            file for kind in LANGUAGES for file in directory.iterdir() if file.suffix == kind
+            file
+            for kind in LANGUAGES
+            for file in (*directory.iterdir(), *directory.glob("tests/*"))
+            if file.suffix == kind
         ]
         stems = sorted({source.stem for source in sources})
         for stem in stems:
@@ -146,7 +161,7 @@ def examples(target: Path) -> None:
                 text += f":language: {LANGUAGES[source.suffix]}\n"
                 text += f":caption: {source.relative_to(TREE)}\n```\n"
             (place / f"{stem}.md").write_text(text, encoding="utf-8")
-        more = ["guest/index"] if directory == EXAMPLES else []
+        more = ["agent/index", "guest/index"] if directory == EXAMPLES else []
         (place / "index.md").write_text(
             f"# {title}\n{toctree([*stems, *more], ':maxdepth: 1')}", encoding="utf-8"
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -58,12 +59,13 @@ def events(dom: xa.Domain) -> list[Any]:
         view.set_access(IMAGE.gfns("counter"), xa.Access.R)
         altp2m.switch_to_view(view)
         dom.xen.backend.domain_unpause(int(dom.domid))
-        for event in monitor.events(timeout=20.0):
-            assert isinstance(event, xa.MemAccess)
-            learned.append((event.gfn, event.offset, event.registers.rip, event.vcpu))
-            event.reply(xa.Response.fast_singlestep(through=0, back_to=view))
-            if len(learned) == 12:
-                break
+        with closing(monitor.events(timeout=20.0)) as heard:
+            for event in heard:
+                assert isinstance(event, xa.MemAccess)
+                learned.append((event.gfn, event.offset, event.registers.rip, event.vcpu))
+                event.reply(xa.Response.fast_singlestep(through=0, back_to=view))
+                if len(learned) == 12:
+                    break
         dom.pause()
         learned.append(dom.memory.read(IMAGE.physical(IMAGE.symbol("counter")), 4))
     return learned
@@ -74,10 +76,12 @@ def trace(dom: xa.Domain) -> list[Any]:
     learned: list[Any] = []
     with dom.trace("target", symbols=IMAGE, arguments=1, returns=True) as calls:
         dom.xen.backend.domain_unpause(int(dom.domid))
-        for seen in calls.calls(timeout=20.0):
-            learned.append((type(seen).__name__, seen.vcpu, seen.time))
-            if len(learned) == 10:
-                break
+        told: Any = calls.calls(timeout=20.0)
+        with closing(told):
+            for seen in told:
+                learned.append((type(seen).__name__, seen.vcpu, seen.time))
+                if len(learned) == 10:
+                    break
         dom.pause()
     return [*learned, dict(calls.hits)]
 

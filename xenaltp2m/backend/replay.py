@@ -175,7 +175,7 @@ class ReplayBackend:
         self.release = reader.release
         self.clock = _ReplayClock()
         self._closed = False
-        self._why = ""
+        self._over: ReplayError | None = None
         """Why it is over, once it is."""
         self._contents = Contents()
         self._mapped: dict[int, _Pages] = {}
@@ -196,7 +196,8 @@ class ReplayBackend:
         """End; again is harmless.
 
         Raises:
-            ReplayError: The recorded session went on.
+            ReplayError: The recorded session went on; or it has differed before, for who was told
+                then may have kept that to himself, as a generator does that is collected.
         """
         if self._closed:
             return
@@ -207,12 +208,13 @@ class ReplayBackend:
         for one in shared:
             one.let_go()
             one.mapping.release()
-        expected, over = self._next, bool(self._why)
-        self._next = None
+        expected, self._next = self._next, None
         self._lines.close()  # type: ignore[attr-defined]
         self._reader.close()
-        if expected is not None and not over:
-            raise self._difference(_words(expected.op, expected.arguments), "the end")
+        if self._over is None and expected is not None:
+            self._difference(_words(expected.op, expected.arguments), "the end")
+        if self._over is not None:
+            raise self._over
 
     # What is recorded.
 
@@ -266,7 +268,7 @@ class ReplayBackend:
         for number, page, runs in call.memory:
             pages = self._mapped.get(number)
             if pages is None or page >= len(pages.last):
-                raise self._damaged("it tells of pages that are not mapped")
+                raise self._misfit("it tells of pages that are not mapped")
             pages.put(page, applied(pages.last[page], runs))
         self._advance()
 
@@ -315,12 +317,11 @@ class ReplayBackend:
             f"  recorded: {recorded}\n"
             f"  came:     {came}"
         )
-        self._why = message.partition("\n")[0]
-        return ReplayError(message, line=self._line, expected=expected, came=came)
+        self._over = ReplayError(message, line=self._line, expected=expected, came=came)
+        return self._over
 
-    def _damaged(self, why: str) -> RecordingError:
-        self._why = f"line {self._line} of {self._reader.name} is damaged: {why}"
-        return RecordingError(self._why)
+    def _misfit(self, why: str) -> ReplayError:
+        return self._difference(f"what does not fit what was before: {why}", self._op())
 
     def _run(
         self, op: str, given: list[Json], act: Callable[[Call], Any] = lambda call: call.result
@@ -328,7 +329,7 @@ class ReplayBackend:
         """Answer a call as then; ``act`` does what is this process's own, and has the result."""
         if self._closed:
             raise ClosedError("the backend is closed", op=op)
-        if self._why:
+        if self._over is not None:
             return self._afterwards(op)
         call = self._take(op, given)
         if call.error is not None:
@@ -343,7 +344,8 @@ class ReplayBackend:
         kind = RESULTS[op]
         if kind == "None" or kind.startswith("list[D"):
             return [] if kind != "None" else None
-        raise DomainNotFoundError(f"{op}: {self._why}", op=op, errno=ESRCH)
+        told = str(self._over).partition("\n")[0]
+        raise DomainNotFoundError(f"{op}: {told}", op=op, errno=ESRCH)
 
     # What is more than to look it up.
 
@@ -371,9 +373,9 @@ class ReplayBackend:
     ) -> list[memoryview]:
         def act(call: Call) -> list[memoryview]:
             if len(call.result) != len(gfns):
-                raise self._damaged("it tells of more or fewer pages than were mapped")
+                raise self._misfit("it tells of more or fewer pages than were mapped")
             if sum(len(pages.last) for pages in self._mapped.values()) > _MOST_PAGES:
-                raise self._damaged("it maps too many pages")
+                raise self._misfit("it maps too many pages")
             contents = [
                 self._contents.take(domid, gfn, runs)
                 for gfn, runs in zip(gfns, call.result, strict=True)
@@ -401,7 +403,7 @@ class ReplayBackend:
             table[number].mapping.close(op)
             del table[number]
 
-        if self._why and not self._closed:
+        if self._over and not self._closed:
             with suppress(BusyError):
                 act()
             return
@@ -415,7 +417,7 @@ class ReplayBackend:
         def act(call: Call) -> int:
             channel: int = call.result
             if channel in self._channels:
-                raise self._damaged("it opens a channel twice")
+                raise self._misfit("it opens a channel twice")
             self._channels[channel] = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             return channel
 
@@ -427,18 +429,18 @@ class ReplayBackend:
                 os.close(self._channels.pop(channel))
                 self._signalled.discard(channel)
 
-        if self._why and not self._closed:
+        if self._over and not self._closed:
             act()
             return
         self._run("evtchn_close", [encode(channel)], act)
 
     def evtchn_fd(self, channel: int) -> int:
-        if self._why and not self._closed and channel in self._channels:
+        if self._over and not self._closed and channel in self._channels:
             return self._channels[channel]
 
         def act(_: Call) -> int:
             if channel not in self._channels:
-                raise self._damaged("it has a channel that is not open")
+                raise self._misfit("it has a channel that is not open")
             return self._channels[channel]
 
         return cast("int", self._run("evtchn_fd", [encode(channel)], act))
@@ -451,7 +453,7 @@ class ReplayBackend:
             return self._run("evtchn_notify", given) or 0
 
         def pending() -> object:
-            return None if self._why else self._run(_PENDING, given[:1])
+            return None if self._over else self._run(_PENDING, given[:1])
 
         return PortCalls(pending, partial(self._run, "evtchn_unmask", given), notify)
 
