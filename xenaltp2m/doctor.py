@@ -14,7 +14,6 @@ import importlib.util
 import os
 import re
 import subprocess
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -680,7 +679,7 @@ def _standing_still(domain: Domain) -> list[int]:
     numbers = range(domain.info().max_vcpu_id + 1)
     looks = [look()]
     for _ in range(_LOOKS - 1):
-        time.sleep(_PAUSE)
+        domain.xen.backend.clock.sleep(_PAUSE)
         looks.append(look())
     return [
         number

@@ -379,7 +379,7 @@ def test_everything_is_let_go_wherever_it_differs(name: str, path: Path) -> None
     run(SESSIONS[name], xa.connect(simulated(), record=path))
     content = path.read_bytes().splitlines(keepends=True)
     differ = 0
-    for missing in range(1, len(content), 1 if len(content) < 100 else 7):
+    for missing in range(1, len(content), max(len(content) // 60, 1)):
         if b'{"clock"' in content[missing]:
             continue
         path.write_bytes(b"".join(content[:missing] + content[missing + 1 :]))

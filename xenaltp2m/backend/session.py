@@ -27,7 +27,7 @@ from xenaltp2m.abi.vm_event import as_line
 from xenaltp2m.backend import Backend
 from xenaltp2m.backend.arguments import Parameters
 from xenaltp2m.errors import RecordingError, XenError
-from xenaltp2m.types import PAGE_SIZE, DomainInfo, DomId, VcpuInfo
+from xenaltp2m.types import PAGE_SIZE, DomainInfo, DomId, MemoryType, PodTarget, VcpuInfo
 
 FORMAT = "xenaltp2m session"
 VERSION = 1
@@ -113,7 +113,7 @@ def encode(value: object) -> Json:
         return {"bytes": raw.hex()} if len(raw) <= _SHORT else {"packed": _packed(raw)}
     if isinstance(value, DomainInfo):
         return asdict(value) | {"uuid": str(value.uuid)}
-    if isinstance(value, VcpuInfo):
+    if isinstance(value, VcpuInfo | PodTarget):
         return asdict(value)
     if isinstance(value, list) and value and isinstance(value[0], DomainInfo):
         return [encode(each) for each in value]
@@ -233,6 +233,18 @@ def _vcpu_info(value: Json) -> VcpuInfo:
     return VcpuInfo(**flags, cpu_time=_number(found["cpu_time"]))
 
 
+def _pod_target(value: Json) -> PodTarget:
+    found = _object(value, *(one.name for one in fields(PodTarget)))
+    return PodTarget(**{name: _number(number) for name, number in found.items()})
+
+
+def _memory_type(value: Json) -> MemoryType:
+    try:
+        return MemoryType(_number(value))
+    except ValueError:
+        raise _Unsound(f"{_shown(value)} is no type of memory") from None
+
+
 def _pair(value: Json) -> tuple[int, int]:
     first, second = _list(value, 2)
     return _number(first), _number(second)
@@ -249,6 +261,9 @@ _DECODED: Mapping[str, Callable[[Json], Any]] = {
     "int": _number,
     "str": _text,
     "bytes": _raw,
+    "bytes | None": lambda value: None if value is None else _raw(value),
+    "MemoryType": _memory_type,
+    "PodTarget": _pod_target,
     "int | None": lambda value: None if value is None else _number(value),
     "str | None": lambda value: None if value is None else _text(value),
     "tuple[int, int] | None": lambda value: None if value is None else _pair(value),
