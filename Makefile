@@ -21,7 +21,7 @@ apt = apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-example check lint format types docs ffi ffi-check abi bench bench-sim \
 	bench-recording bench-xen fuzz guest dist clean headers \
-	lab lab-shell test-xen test-xen-all conformance recordings support demo-xen
+	lab lab-shell test-xen test-xen-all conformance recordings support pictures demo-xen
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | \
@@ -125,6 +125,9 @@ conformance: $(READY) ## compare simulated guests with real Xen in the lab, even
 
 support: $(READY) ## write docs/support.md from what `make test-xen-all` left in results/
 	PYTHONPATH=. $(RUN) tests/lab/support.py
+
+pictures: $(READY) ## draw the pictures in docs/pictures/ anew, from real runs
+	$(RUN) docs/pictures/make.py
 
 demo-xen: ## the same script, the same guest and the same table on real Xen in the lab
 	$(PYTHON) tests/lab/run.py --install --xen $(firstword $(XEN)) --put xenaltp2m \

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -323,3 +324,9 @@ def test_the_support_page_is_up_to_date() -> None:
     command = [sys.executable, "tests/lab/support.py", "--check"]
     environment = os.environ | {"PYTHONPATH": str(TREE)}
     subprocess.run(command, cwd=TREE, env=environment, check=True)
+
+
+def test_the_picture_of_views_is_up_to_date() -> None:
+    """The same run, drawn again."""
+    make = runpy.run_path(str(TREE / "docs" / "pictures" / "make.py"))
+    assert make["views"]() == (TREE / "docs" / "pictures" / "views.svg").read_text()

@@ -28,8 +28,8 @@ LAYERS: list[set[str]] = [
         "domain", "memory", "xen", "journal",
     },
     {
-        "breakpoints", "shadows", "instructions", "tracing", "prototypes", "viewstate", "rescue",
-        "carrying", "hazards", "doctor", "symbols",
+        "breakpoints", "shadows", "instructions", "tracing", "prototypes", "viewstate", "viewaxis",
+        "viewpicture", "viewstrips", "rescue", "carrying", "hazards", "doctor", "symbols",
     },
     {""},  # the package itself: what users import
     {"cli", "__main__", "testing"},

@@ -66,6 +66,13 @@ class Console:
             print(table.plain())
         sys.stdout.flush()
 
+    def coloured(self, lines: Sequence[Sequence[tuple[str, str | None]]]) -> None:
+        """Print lines of texts, each with its colours where somebody watches; rich names them."""
+        if not (sys.stdout.isatty() and _print_colours(lines)):
+            for line in lines:
+                print("".join(printable(text) for text, _ in line).rstrip())
+        sys.stdout.flush()
+
     def in_place(self, table: Table) -> None:
         """Show a table where the one before is, where somebody watches."""
         if sys.stdout.isatty() and not self.as_json:
@@ -157,6 +164,22 @@ def _print_rich(table: Table) -> bool:
     for row in table.rows:
         shown.add_row(*map(Text, row))
     console.print(shown)
+    return True
+
+
+def _print_colours(lines: Sequence[Sequence[tuple[str, str | None]]]) -> bool:
+    """Print coloured texts with rich; False where it is not installed."""
+    try:
+        from rich.console import Console as RichConsole
+        from rich.text import Text
+    except ImportError:
+        return False
+    console = RichConsole()
+    for line in lines:
+        shown = Text(no_wrap=True)
+        for text, colours in line:
+            shown.append(printable(text), colours)
+        console.print(shown, crop=False, overflow="ignore")
     return True
 
 

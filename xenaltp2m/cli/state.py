@@ -14,6 +14,7 @@ from typing import Any
 
 import xenaltp2m as xa
 from xenaltp2m.carrying import import_views, imported_views, take_out_views
+from xenaltp2m.cli import picture
 from xenaltp2m.cli.console import Console, Table
 from xenaltp2m.cli.host import Signals, connect, is_altp2m_active
 from xenaltp2m.cli.pages import counted, number_among, seconds
@@ -34,7 +35,7 @@ KEYS = """\
 A state is what an agent's views have that the host p2m has not; an agent writes it with
 altp2m.capture(contents=True).to_bytes().
 
-  show FILE             its views, and what is in them
+  show FILE             its views, and what is in them; --html or --svg draws them into a file
   diff FILE FILE        what is different; the exit code is 1 if something is
   verify FILE DOMAIN    where Xen has something else than a state captured of that domain; the exit
                         code is 1 if it has. --sample looks at some gfns of each view only
@@ -68,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sample", type=_sample, metavar="GFNS", help="verify: so many of each view, at random"
     )
+    picture.add_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="restore: tell what is in the way")
     parser.add_argument(
         "--hold", type=seconds, metavar="SECONDS", help="restore: end after so long"
@@ -85,6 +87,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
             options.action, "a file and a domain"
         )
         options.usage_error(f"{options.action} takes {wanted}")
+    if picture.wanted(options) and options.action != "show":
+        options.usage_error("--html and --svg are for show")
     _ACTIONS[options.action](options, console)
 
 
@@ -149,6 +153,7 @@ def _show(options: argparse.Namespace, console: Console) -> None:
     )
     head = ("view", "label", "default", "gfns with access of their own", "remaps", "vCPUs")
     console.result(document, Table(head, rows, title=f"{title} ({origin})" if origin else title))
+    picture.show(state, options, console)
 
 
 def _counts(view: ViewState) -> dict[str, int]:
