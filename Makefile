@@ -21,14 +21,14 @@ apt = apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-example check lint format types docs ffi ffi-check abi bench bench-sim \
 	bench-recording bench-xen fuzz guest dist clean headers \
-	lab lab-shell test-xen test-xen-all conformance recordings support pictures demo-xen
+	lab lab-shell test-xen test-xen-all conformance recordings support manual pictures demo-xen
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | \
 	while IFS='|' read -r name text; do printf '%-12s %s\n' "$$name" "$$text"; done
 
 demo: $(READY) ## trace a function of a guest that checks itself, in the simulator
-	$(RUN) examples/trace_calls.py
+	$(VENV)/bin/xenaltp2m demo
 
 test: $(READY) headers ## run every test that needs no Xen
 	$(RUN) -m pytest -rfEs $(PYTEST)
@@ -87,6 +87,7 @@ fuzz: $(READY) ## a million mutated requests through the monitor; hostile images
 
 guest: ## build the guests anew (gcc -m32)
 	$(MAKE) -C examples/guest --always-make
+	cp examples/guest/checker.elf xenaltp2m/cli/checker.elf
 	$(MAKE) -C tests/lab/guest --always-make
 
 dist: $(READY) ## build sdist and wheel, and try the wheel in an empty environment
@@ -126,13 +127,16 @@ conformance: $(READY) ## compare simulated guests with real Xen in the lab, even
 support: $(READY) ## write docs/support.md from what `make test-xen-all` left in results/
 	PYTHONPATH=. $(RUN) tests/lab/support.py
 
+manual: $(READY) ## write the manual page and the shells' completions anew, from the parser
+	$(RUN) docs/manual/make.py
+
 pictures: $(READY) ## draw the pictures in docs/pictures/ anew, from real runs
 	$(RUN) docs/pictures/make.py
 
 demo-xen: ## the same script, the same guest and the same table on real Xen in the lab
 	$(PYTHON) tests/lab/run.py --install --xen $(firstword $(XEN)) --put xenaltp2m \
-		--put examples/trace_calls.py --put examples/guest -- \
-		'cd guest && xl create -p -q -e checker.cfg && python3 ../trace_calls.py --connect libxc'
+		--put examples/guest -- \
+		'cd guest && xl create -p -q -e checker.cfg && cd .. && python3 -m xenaltp2m demo --connect libxc'
 
 clean: ## remove what these targets made
 	rm -rf $(VENV) build dist results *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

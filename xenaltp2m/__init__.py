@@ -82,6 +82,7 @@ from xenaltp2m.types import (
     VcpuId,
     VcpuInfo,
     ViewId,
+    ViewInfo,
 )
 from xenaltp2m.vcpu import Vcpu
 from xenaltp2m.view import Difference, Mismatch, View
@@ -169,6 +170,7 @@ __all__ = [
     "VcpuInfo",
     "View",
     "ViewId",
+    "ViewInfo",
     "VmExit",
     "Watch",
     "WriteCtrlreg",

@@ -26,6 +26,7 @@ from xenaltp2m.journal import Pages, dead
 from xenaltp2m.memory import Memory
 from xenaltp2m.monitor import Monitor, subscription
 from xenaltp2m.types import (
+    ALL_GFNS,
     GFN_LIMIT,
     HOST_VIEW,
     HVM_PARAM_ALTP2M,
@@ -36,9 +37,10 @@ from xenaltp2m.types import (
     DomainInfo,
     DomId,
     Gfn,
+    ViewInfo,
 )
 from xenaltp2m.vcpu import Vcpu
-from xenaltp2m.view import View, check_gfn
+from xenaltp2m.view import View, check_gfn, existing_views
 
 if TYPE_CHECKING:
     from xenaltp2m.carrying import Carried
@@ -160,6 +162,26 @@ class Domain(Handle):
             self._backend.altp2m_get_domain_state(self.domid)  # ESRCH where the domain is gone
             return None
         return self._backend.release.access_by_number[number]
+
+    def existing_views(self) -> list[ViewInfo]:
+        """List the views there are, whoever made them, view 0 among them; none if altp2m is off.
+
+        Nothing is changed. Xen has no such call: the numbers below 64 are asked for. Which views
+        are hidden from the guest, it does not tell.
+
+        ``xc_altp2m_get_suppress_ve``, ``xc_altp2m_get_mem_access`` of gfn ~0,
+        ``xc_altp2m_get_vcpu_p2m_idx``.
+        """
+        if not self.altp2m_active:
+            return []
+        places = {vcpu.number: vcpu.view for vcpu in self.vcpus()}
+        found = []
+        for view in existing_views(self._backend, self.domid):
+            number = self._backend.altp2m_get_mem_access(self.domid, view, ALL_GFNS)
+            inside = tuple(vcpu for vcpu, where in places.items() if where == view)
+            access = self._backend.release.access_by_number[number]
+            found.append(ViewInfo(view, access, inside))
+        return found
 
     # Control.
 

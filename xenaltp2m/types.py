@@ -156,6 +156,17 @@ class VcpuInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class ViewInfo:
+    """What Xen tells of a view, whoever made it."""
+
+    id: ViewId
+    default_access: Access
+    """What pages get that the view copies on first use; of view 0 the host p2m's."""
+    vcpus: tuple[VcpuId, ...]
+    """The vCPUs that are in it."""
+
+
+@dataclass(frozen=True, slots=True)
 class SuppressVeFailure:
     """The first gfn a bulk suppress-#VE call could not change, and why."""
 

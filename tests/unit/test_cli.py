@@ -33,7 +33,7 @@ TARGET_CODE = "a100301000"
 COPY = 0xFF000
 LIST = ["--connect", "mock", "list"]
 PROTECT = ["--connect", "mock", "protect", "guest", "--image", IMAGE, "--symbol", "target"]
-NOW = [*PROTECT, "--hold", "0"]
+NOW = [*PROTECT, "--duration", "0"]
 
 
 class WatchedMock(MockBackend):
@@ -215,9 +215,9 @@ def test_help_tells_of_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
         (["list", "--xen", "4.17"], "add --connect mock"),
         (["protect"], "DOMAIN, --image, --symbol"),
         ([*PROTECT, "--access", "w"], "'w' is not one of n, r, x, rw, rx, rwx"),
-        ([*PROTECT, "--hold", "-1"], "'-1' is not a number of seconds"),
-        ([*PROTECT, "--hold", "nan"], "'nan' is not a number of seconds"),
-        ([*PROTECT, "--hold", "for ever"], "'for ever' is not a number of seconds"),
+        ([*PROTECT, "--duration", "-1"], "'-1' is not a number of seconds"),
+        ([*PROTECT, "--duration", "nan"], "'nan' is not a number of seconds"),
+        ([*PROTECT, "--duration", "for ever"], "'for ever' is not a number of seconds"),
         ([*PROTECT, "--sha"], "unrecognized arguments: --sha"),
     ],
 )
@@ -309,6 +309,17 @@ def test_list_where_there_is_no_xen(
         "xenaltp2m: error: no usable libxenctrl",
         "  hint: use the mock backend, --connect mock",
     ]
+
+
+def test_where_this_is_no_dom0_other_ways_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(backend: str) -> xa.Xen:
+        raise xa.XenError("interface_open: ENOENT", op="interface_open", errno=2)
+
+    monkeypatch.setattr(xa, "connect", refuse)
+    assert cli.main(["list"]) == cli.REFUSED
+    assert "  hint: without Xen: --connect mock, or xenaltp2m demo\n" in capsys.readouterr().err
 
 
 # protect

@@ -49,7 +49,7 @@ def test_watch_hears_of_data(capsys: pytest.CaptureFixture[str]) -> None:
 def test_protect_has_the_guest_go_on(capsys: pytest.CaptureFixture[str]) -> None:
     image = Image.open(CHECKER)
     protect = ["--connect", "mock", "protect", "guest", "--image", str(CHECKER)]
-    assert cli.main([*protect, "--symbol", "target2", "--hold", "0", "--json"]) == cli.DONE
+    assert cli.main([*protect, "--symbol", "target2", "--duration", "0", "--json"]) == cli.DONE
     document = json.loads(capsys.readouterr().out)
     assert document["symbols"][0]["matches"] is True
     [difference] = document["differences"]
@@ -62,7 +62,7 @@ def test_an_image_of_no_pvh_guest_is_memory(
     image = tmp_path / "other.elf"
     image.write_bytes(CHECKER.read_bytes().replace(b"Xen\0", b"Not\0"))  # the note's owner
     protect = ["--connect", "mock", "protect", "guest", "--image", str(image)]
-    assert cli.main([*protect, "--symbol", "target", "--hold", "0", "--json"]) == cli.DONE
+    assert cli.main([*protect, "--symbol", "target", "--duration", "0", "--json"]) == cli.DONE
     assert json.loads(capsys.readouterr().out)["symbols"][0]["matches"] is True
 
 
@@ -97,7 +97,7 @@ def test_trace_leaves_out_what_is_not_wanted(capsys: pytest.CaptureFixture[str])
     told, summary = traced(capsys, "hit", "--rate", "0.001", "--duration", "0.3")
     assert len(told) == 1
     assert summary["dropped"] == summary["calls"] - 1 > 0
-    told, summary = traced(capsys, "hit", "--cr3", "0x1000", "--duration", "0.3")
+    told, summary = traced(capsys, "hit", "--only-cr3", "0x1000", "--duration", "0.3")
     assert told == []
     assert summary["calls"] > 0
 
@@ -158,7 +158,7 @@ def test_trace_refuses(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit, match="2"):
             cli.main([*trace, wrong])
         assert "behind the name stands" in capsys.readouterr().err
-    for options in (["--top", "--json"], ["--rate", "0"], ["--count", "0"], ["--cr3", "x"]):
+    for options in (["--top", "--json"], ["--rate", "0"], ["--count", "0"], ["--only-cr3", "x"]):
         with pytest.raises(SystemExit, match="2"):
             cli.main([*trace, "hit", *options])
     assert capsys.readouterr().out == ""

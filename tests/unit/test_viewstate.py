@@ -370,7 +370,7 @@ def test_restore_for_a_while(saved: Path, capsys: pytest.CaptureFixture[str]) ->
     command = ["--connect", "mock", "state", "restore", str(saved), "guest"]
     assert cli.main([*command, "--dry-run"]) == cli.DONE
     assert "nothing is in the way" in capsys.readouterr().out
-    assert cli.main([*command, "--hold", "0", "--json"]) == cli.DONE
+    assert cli.main([*command, "--duration", "0", "--json"]) == cli.DONE
     out, err = capsys.readouterr()
     assert json.loads(out) == {"obstacles": [], "views": list(range(1, len(small().views) + 1))}
     assert "Undone: views destroyed, altp2m off." in err

@@ -7,12 +7,24 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import xenaltp2m as xa
 from xenaltp2m.abi.releases import SUPPORTED
 from xenaltp2m.backend import REPLAY
-from xenaltp2m.cli import doctor, domains, protect, rescue, state, trace, watch
+from xenaltp2m.cli import (
+    demo,
+    doctor,
+    domains,
+    lab,
+    protect,
+    rescue,
+    state,
+    trace,
+    views,
+    watch,
+)
 from xenaltp2m.cli.console import Console
 from xenaltp2m.cli.host import MOCK_DOMAIN
 from xenaltp2m.hazards import NAMES
@@ -41,12 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code; ``xenaltp2m --help`` lists them.
     """
-    parser = _parser()
-    options = parser.parse_args(argv)
-    if options.xen is not None and options.connect != "mock":
-        parser.error("--xen chooses the mock's release: add --connect mock")
-    if options.record is not None and options.connect.startswith(REPLAY):
-        parser.error("what is replayed is recorded already")
+    top = parser()
+    options = top.parse_args(argv)
+    if not options.takes_xen:
+        options.connect = options.connect or options.usual_connect
+        if options.xen is not None and options.connect != "mock":
+            top.error("--xen chooses the mock's release: add --connect mock")
+        if options.record is not None and options.connect.startswith(REPLAY):
+            top.error("what is replayed is recorded already")
     console = Console(options.json, options.quiet)
     try:
         with warnings.catch_warnings():
@@ -79,7 +93,8 @@ def _exit_code(error: xa.XenError) -> int:
     return USAGE if isinstance(error, unusable) else REFUSED
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Make what parses the arguments: the manual page and shells' completions come from it, too."""
     parser = argparse.ArgumentParser(
         prog="xenaltp2m",
         description="Alternate views of a guest's physical memory (Xen altp2m).",
@@ -89,17 +104,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {xa.__version__}")
     _add_common(parser)
-    parser.set_defaults(connect="libxc", record=None, xen=None, json=False, quiet=False)
+    parser.set_defaults(connect=None, record=None, xen=None, json=False, quiet=False)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_command(commands, "list", domains.run, domains.SUMMARY, domains.KEYS)
-    doctor.add_arguments(_add_command(commands, "doctor", doctor.run, doctor.SUMMARY, doctor.KEYS))
-    protect.add_arguments(
-        _add_command(commands, "protect", protect.run, protect.SUMMARY, protect.KEYS)
-    )
-    watch.add_arguments(_add_command(commands, "watch", watch.run, watch.SUMMARY, watch.KEYS))
-    rescue.add_arguments(_add_command(commands, "rescue", rescue.run, rescue.SUMMARY, rescue.KEYS))
-    state.add_arguments(_add_command(commands, "state", state.run, state.SUMMARY, state.KEYS))
-    trace.add_arguments(_add_command(commands, "trace", trace.run, trace.SUMMARY, trace.KEYS))
+    _add_command(commands, "doctor", doctor)
+    _add_command(commands, "list", domains)
+    _add_command(commands, "views", views)
+    _add_command(commands, "watch", watch)
+    _add_command(commands, "trace", trace)
+    _add_command(commands, "protect", protect)
+    _add_command(commands, "state", state)
+    _add_command(commands, "rescue", rescue)
+    _add_command(commands, "demo", demo)
+    _add_command(commands, "lab", lab)
     for name in _OPENING_ALTP2M:
         _add_accept(commands.choices[name])
     return parser
@@ -116,24 +132,36 @@ def _add_accept(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class Command(Protocol):
+    """What a command's module has."""
+
+    SUMMARY: str
+    """What it does, in a line that begins small."""
+    KEYS: str
+    """What else there is to know, the keys of its JSON among it."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare its arguments."""
+
+    def run(self, options: argparse.Namespace, console: Console) -> None:
+        """Run it."""
+
+
 def _add_command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    run: Callable[[argparse.Namespace, Console], None],
-    summary: str,
-    epilog: str,
-) -> argparse.ArgumentParser:
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, module: Command
+) -> None:
+    summary = module.SUMMARY
     parser = commands.add_parser(
         name,
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog=epilog,
+        epilog=module.KEYS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     _add_common(parser)
-    parser.set_defaults(command=run)
-    return parser
+    parser.set_defaults(command=module.run, usual_connect="libxc", takes_xen=False)
+    module.add_arguments(parser)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

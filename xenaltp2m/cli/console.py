@@ -6,11 +6,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
 
 import xenaltp2m as xa
 from xenaltp2m.view import Progress
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
 
 _QUICK_SECONDS = 0.5
 """What takes less needs no progress."""
@@ -62,16 +65,11 @@ class Console:
 
     def table(self, table: Table) -> None:
         """Print a table."""
-        if not (sys.stdout.isatty() and _print_rich(table)):
-            print(table.plain())
-        sys.stdout.flush()
+        _print_table(table, sys.stdout)
 
     def coloured(self, lines: Sequence[Sequence[tuple[str, str | None]]]) -> None:
         """Print lines of texts, each with its colours where somebody watches; rich names them."""
-        if not (sys.stdout.isatty() and _print_colours(lines)):
-            for line in lines:
-                print("".join(printable(text) for text, _ in line).rstrip())
-        sys.stdout.flush()
+        _print_coloured(lines, sys.stdout)
 
     def in_place(self, table: Table) -> None:
         """Show a table where the one before is, where somebody watches."""
@@ -97,31 +95,32 @@ class Console:
     def note(self, text: str) -> None:
         """Remark on the course of things."""
         if not self._quiet:
-            self._tell(printable(text))
+            self._tell(text)
 
     def warn(self, text: str) -> None:
         """Tell of something the user should know."""
-        self._tell(f"xenaltp2m: warning: {printable(text)}")
+        self._tell(f": {text}", ("xenaltp2m: warning", "bold yellow"))
 
-    def _tell(self, text: str) -> None:
+    def _tell(self, text: str, head: tuple[str, str] | None = None) -> None:
         status = self._status
         self.status("")
-        print(text, file=sys.stderr, flush=True)
+        _print_coloured([[*([head] if head else []), (text, None)]], sys.stderr)
         self.status(status)
 
     def error(self, error: xa.XenError) -> None:
         """Print an error in one line, and what may help below it."""
         headline = error.message.partition("\n")[0].removesuffix("; tried:")
-        lines = [f"xenaltp2m: error: {printable(headline)}"]
+        lines: list[str] = []
         hints = list(error.hint)
         if isinstance(error, xa.LibraryError):
             hints = [hint.replace('connect("mock")', "--connect mock") for hint in hints]
-        lines += [f"  hint: {printable(hint)}" for hint in hints]
+        lines += [f"  hint: {hint}" for hint in hints]
         left = error.left if isinstance(error, xa.LeftoverError) else ()
-        lines += [f"  still in place: {printable(thing)}" for thing in left]
+        lines += [f"  still in place: {thing}" for thing in left]
         for note in getattr(error, "__notes__", ()):
-            lines += [f"  {printable(line.strip())}" for line in note.splitlines()]
-        print("\n".join(lines), file=sys.stderr, flush=True)
+            lines += [f"  {line.strip()}" for line in note.splitlines()]
+        head = [("xenaltp2m: error", "bold red"), (f": {headline}", None)]
+        _print_coloured([head, *([(line, None)] for line in lines)], sys.stderr)
 
     def progress(self, what: str) -> Progress:
         """Return what shows how far something is, in place, where somebody watches."""
@@ -146,16 +145,27 @@ def _silent(done: int, total: int) -> None:
     pass
 
 
-def _print_rich(table: Table) -> bool:
-    """Print a table with rich; False where it is not installed."""
+def _rich(stream: TextIO) -> RichConsole | None:
+    """Return what writes in colours, where somebody watches; it obeys NO_COLOR and TERM."""
+    if not stream.isatty():
+        return None
     try:
-        from rich import box
-        from rich.console import Console as RichConsole
-        from rich.table import Table as RichTable
-        from rich.text import Text
+        from rich import console
     except ImportError:
-        return False
-    console = RichConsole()
+        return None
+    return console.Console(file=stream)
+
+
+def _print_table(table: Table, stream: TextIO) -> None:
+    """Print a table, with rich where it is there."""
+    console = _rich(stream)
+    if console is None:
+        print(table.plain(), file=stream, flush=True)
+        return
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
     if table.title:
         console.print(Text(table.title))
     shown = RichTable(box=box.SIMPLE_HEAD)
@@ -164,23 +174,20 @@ def _print_rich(table: Table) -> bool:
     for row in table.rows:
         shown.add_row(*map(Text, row))
     console.print(shown)
-    return True
 
 
-def _print_colours(lines: Sequence[Sequence[tuple[str, str | None]]]) -> bool:
-    """Print coloured texts with rich; False where it is not installed."""
-    try:
-        from rich.console import Console as RichConsole
-        from rich.text import Text
-    except ImportError:
-        return False
-    console = RichConsole()
-    for line in lines:
-        shown = Text(no_wrap=True)
-        for text, colours in line:
-            shown.append(printable(text), colours)
-        console.print(shown, crop=False, overflow="ignore")
-    return True
+def _print_coloured(lines: Iterable[Sequence[tuple[str, str | None]]], stream: TextIO) -> None:
+    """Print lines of texts, each in its colours, with rich where it is there."""
+    shown = [[(printable(text), colours or "") for text, colours in line] for line in lines]
+    console = _rich(stream)
+    if console is None:
+        text = "\n".join("".join(text for text, _ in line).rstrip() for line in shown)
+        print(text, file=stream, flush=True)
+        return
+    from rich.text import Text
+
+    for line in shown:
+        console.print(Text.assemble(*line), soft_wrap=True)
 
 
 def printable(text: str) -> str:

@@ -24,6 +24,10 @@ _MIB = 1 << 20
 _SHUTDOWN_CRASH = 3
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """It has none of its own."""
+
+
 def run(options: argparse.Namespace, console: Console) -> None:
     """Run the command."""
     with connect(options, console) as xen:

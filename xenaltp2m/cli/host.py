@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Self, TypeAlias
 
 import xenaltp2m as xa
 from xenaltp2m.cli.console import Console
+from xenaltp2m.signals import guard
 from xenaltp2m.symbols import Image
 from xenaltp2m.view import Progress
 
@@ -36,6 +37,8 @@ def connect(
     console: Console,
     image: Image | None = None,
     script: Script | None = None,
+    *,
+    start: bool = True,
 ) -> Iterator[xa.Xen]:
     """Open what ``--connect`` names; on the mock, with a guest that the image is loaded into.
 
@@ -46,9 +49,10 @@ def connect(
         console: Gets the progress.
         image: The guest's image.
         script: What the mock's guest does otherwise, on each vCPU, for ever; nothing if None.
+        start: Whether the mock's guest runs, or is paused as one by ``xl create -p``.
     """
     if options.connect != "mock":
-        with xa.connect(options.connect, record=options.record) as xen:
+        with _host(options) as xen:
             yield xen
         return
     from xenaltp2m.backend import mock
@@ -76,8 +80,19 @@ def connect(
         if script is not None and not executes:
             for vcpu in range(_MOCK_VCPUS):
                 backend.load(domid, script(memory // xa.PAGE_SIZE), vcpu, loop=True)
-        backend.domain_unpause(domid)
+        if start:
+            with guard.holding_back():  # the simulator, which executes now, has C in between
+                backend.domain_unpause(domid)
         yield xen
+
+
+def _host(options: argparse.Namespace) -> xa.Xen:
+    try:
+        return xa.connect(options.connect, record=options.record)
+    except xa.XenError as error:
+        if error.op == "interface_open":
+            error.add_note("hint: without Xen: --connect mock, or xenaltp2m demo")
+        raise
 
 
 def is_altp2m_active(domain: xa.Domain, console: Console) -> bool:

@@ -1,56 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The pages a command is about: as its arguments name them, and as they are shown."""
+"""The pages a command is about, and how they are shown."""
 
 from __future__ import annotations
 
-import argparse
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 import xenaltp2m as xa
 from xenaltp2m.cli.console import Console
 from xenaltp2m.symbols import Image, Segment, Symbol
 
 MOST_PAGES_OF_A_SYMBOL = 1 << 16
-
-_ACCESSES = {
-    name: xa.Access[name.upper()]
-    for name in ("n", "r", "x", "rw", "rx", "rwx", "rx2rw", "n2rwx", "r_pw")
-}
-
-
-def access_among(names: Iterable[str]) -> Callable[[str], xa.Access]:
-    """Return what turns an argument into one of these accesses."""
-    known = list(names)
-
-    def access(text: str) -> xa.Access:
-        if text not in known:
-            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(known)}")
-        return _ACCESSES[text]
-
-    return access
-
-
-def seconds(text: str) -> float:
-    """Turn an argument into a time."""
-    try:
-        found = float(text)
-    except ValueError:
-        found = math.nan
-    if not 0 <= found < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
-    return found
-
-
-def number_among(text: str, among: range, what: str) -> int:
-    """Turn an argument into one of these numbers."""
-    try:
-        number = int(text, 0)
-    except ValueError:
-        number = -1
-    if number not in among:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-    return number
 
 
 def pages(image: Image, symbols: Sequence[Symbol]) -> list[int]:

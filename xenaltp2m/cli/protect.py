@@ -11,15 +11,14 @@ from contextlib import ExitStack
 from typing import Any
 
 import xenaltp2m as xa
+from xenaltp2m.cli.arguments import access_among, add_domain, add_duration
 from xenaltp2m.cli.console import Console, Table
 from xenaltp2m.cli.host import Signals, connect, is_altp2m_active
 from xenaltp2m.cli.pages import (
-    access_among,
     check_loaded,
     counted,
     pages,
     run_of_gfns,
-    seconds,
 )
 from xenaltp2m.symbols import Image, Symbol
 
@@ -45,7 +44,7 @@ _WATCH_SECONDS = 1.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Say what the command takes."""
-    parser.add_argument("domain", metavar="DOMAIN", help="a domid, a name or a uuid")
+    add_domain(parser)
     parser.add_argument(
         "--image",
         required=True,
@@ -73,12 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="let the view show a copy of each page (default: --shadow)",
     )
-    parser.add_argument(
-        "--hold",
-        type=seconds,
-        metavar="SECONDS",
-        help="how long to hold it (default: until Ctrl-C)",
-    )
+    add_duration(parser)
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
@@ -103,11 +97,11 @@ def run(options: argparse.Namespace, console: Console) -> None:
                 f"{xen.release} ({xen.backend.name}): what differs from the host p2m",
             ),
         )
-        if options.hold is None:
+        if options.duration is None:
             console.note(f"The guest runs in view {view.id} until Ctrl-C.")
-        elif options.hold:
-            console.note(f"The guest runs in view {view.id} for {options.hold:g} s.")
-        rest = math.inf if options.hold is None else options.hold
+        elif options.duration:
+            console.note(f"The guest runs in view {view.id} for {options.duration:g} s.")
+        rest = math.inf if options.duration is None else options.duration
         told: set[int] = set()
         while rest > 0 and not signals.arrived(min(rest, _WATCH_SECONDS)):
             rest -= _WATCH_SECONDS

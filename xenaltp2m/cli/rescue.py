@@ -7,6 +7,7 @@ import argparse
 from typing import Any
 
 import xenaltp2m as xa
+from xenaltp2m.cli.arguments import add_domain
 from xenaltp2m.cli.console import Console, Table
 from xenaltp2m.cli.host import Signals, connect
 from xenaltp2m.rescue import Outcome, diagnose, rescue
@@ -36,14 +37,14 @@ nobody will give.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("domain", metavar="DOMAIN", help="domid, name or uuid")
+    add_domain(parser)
     parser.add_argument("--dry-run", action="store_true", help="tell, and change nothing")
     parser.add_argument("--force", action="store_true", help="go on in any case")
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """Run the command."""
-    with connect(options, console) as xen, Signals() as signals:
+    with Signals() as signals, connect(options, console) as xen:
         signals.hold_back()
         outcome = rescue(xen, options.domain, dry_run=options.dry_run, force=options.force)
         info = outcome.before.domain

@@ -15,9 +15,10 @@ from typing import Any
 import xenaltp2m as xa
 from xenaltp2m.carrying import import_views, imported_views, take_out_views
 from xenaltp2m.cli import picture
+from xenaltp2m.cli.arguments import add_duration, number_among
 from xenaltp2m.cli.console import Console, Table
 from xenaltp2m.cli.host import Signals, connect, is_altp2m_active
-from xenaltp2m.cli.pages import counted, number_among, seconds
+from xenaltp2m.cli.pages import counted
 from xenaltp2m.viewstate import (
     MAX_FILE,
     State,
@@ -40,9 +41,10 @@ altp2m.capture(contents=True).to_bytes().
   verify FILE DOMAIN    where Xen has something else than a state captured of that domain; the exit
                         code is 1 if it has. --sample looks at some gfns of each view only
   save FILE DOMAIN      writes what Xen tells of the views that others have made: access, not remaps
-  restore FILE DOMAIN   makes its views in a domain, and keeps them until --hold is over, Ctrl-C or
-                        SIGTERM; --dry-run tells what is in the way, and changes nothing. Nobody
-                        answers what the guest does against them: Xen then lifts it, page by page
+  restore FILE DOMAIN   makes its views in a domain, and keeps them until --duration is over,
+                        Ctrl-C or SIGTERM; --dry-run tells what is in the way, and changes
+                        nothing. Nobody answers what the guest does against them: Xen then lifts
+                        it, page by page
   import FILE DOMAIN    the same, and they stay when this ends: for the hooks of a toolstack
   export FILE DOMAIN    takes what was imported out, into a file: before a migration, say
 
@@ -71,9 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     picture.add_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="restore: tell what is in the way")
-    parser.add_argument(
-        "--hold", type=seconds, metavar="SECONDS", help="restore: end after so long"
-    )
+    add_duration(parser, "restore: end")
 
 
 def _sample(text: str) -> int:
@@ -240,9 +240,11 @@ def _restore(options: argparse.Namespace, console: Console) -> None:
         made = [(str(view.id), view.label or "") for view in views]
         numbers = [int(view.id) for view in views]
         console.result({"obstacles": [], "views": numbers}, Table(("view", "label"), made))
-        until = "Ctrl-C" if options.hold is None else f"{options.hold:g} s are over, or Ctrl-C"
+        until = (
+            "Ctrl-C" if options.duration is None else f"{options.duration:g} s are over, or Ctrl-C"
+        )
         console.note(f"Restored; kept until {until}.")
-        rest = math.inf if options.hold is None else options.hold
+        rest = math.inf if options.duration is None else options.duration
         while rest > 0 and not signals.arrived(min(rest, 1.0)):
             rest -= 1.0
     console.note("Undone: views destroyed" + ("." if was_active else ", altp2m off."))

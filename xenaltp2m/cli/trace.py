@@ -13,9 +13,10 @@ from functools import partial
 from typing import Any
 
 import xenaltp2m as xa
+from xenaltp2m.cli.arguments import add_count, add_domain, add_duration, number_among, seconds
 from xenaltp2m.cli.console import Console, Table, printable
 from xenaltp2m.cli.host import Stop, connect, is_altp2m_active
-from xenaltp2m.cli.pages import counted, number_among, seconds
+from xenaltp2m.cli.pages import counted
 from xenaltp2m.memory import AddressSpace
 from xenaltp2m.prototypes import Parameter, Prototype, Prototypes, Type
 from xenaltp2m.symbols import Image, Symbols
@@ -83,7 +84,7 @@ class _Wanted:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.set_defaults(usage_error=parser.error)
-    parser.add_argument("domain", metavar="DOMAIN", help="domid, name or uuid")
+    add_domain(parser)
     parser.add_argument(
         "functions", type=_wanted, nargs="+", metavar="FUNCTION[:ARGUMENTS]",
         help="what to trace, and how to show what it takes",
@@ -97,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--returns", action="store_true", help="tell of returns, too")
     parser.add_argument(
-        "--cr3", type=_cr3, action="append", metavar="N",
+        "--only-cr3", type=_cr3, action="append", dest="cr3", metavar="N",
         help="tell only of calls with these page tables; may be given again",
     )  # fmt: skip
     parser.add_argument(
@@ -113,10 +114,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--toggle", action="store_true", help="step by single-steps that Xen tells of: slower"
     )
-    parser.add_argument(
-        "--duration", type=seconds, metavar="SECONDS", help="end after so long (default: Ctrl-C)"
-    )
-    parser.add_argument("--count", type=_count, metavar="N", help="end after so many calls")
+    add_duration(parser)
+    add_count(parser, "calls")
 
 
 def _wanted(text: str) -> _Wanted:
@@ -135,10 +134,6 @@ def _wanted(text: str) -> _Wanted:
         Parameter("", Type("", 8, _KINDS[letter]), word) for word, letter in enumerate(letters)
     )
     return _Wanted(name, Prototype(name, parameters, _WORD))
-
-
-def _count(text: str) -> int:
-    return number_among(text, range(1, 1 << 63), "a number of calls")
 
 
 def _slide(text: str) -> int:

@@ -17,16 +17,20 @@ from typing import Any
 
 import xenaltp2m as xa
 from xenaltp2m.backend.clock import Clock
+from xenaltp2m.cli.arguments import (
+    access_among,
+    add_count,
+    add_domain,
+    add_duration,
+    number_among,
+)
 from xenaltp2m.cli.console import Console, Table, printable
 from xenaltp2m.cli.host import Stop, connect, is_altp2m_active
 from xenaltp2m.cli.pages import (
-    access_among,
     check_loaded,
     counted,
-    number_among,
     pages,
     run_of_gfns,
-    seconds,
 )
 from xenaltp2m.symbols import Image
 from xenaltp2m.types import GFN_LIMIT
@@ -90,7 +94,7 @@ _TRIED = [
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Say what the command takes."""
     parser.set_defaults(usage_error=parser.error)
-    parser.add_argument("domain", metavar="DOMAIN", help="a domid, a name or a uuid")
+    add_domain(parser)
     parser.add_argument(
         "--gfn",
         type=_gfns,
@@ -152,10 +156,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--registers", action="store_true", help="print the vCPU's registers at each hit"
     )
-    parser.add_argument(
-        "--duration", type=seconds, metavar="SECONDS", help="end after so long (default: Ctrl-C)"
-    )
-    parser.add_argument("--count", type=_count, metavar="N", help="end after so many hits")
+    add_duration(parser)
+    add_count(parser, "hits")
 
 
 def _gfns(text: str) -> range:
@@ -186,10 +188,6 @@ def _bytes(text: str) -> tuple[int, int]:
 
 def _msr(text: str) -> int:
     return number_among(text, range(_MSR_LIMIT), "the number of an MSR")
-
-
-def _count(text: str) -> int:
-    return number_among(text, range(1, 1 << 63), "a number of hits")
 
 
 def run(options: argparse.Namespace, console: Console) -> None:

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""``views``: the views that a domain has now, and who is in them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import xenaltp2m as xa
+from xenaltp2m.cli.arguments import add_domain
+from xenaltp2m.cli.console import Console, Table
+from xenaltp2m.cli.host import connect
+from xenaltp2m.journal import Found, find
+
+SUMMARY = "list the views that a domain has now, and the vCPUs in them"
+
+KEYS = """\
+Whoever made them, they are listed; nothing is changed, and altp2m is not switched on. View 0 is the
+host p2m's. What access a view gives, state save reads; its remaps, and whether it is hidden from
+the guest, Xen does not tell.
+
+--json prints one object:
+  xen, backend, domid, name
+  altp2m_mode      who may use altp2m: disabled, mixed, external, limited
+  altp2m_active    whether it is on; where it is off there are no views
+  views            [{"id", "default_access", "vcpus": [numbers], "visible": null, as Xen tells}]
+  agents           [{"pid", "running"}]: processes with a journal of this domain, from this package;
+                   one that does not run was killed: see rescue
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_domain(parser)
+
+
+def run(options: argparse.Namespace, console: Console) -> None:
+    """Run the command."""
+    with connect(options, console) as xen, xen.domain(options.domain) as domain:
+        info = domain.info()
+        if not info.hvm:
+            raise xa.UnsupportedError(
+                f"domain {info.domid} is PV, and has no altp2m",
+                domid=info.domid,
+                hint=("HVM and PVH guests have one",),
+            )
+        mode, views = domain.altp2m_mode.name.lower(), _views(domain)
+        journals = [] if xen.journals is None else find(xen.journals, info.domid, info.uuid)
+        agents = [found for found in journals if found.record and not found.why_not]
+        name = domain.name
+        console.result(
+            {
+                "xen": str(xen.release),
+                "backend": xen.backend.name,
+                "domid": info.domid,
+                "name": name,
+                "altp2m_mode": mode,
+                "altp2m_active": views is not None,
+                "views": [_document(view) for view in views or ()],
+                "agents": [{"pid": found.pid, "running": found.alive} for found in agents],
+            },
+            _table(f"Domain {info.domid} ({name}): altp2m {mode}", views, agents),
+        )
+    if views:
+        console.note("Which views are hidden from the guest, Xen does not tell.")
+
+
+def _views(domain: xa.Domain) -> list[xa.ViewInfo] | None:
+    """The views; None where altp2m is off, or cannot be on."""
+    try:
+        return domain.existing_views() if domain.altp2m_active else None
+    except xa.InvalidArgumentError:
+        return None  # it was created without
+
+
+def _document(view: xa.ViewInfo) -> dict[str, Any]:
+    return {
+        "id": view.id,
+        "default_access": str(view.default_access),
+        "vcpus": list(view.vcpus),
+        "visible": None,
+    }
+
+
+def _table(title: str, views: Sequence[xa.ViewInfo] | None, agents: Sequence[Found]) -> Table:
+    words = [title, "off" if views is None else "on"]
+    words += [
+        f"process {found.pid} {'works on it' if found.alive else 'was killed'}" for found in agents
+    ]
+    if views is None:
+        return Table((", ".join(words),), [])
+    rows = [
+        (str(view.id), str(view.default_access), ", ".join(map(str, view.vcpus))) for view in views
+    ]
+    return Table(("view", "default access", "vCPUs in it"), rows, title=", ".join(words))
