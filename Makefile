@@ -20,8 +20,8 @@ apt = apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-example check lint format types docs ffi ffi-check abi bench bench-sim \
-	bench-recording bench-xen fuzz guest dist clean headers \
-	lab lab-shell test-xen test-xen-all conformance recordings support manual pictures demo-xen
+	bench-recording bench-xen fuzz guest dist deb clean headers debian-tools lab lab-shell \
+	test-xen test-xen-all test-xen-deb conformance recordings support manual pictures demo-xen
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | \
@@ -90,17 +90,14 @@ guest: ## build the guests anew (gcc -m32)
 	cp examples/guest/checker.elf xenaltp2m/cli/checker.elf
 	$(MAKE) -C tests/lab/guest --always-make
 
-dist: $(READY) ## build sdist and wheel, and try the wheel in an empty environment
-	rm -rf build dist
-	$(RUN) -m build
-	@set -e; cd dist; \
-	ls xenaltp2m-*-py3-none-any.whl; \
-	scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
-	$(PYTHON) -m venv "$$scratch/venv"; \
-	$(call retry,"$$scratch/venv/bin/pip" install -qq ./*.whl,pip install); \
-	cd "$$scratch"; \
-	venv/bin/python -c 'import xenaltp2m as xa; print(xa.__file__); xa.connect("mock").close()'; \
-	venv/bin/xenaltp2m --connect mock list
+dist: $(READY) ## build sdist and wheel twice, compare, and use each in an empty environment
+	$(RUN) tests/package/dist.py
+
+deb: $(READY) debian-tools ## build Debian's packages twice, compare, lintian, and run what is in them
+	$(RUN) tests/package/deb.py
+
+test-xen-deb: deb ## install what `make deb` left by dpkg in dom0 of real Xen, and run an agent
+	for xen in $(XEN); do $(RUN) tests/lab/package.py --xen $$xen || exit 1; done
 
 lab: ## build the lab, real Xen in an emulator (root, Debian; several minutes)
 	$(PYTHON) tests/lab/boot.py --install
@@ -154,6 +151,16 @@ $(READY): pyproject.toml setup.py
 	@$(call retry,$(RUN) -m pip install -qq 'pip>=25.1',pip)
 	@$(call retry,$(RUN) -m pip install -qq --editable '.[cli$(comma)sim]' --group dev,pip)
 	@touch $@
+
+# What debian/control asks for, and lintian.
+debian-tools:
+	@if [ "$$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then \
+		$(call retry,{ apt-get -qq update && \
+			DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends \
+			dpkg-dev lintian >/dev/null && \
+			DEBIAN_FRONTEND=noninteractive apt-get -qq build-dep --no-install-recommends \
+			. >/dev/null; },apt-get); \
+	else echo "make: not root, or no apt-get: dpkg-buildpackage says what is missing" >&2; fi
 
 # The ABI proofs and the guest want more than Python; where it is not there, they skip.
 headers:

@@ -17,7 +17,7 @@ from elftools.dwarf.ranges import BaseAddressEntry
 from elftools.elf.elffile import ELFFile
 
 from xenaltp2m.errors import SymbolError
-from xenaltp2m.symbols import opened
+from xenaltp2m.symbols import is_described, opened
 
 MAX_UNITS = 1 << 16
 """Compilation units."""
@@ -131,7 +131,7 @@ class Prototypes:
                 if section.name.startswith((".debug", ".zdebug")) and size > limit:
                     raise SymbolError(f"{name}: {section.name} has {size} bytes: too many")
             self._dwarf: Any = None
-            if elf.has_dwarf_info(strict=True):
+            if is_described(elf):
                 self._dwarf = elf.get_dwarf_info(relocate_dwarf_sections=False, follow_links=False)
         if self._dwarf is None:
             raise SymbolError(

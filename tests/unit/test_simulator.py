@@ -12,6 +12,7 @@ import struct
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -1490,6 +1491,14 @@ def test_a_64_bit_image_boots() -> None:
     host.boot(domid, elf({CODE: b"\xb0A\xe6\xe9" + STOP}, bits=64))
     host.domain_unpause(domid)
     assert host.console(domid) == "A"
+
+
+def test_an_older_unicorn_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "unicorn", SimpleNamespace(__version__="2.0.1"))
+    host = MockBackend(memory_pages=1 << 13)
+    domid = host.add_domain(memory_kib=2048)
+    with pytest.raises(ImportError, match=r"2\.1 or later, here is 2\.0\.1"):
+        host.boot(domid, GOOD)
 
 
 def test_without_unicorn_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

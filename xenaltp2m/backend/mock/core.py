@@ -14,6 +14,7 @@ import ctypes
 import struct
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xenaltp2m.abi.layouts import HVM_CPU
@@ -131,11 +132,16 @@ class Seen:
 
 def _unicorn() -> Any:
     try:
-        import unicorn
+        unicorn: Any = import_module("unicorn")  # whose types are not told
     except ImportError as error:
         raise ImportError(
             "machine code needs the package unicorn: pip install 'xenaltp2m[sim]'"
         ) from error
+    if not hasattr(unicorn, "unicorn_py3"):  # as in Debian 12
+        raise ImportError(
+            f"machine code needs unicorn 2.1 or later, here is {unicorn.__version__}: "
+            "pip install 'xenaltp2m[sim]'"
+        )
     return unicorn
 
 
