@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import os
 import pty
@@ -102,6 +103,8 @@ def screen(command: str, name: str) -> str:
     console.print(Text(f"$ {command}", "bold"), soft_wrap=True)
     console.print(Text.from_ansi(left.replace("\r\x1b[K", "").rstrip()), soft_wrap=True)
     drawn = console.export_svg(title="xenaltp2m", unique_id=name)
+    label = html.escape(f"A terminal in which {command} was run", quote=True)
+    drawn = drawn.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
     drawn = re.sub(r"@font-face \{.*?\}\n", "", drawn, flags=re.DOTALL)  # nothing from elsewhere
     return "\n".join(line.rstrip() for line in drawn.splitlines()) + "\n"
 

@@ -71,6 +71,12 @@ def pages() -> list[Path]:
     return [*(TREE / name for name in ROOT_PAGES), *sorted((TREE / "docs").rglob("*.md"))]
 
 
+def files() -> list[Path]:
+    """List what pages show, or offer, that is no page."""
+    docs = TREE / "docs"
+    return sorted([*(docs / "pictures").glob("*.svg"), *docs.glob("*.json")])
+
+
 def staged(page: Path) -> Path:
     """Tell where a page of the tree lies on the site, relative to its root."""
     return Path("index.md") if page == HOME else page.relative_to(TREE)
@@ -90,7 +96,7 @@ def destination(page: Path, link: str) -> str:
         place = (file / "index.md" if file.is_dir() else file.with_suffix(".md")).relative_to(TREE)
     elif file in pages():
         place = staged(file)
-    elif file.is_relative_to(TREE / "docs" / "pictures"):
+    elif file in files():
         place = file.relative_to(TREE)
     else:
         raise ValueError(f"{page.relative_to(TREE)}: the site has no {link}")
@@ -255,9 +261,10 @@ def build(target: Path) -> int:
         place.write_text(text_of(page), encoding="utf-8")
     with (source / "index.md").open("a", encoding="utf-8") as index:
         index.write(contents())
-    (source / "docs" / "pictures").mkdir()
-    for picture in (TREE / "docs" / "pictures").glob("*.svg"):
-        shutil.copy(picture, source / "docs" / "pictures")
+    for file in files():
+        place = source / file.relative_to(TREE)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, place)
     examples(source)
     reference(source / "api")
     options = ["--quiet", "--fail-on-warning", "--keep-going", "--nitpicky", "-c", str(HERE)]

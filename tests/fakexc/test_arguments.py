@@ -194,7 +194,7 @@ BAD_ARRAYS: list[tuple[Any, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("accesses", "gfns"), BAD_ARRAYS, ids=repr)
+@pytest.mark.parametrize(("accesses", "gfns"), BAD_ARRAYS)
 def test_bad_arrays(accesses: Any, gfns: Any, backend: LibxcBackend, fake: Fake) -> None:
     with pytest.raises(InvalidArgumentError, match=r"^altp2m_set_mem_access_multi: "):
         backend.altp2m_set_mem_access_multi(1, 1, accesses, gfns)
@@ -238,7 +238,7 @@ def test_bad_gfn_lists(gfns: Any, backend: LibxcBackend, fake: Fake) -> None:
     assert fake.names() == []
 
 
-@pytest.mark.parametrize("stream", [None, "text", 5, memoryview(bytes(8))[::2]], ids=repr)
+@pytest.mark.parametrize("stream", [None, "text", 5, memoryview(bytes(8))[::2]])
 def test_bad_stream(stream: Any, backend: LibxcBackend, fake: Fake) -> None:
     with pytest.raises(InvalidArgumentError, match=r"^domain_hvm_setcontext: stream: "):
         backend.domain_hvm_setcontext(1, stream)

@@ -333,7 +333,7 @@ def test_unmapping_fails(backend: LibxcBackend, fake: Fake) -> None:
 STRANGERS: list[Any] = [None, 5, [], [memoryview(b"x")], memoryview(bytes(PAGE_SIZE))]
 
 
-@pytest.mark.parametrize("stranger", STRANGERS, ids=repr)
+@pytest.mark.parametrize("stranger", STRANGERS)
 def test_unmapping_what_was_not_mapped(stranger: Any, backend: LibxcBackend, fake: Fake) -> None:
     pages = backend.foreignmemory_map(1, True, [1])
     fake.reset()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from errno import EINVAL, ENOMEM, EPERM
 from typing import Any
 
@@ -118,7 +118,7 @@ def test_many_gfns_are_set_by_one_call(view: View, mock: MockBackend, guest: Mod
         range(0),
         iter(()),
     ],
-    ids=str,
+    ids=lambda gfns: f"{type(gfns).__name__} {gfns if isinstance(gfns, Sized) else ''}",
 )
 def test_any_iterable_will_do(view: View, guest: Model, gfns: Iterable[int]) -> None:
     gfns = list(gfns) if not isinstance(gfns, list | range | set | dict) else gfns
