@@ -19,6 +19,8 @@ from xenaltp2m import cli
 HERE = Path(__file__).parent
 FILES = ("ELF", "FILE", "OUT", "FILE|DOMAIN")
 """What arguments are called that take the name of a file."""
+BACKENDS = ("libxc", "mock", "replay:")
+"""What --connect may be, or begin with."""
 SHELLS = {"bash": "xenaltp2m", "zsh": "_xenaltp2m", "fish": "xenaltp2m.fish"}
 SEE_ALSO = "xl(1), xl.cfg(5)"
 
@@ -152,6 +154,8 @@ def completion(shell: str) -> str:
     top = cli.parser()
     for parser in (top, *commands(top).values()):
         for action in parser._actions:
+            if "--connect" in action.option_strings:
+                action.choices = BACKENDS
             if action.metavar in FILES:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
     return str(shtab.complete(top, shell=shell)).rstrip("\n") + "\n"

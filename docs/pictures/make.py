@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import html
 import io
 import os
 import pty
@@ -12,6 +11,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
+from html import escape
 from itertools import count
 from pathlib import Path
 
@@ -103,8 +103,7 @@ def screen(command: str, name: str) -> str:
     console.print(Text(f"$ {command}", "bold"), soft_wrap=True)
     console.print(Text.from_ansi(left.replace("\r\x1b[K", "").rstrip()), soft_wrap=True)
     drawn = console.export_svg(title="xenaltp2m", unique_id=name)
-    label = html.escape(f"A terminal in which {command} was run", quote=True)
-    drawn = drawn.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    drawn = drawn.replace("<svg ", f'<svg role="img" aria-label="{escape(command)}" ', 1)
     drawn = re.sub(r"@font-face \{.*?\}\n", "", drawn, flags=re.DOTALL)  # nothing from elsewhere
     return "\n".join(line.rstrip() for line in drawn.splitlines()) + "\n"
 

@@ -314,7 +314,7 @@ def test_list_where_there_is_no_xen(
 def test_where_this_is_no_dom0_other_ways_are_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(backend: str) -> xa.Xen:
+    def refuse(backend: str, **_: object) -> xa.Xen:
         raise xa.XenError("interface_open: ENOENT", op="interface_open", errno=2)
 
     monkeypatch.setattr(xa, "connect", refuse)

@@ -134,7 +134,7 @@ def test_views_tells_of_agents(
         altp2m.create_view(label="hooks")
         connect = xa.connect
         with monkeypatch.context() as patch:
-            patch.setattr(xa, "connect", lambda _: connect(backend, journal=tmp_path))
+            patch.setattr(xa, "connect", lambda *_, **__: connect(backend, journal=tmp_path))
             patch.setattr(backend, "close", lambda: None)
             assert cli.main(["views", "guest"]) == cli.DONE
             assert f"on, process {os.getpid()} works on it" in capsys.readouterr().out
@@ -246,7 +246,8 @@ def test_the_demo_without_the_simulator(
 def test_the_demo_on_xen_without_its_guest(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(xa, "connect", lambda _, connect=xa.connect: connect(MockBackend()))
+    connect = xa.connect
+    monkeypatch.setattr(xa, "connect", lambda *_, **__: connect(MockBackend()))
     assert cli.main(["demo", "--connect", "libxc"]) == cli.REFUSED
     error, start, otherwise = capsys.readouterr().err.splitlines()
     assert error == "xenaltp2m: error: there is no domain 'checker', the demo's guest"
@@ -289,9 +290,10 @@ def test_the_lab_of_an_installed_package(
     ("arguments", "message"),
     [
         (["lab"], "required: action"),
-        (["lab", "shell", "--connect", "mock"], "lab takes neither --connect nor --json"),
+        (["lab", "shell", "--connect", "mock"], "lab takes none of --connect, --record and --json"),
         (["lab", "shell", "--xen", "4.15"], "the lab has Xen 4.14, 4.17 and 4.20"),
         (["views"], "required: DOMAIN"),
+        (["demo", "--connect", "replay:x"], "the demo runs on libxc or mock"),
         (["demo", "--count", "0"], "'0' is not a number of calls"),
         (["demo", "--connect", "libxc", "--xen", "4.17"], "add --connect mock"),
     ],
@@ -402,7 +404,7 @@ def completed(line: str) -> list[str]:
     ("line", "offered"),
     [
         ("xenaltp2m vi", {"views"}),
-        ("xenaltp2m --connect ''", {"libxc", "mock"}),
+        ("xenaltp2m --connect ''", {"libxc", "mock", "replay:"}),
         ("xenaltp2m lab ''", {"shell", "test"}),
         ("xenaltp2m watch --dur", {"--duration"}),
         ("xenaltp2m watch guest --image READ", {"README.md"}),

@@ -13,18 +13,7 @@ from typing import Protocol
 import xenaltp2m as xa
 from xenaltp2m.abi.releases import SUPPORTED
 from xenaltp2m.backend import REPLAY
-from xenaltp2m.cli import (
-    demo,
-    doctor,
-    domains,
-    lab,
-    protect,
-    rescue,
-    state,
-    trace,
-    views,
-    watch,
-)
+from xenaltp2m.cli import demo, doctor, domains, lab, protect, rescue, state, trace, views, watch
 from xenaltp2m.cli.console import Console
 from xenaltp2m.cli.host import MOCK_DOMAIN
 from xenaltp2m.hazards import NAMES

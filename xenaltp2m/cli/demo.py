@@ -55,12 +55,14 @@ _PATIENCE = 10.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.set_defaults(usual_connect="mock")
+    parser.set_defaults(usage_error=parser.error, usual_connect="mock")
     add_count(parser, "calls", _CALLS)
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """Run the command."""
+    if options.connect not in ("libxc", "mock"):
+        options.usage_error("the demo runs on libxc or mock")
     if options.connect == "mock" and find_spec("unicorn") is None:
         raise xa.UnsupportedError(
             "the guest is simulated by unicorn, which is not installed",

@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, console: Console) -> None:
     """Run the command: it becomes the lab's own program."""
     del console
-    if options.connect is not None or options.json:
-        options.usage_error("lab takes neither --connect nor --json")
+    if options.connect is not None or options.record is not None or options.json:
+        options.usage_error("lab takes none of --connect, --record and --json")
     release = options.xen or (4, 17)
     if release not in _RELEASES:
         options.usage_error("the lab has Xen 4.14, 4.17 and 4.20")
