@@ -20,8 +20,9 @@ apt = apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-example check lint format types docs ffi ffi-check abi bench bench-sim \
-	bench-recording bench-xen fuzz guest dist deb clean headers debian-tools lab lab-shell \
-	test-xen test-xen-all test-xen-deb conformance recordings support manual pictures demo-xen
+	bench-recording bench-xen bench-report fuzz guest dist deb clean headers debian-tools lab \
+	lab-shell test-xen test-xen-all test-xen-deb conformance recordings support manual pictures \
+	demo-xen
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | \
@@ -80,6 +81,9 @@ bench-recording: $(READY) ## measure what recording a session costs
 
 bench-xen: $(READY) ## measure the monitor against xen-access and C on real Xen in the lab
 	$(RUN) tests/bench/bench_xen.py
+
+bench-report: $(READY) headers ## all benchmarks, several times: docs/performance-report.md (root; the lab)
+	$(RUN) tests/bench/report.py $(REPORT)
 
 fuzz: $(READY) ## a million mutated requests through the monitor; hostile images, symbols, page tables
 	$(RUN) tests/fuzz/events.py $(FUZZ)

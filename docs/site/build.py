@@ -37,7 +37,14 @@ CONTENTS = {
     "How to": ("howto/first-hook", "howto/self-*", "howto/several-vcpus", "howto/*"),
     "Use": ("cli", "events", "breakpoints", "state", "hazards", "doctor", "rescue", "errors"),
     "Without Xen": ("testing", "mock", "simulator", "recording", "lab"),
-    "Facts": ("semantics", "support", "performance", "security", "comparison"),
+    "Facts": (
+        "semantics",
+        "support",
+        "performance",
+        "performance-report",
+        "security",
+        "comparison",
+    ),
 }
 """The pages of docs/ under each heading, in order, of those that are there; others follow them."""
 ROOT_PAGES = ("README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")

@@ -4,7 +4,7 @@
 Both call the same library: the stand-in of ``tests/fakexc``, told to do nothing. What is measured
 is thus the way there and back, without the hypercall that a real call makes on top (about a
 microsecond on silicon at the least). Figures of one run compare with each other; those of different
-runs, or machines, do not.
+runs, or machines, do not. `make bench-report` keeps the ratios.
 
     python tests/bench/bench.py [--json] [--rounds N] [--gfns N]
 """
@@ -15,11 +15,13 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from array import array
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from ratios import Ratio, shortest, timed
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -33,16 +35,6 @@ BATCH = 4096
 CALLS = 2000
 HANDLE_TARGET = 2000
 """Nanoseconds a handle's call may cost more than C's."""
-
-
-def best(run: Callable[[], object], rounds: int) -> int:
-    """Return the shortest of several runs, in nanoseconds: the one least disturbed."""
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter_ns()
-        run()
-        times.append(time.perf_counter_ns() - start)
-    return min(times)
 
 
 def connect(fake: fakexc.Fake) -> tuple[LibxcBackend, xa.Xen, xa.View]:
@@ -87,12 +79,13 @@ def single(fake: fakexc.Fake, backend: LibxcBackend, view: xa.View, rounds: int)
         for gfn in range(CALLS):
             call(gfn, access)
 
-    ways = {"cffi": cffi, "backend": through_backend, "handle": through_handle}
+    ways = {"C": c, "cffi": cffi, "backend": through_backend, "handle": through_handle}
     fake.quiet()
-    spent = {"C": best(c, rounds) / (100 * CALLS)}
-    spent |= {name: best(run, rounds) / CALLS for name, run in ways.items()}
+    spent = shortest({name: partial(timed, run) for name, run in ways.items()}, rounds)
     fake.reset()
-    return {name: {"ns": ns, "over_c_ns": ns - spent["C"]} for name, ns in spent.items()}
+    ns = {name: 1e9 * seconds / CALLS for name, seconds in spent.items()}
+    ns["C"] /= 100
+    return {name: {"ns": each, "over_c_ns": each - ns["C"]} for name, each in ns.items()}
 
 
 def bulk(fake: fakexc.Fake, backend: LibxcBackend, view: xa.View, gfns: int, rounds: int) -> Any:
@@ -114,23 +107,50 @@ def bulk(fake: fakexc.Fake, backend: LibxcBackend, view: xa.View, gfns: int, rou
     def array_through_handle() -> None:
         view.set_access(every, xa.Access.RX)
 
-    result = {}
     ways: dict[str, Callable[[], None]] = {
         "C, one call each": c,
         "backend": through_backend,
         "handle, a range": range_through_handle,
         "handle, an array": array_through_handle,
     }
+    calls = {}
     for name, run in ways.items():
         run()  # the first opens what is kept for the next
         fake.reset()
         run()
-        calls = fake.count
-        fake.quiet()
-        spent = best(run, rounds)
-        result[name] = {"calls": calls, "gfns_per_call": gfns / calls, "ns_per_gfn": spent / gfns}
+        calls[name] = fake.count
+    fake.quiet()
+    spent = shortest({name: partial(timed, run) for name, run in ways.items()}, rounds)
     fake.reset()
-    return result
+    return {
+        name: {
+            "calls": calls[name],
+            "gfns_per_call": gfns / calls[name],
+            "ns_per_gfn": 1e9 * spent[name] / gfns,
+        }
+        for name in ways
+    }
+
+
+def ratios(figures: Any) -> list[Ratio]:
+    """What the figures come to."""
+    ns = {name: row["ns"] for name, row in figures["single"].items()}
+    bulk = figures["bulk"]
+    per_call = {name: row["gfns_per_call"] for name, row in bulk.items()}
+    return [
+        Ratio("backend.altp2m_set_mem_access", "cffi alone", ns["cffi"] / ns["backend"]),
+        Ratio("View.set_access, one gfn", "cffi alone", ns["cffi"] / ns["handle"]),
+        Ratio(
+            "View.set_access, an array",
+            "View.set_access, a range",
+            bulk["handle, a range"]["ns_per_gfn"] / bulk["handle, an array"]["ns_per_gfn"],
+        ),
+        Ratio(
+            "View.set_access, a range: gfns a library call",
+            "C, one call each",
+            per_call["handle, a range"] / per_call["C, one call each"],
+        ),
+    ]
 
 
 def report(figures: Any) -> str:
@@ -175,6 +195,7 @@ def main() -> int:
         finally:
             fake.reset()
             xen.close()
+    figures["ratios"] = [ratio._asdict() for ratio in ratios(figures)]
     print(json.dumps(figures, indent=2) if options.json else report(figures))
     most = -(-options.gfns // BATCH)
     return int(any(row["calls"] > most for name, row in figures["bulk"].items() if name[0] != "C"))

@@ -14,16 +14,16 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ratios import Ratio, timed
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import xenaltp2m as xa  # noqa: E402 - found by the line above
-from tests.bench.bench import best  # noqa: E402
 from tests.fakexc import fake as fakexc  # noqa: E402
 from xenaltp2m.backend.mock import MockBackend  # noqa: E402
 from xenaltp2m.backend.recording import record  # noqa: E402
@@ -36,7 +36,7 @@ GUEST = ROOT / "examples" / "guest" / "hello.elf"
 
 
 def calls(path: Path | None, rounds: int) -> float:
-    """Nanoseconds of a backend's call to the stand-in."""
+    """Seconds of a backend's call to the stand-in."""
     with tempfile.TemporaryDirectory() as directory:
         fake = fakexc.Fake(fakexc.build(Path(directory)))
         fake.reset()
@@ -50,14 +50,14 @@ def calls(path: Path | None, rounds: int) -> float:
             for gfn in range(CALLS):
                 call(1, 1, gfn, 5)
 
-        spent = best(run, rounds) / CALLS
+        spent = min(timed(run) for _ in range(rounds)) / CALLS
         fake.reset()
         backend.close()
     return spent
 
 
 def simulated(path: Path | None, act: Callable[[xa.Xen, xa.Domain], float]) -> float:
-    """Nanoseconds of what is done with a simulated guest."""
+    """Seconds of what is done with a simulated guest."""
     host = MockBackend()
     host.boot(host.add_domain("guest", memory_kib=16 << 10), GUEST)
     with xa.connect(host, record=path) as xen, xen.domain("guest") as dom:
@@ -72,7 +72,7 @@ def hit(xen: xa.Xen, dom: xa.Domain) -> float:
         altp2m.switch_to_view(view)
         xen.backend.domain_unpause(int(dom.domid))
         response = xa.Response.fast_singlestep(through=0, back_to=view)
-        left, began = HITS, time.perf_counter_ns()
+        left = HITS
 
         def handler(event: xa.Event) -> xa.Response:
             nonlocal left
@@ -81,8 +81,7 @@ def hit(xen: xa.Xen, dom: xa.Domain) -> float:
                 monitor.stop()
             return response
 
-        monitor.run(handler, timeout=1.0)
-        return (time.perf_counter_ns() - began) / HITS
+        return timed(lambda: monitor.run(handler, timeout=1.0)) / HITS
 
 
 def read(xen: xa.Xen, dom: xa.Domain) -> float:
@@ -93,7 +92,7 @@ def read(xen: xa.Xen, dom: xa.Domain) -> float:
         for _ in range(READS):
             dom.memory.read_page(0x100)
 
-    return best(run, 5) / READS
+    return min(timed(run) for _ in range(5)) / READS
 
 
 def main() -> int:
@@ -108,7 +107,7 @@ def main() -> int:
     }
     if fakexc.have_compiler():
         ways["a call that does nothing"] = lambda path: calls(path, options.rounds)
-    figures = {}
+    figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
         for nth, (name, way) in enumerate(ways.items()):
             plain, recorded = [], []
@@ -117,13 +116,18 @@ def main() -> int:
                 recorded.append(way(Path(directory) / f"{nth}-{attempt}.session"))
             size = (Path(directory) / f"{nth}-0.session").stat().st_size
             figures[name] = {
-                "ns": min(plain),
-                "recorded_ns": min(recorded),
+                "ns": 1e9 * min(plain),
+                "recorded_ns": 1e9 * min(recorded),
                 "ratio": min(recorded) / min(plain),
                 "file_bytes": size,
             }
     if options.json:
-        print(json.dumps(figures, indent=2))
+        ratios = [
+            Ratio(f"{name}, recorded", "unrecorded", 1 / row["ratio"])._asdict()
+            for name, row in figures.items()
+        ]
+        found = {"python": sys.version.split()[0], "recording": figures, "ratios": ratios}
+        print(json.dumps(found, indent=2))
         return 0
     print(f"{'':26} {'µs':>8} {'recorded':>9} {'ratio':>6}")
     for name, row in figures.items():

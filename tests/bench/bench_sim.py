@@ -18,11 +18,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from ratios import Ratio, shortest, timed
 
 unicorn: Any = importlib.import_module("unicorn")  # which has no types
 
@@ -39,6 +40,9 @@ MEMORY = 16 << 20
 HLT = b"\xf4"
 TARGET = 0.9
 """Of the speed of Unicorn by its own MMU: what a guest without a hook should reach."""
+
+OWN_MMU, TOLD = "Unicorn by its own MMU", "Unicorn told the rights"
+UNHOOKED, COUNTING, HOOKED = "simulator", "simulator, counting", "simulator, a hit each 10 000"
 
 
 def build(directory: Path) -> Path | None:
@@ -183,47 +187,56 @@ def stepped(path: Path, image: Image, events: int, *, fast: bool) -> float:
     return spent
 
 
-def timed(run: Callable[[], object]) -> float:
-    """Seconds it takes."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 def measure(path: Path, rounds: int, passes: int, events: int) -> dict[str, Any]:
     """All figures; of each the best round, the least disturbed."""
     image = Image.open(path)
-
-    def best(run: Callable[[], float]) -> float:
-        return min(run() for _ in range(rounds))
-
     few = max(passes // 10, 1)
-    scale = passes / few
-    ways = {
-        "Unicorn, its own MMU": best(lambda: bare(image, passes, told_rights=False)),
-        "Unicorn, told the rights": best(lambda: bare(image, passes, told_rights=True)),
-        "simulator": best(lambda: unhooked(path, image, passes, counted=False)),
-        "simulator, counting": best(lambda: unhooked(path, image, few, counted=True)) * scale,
-        "simulator, a hit each 10 000": best(lambda: hooked(path, image, few)) * scale,
-    }
-    own = ways["Unicorn, its own MMU"]
-    told = ways["Unicorn, told the rights"]
+    running = shortest(
+        {
+            OWN_MMU: partial(bare, image, passes, told_rights=False),
+            TOLD: partial(bare, image, passes, told_rights=True),
+            UNHOOKED: partial(unhooked, path, image, passes, counted=False),
+            COUNTING: partial(unhooked, path, image, few, counted=True),
+            HOOKED: partial(hooked, path, image, few),
+        },
+        rounds,
+    )
+    for name in (COUNTING, HOOKED):
+        running[name] *= passes / few
+    stepping = shortest(
+        {
+            name: partial(stepped, path, image, events, fast=fast)
+            for name, fast in (("toggle", False), ("fast", True))
+        },
+        rounds,
+    )
     return {
         "python": sys.version.split()[0],
         "unicorn": unicorn.__version__,
         "running": {
             name: {
                 "instructions_per_second": passes * IN_A_PASS / spent,
-                "of_own_mmu": own / spent,
-                "of_told_rights": told / spent,
+                "of_own_mmu": running[OWN_MMU] / spent,
+                "of_told_rights": running[TOLD] / spent,
             }
-            for name, spent in ways.items()
+            for name, spent in running.items()
         },
-        "events_per_second": {
-            name: events / best(lambda fast=fast: stepped(path, image, events, fast=fast))  # type: ignore[misc]
-            for name, fast in (("toggle", False), ("fast", True))
-        },
+        "events_per_second": {name: events / spent for name, spent in stepping.items()},
     }
+
+
+def ratios(figures: Any) -> list[Ratio]:
+    """What the figures come to."""
+    rates = figures["events_per_second"]
+    return [
+        *(
+            Ratio(name, peer, figures["running"][name][key])
+            for peer, key in ((OWN_MMU, "of_own_mmu"), (TOLD, "of_told_rights"))
+            for name in (UNHOOKED, COUNTING, HOOKED)
+        ),
+        # An instruction takes two events there, and one here.
+        Ratio("hits of each instruction, fast", "toggle", 2 * rates["fast"] / rates["toggle"]),
+    ]
 
 
 def report(figures: Any) -> str:
@@ -255,8 +268,9 @@ def main() -> int:
             print("bench: no gcc that knows -m32 to build the guest with", file=sys.stderr)
             return 0
         figures = measure(path, options.rounds, options.passes, options.events)
+    figures["ratios"] = [ratio._asdict() for ratio in ratios(figures)]
     print(json.dumps(figures, indent=2) if options.json else report(figures))
-    return int(figures["running"]["simulator"]["of_own_mmu"] < TARGET)
+    return int(figures["running"][UNHOOKED]["of_own_mmu"] < TARGET)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ratios import Ratio
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 WALL_LIMIT = 1800
@@ -29,6 +31,20 @@ FLAGS = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror"]
 PEER = "xen-access"
 RELEASES = ("4.17", "4.20")
 """Debian's 4.14 comes without xen-access."""
+TITLES = {
+    ("hits", "C, toggle"): "C loop, toggle",
+    ("hits", "C, fast"): "C loop, fast single-step",
+    ("hits", "xenaltp2m, toggle"): "Monitor.run, toggle",
+    ("hits", "xenaltp2m, fast"): "Monitor.run, fast single-step",
+    ("breakpoints", "C, toggle"): "C loop at an int3, toggle",
+    ("breakpoints", "C, fast"): "C loop at an int3, fast single-step",
+    ("breakpoints", "Breakpoints, toggle"): "Breakpoints, toggle",
+    ("breakpoints", "Breakpoints, fast"): "Breakpoints, fast single-step",
+    ("breakpoints", "Trace, fast"): "Trace, fast single-step",
+    ("protecting", "C, one call"): "C, every gfn protected in one call",
+    ("protecting", "xenaltp2m"): "View.set_access, every gfn protected",
+}
+"""What is measured against xen-access, and where it is ours, against C."""
 
 
 def measure(xen: str, seconds: float, work: Path) -> tuple[int, Any]:
@@ -55,6 +71,28 @@ def rate(row: dict[str, Any]) -> float:
 
 def per_gfn(row: dict[str, Any]) -> float:
     return float(row["seconds"] / row["gfns"]) * 1e6
+
+
+def ratios(figures: Any) -> list[Ratio]:
+    """What the figures come to; what could not be measured is left out."""
+    found = []
+    for (kind, name), title in TITLES.items():
+        rows = figures[kind]
+        in_c = "C, one call" if kind == "protecting" else "C," + name.partition(",")[2]
+        peers = [(PEER, figures["protecting" if kind == "protecting" else "hits"].get(PEER, {}))]
+        if name != in_c:
+            peers.append((TITLES[kind, in_c], rows[in_c]))
+        found += [
+            Ratio(title, peer, speed(rows[name]) / speed(row))
+            for peer, row in peers
+            if speed(rows[name]) and speed(row)
+        ]
+    return found
+
+
+def speed(row: dict[str, Any]) -> float:
+    """Hits or gfns a second; 0 where that could not be measured."""
+    return float(row.get("hits", row.get("gfns", 0)) / row.get("seconds", 1))
 
 
 def report(figures: Any) -> str:
@@ -98,6 +136,7 @@ def main() -> int:
     if figures is None:
         print("bench: the lab brought no figures", file=sys.stderr)
         return status or 1
+    figures["ratios"] = [ratio._asdict() for ratio in ratios(figures)]
     print(json.dumps(figures, indent=2) if arguments.json else report(figures))
     return status
 
