@@ -32,7 +32,7 @@ demo: $(READY) ## trace a function of a guest that checks itself, in the simulat
 	$(VENV)/bin/xenaltp2m demo
 
 test: $(READY) headers ## run every test that needs no Xen
-	$(RUN) -m pytest -rfEs $(PYTEST)
+	$(RUN) -m pytest -rfEs --numprocesses=auto --dist=loadfile $(PYTEST)
 	$(MAKE) test-example
 
 test-example: $(READY) ## the example agent's tests, with the wheel in an empty environment without Xen
