@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from xenaltp2m.errors import DomainNotFoundError, InvalidArgumentError, XenError
+from xenaltp2m.errors import (
+    DomainNotFoundError,
+    InvalidArgumentError,
+    NotMappedError,
+    UnsupportedError,
+    XenError,
+)
 from xenaltp2m.handle import Handle, UndoList
 from xenaltp2m.types import ALL_GFNS, HOST_VIEW, Access, VcpuId, ViewId
 from xenaltp2m.view import (
@@ -48,8 +54,8 @@ class Lost:
         view: The view.
         mismatches: The gfns that were looked at and found to differ; empty where altp2m had been
             switched off, and all of the view was gone.
-        failure: Why it could not be made again: then it is as it was found. None where it was, or
-            nobody wanted it.
+        failure: Why not all of it could be made again; the rest was. None where all was, or nobody
+            wanted it.
         reapplied: Whether it is as it should be again.
     """
 
@@ -283,13 +289,9 @@ class Altp2m(Handle):
             found = []
             for view, mismatches in wrong.items():
                 if is_on and reapply:
-                    failure = self._try(view.reapply)
-                # What is no RAM any more, Xen passes over.
-                done = reapply and failure is None and _are_mended(view, mismatches)
-                found.append(Lost(view, mismatches, done, failure))
-            for lost in found:
-                for tell in self._listeners:
-                    tell(lost)
+                    failure = self._try(partial(_mend, view, mismatches))
+                found.append(Lost(view, mismatches, reapply and failure is None, failure))
+            self._tell(found)
         return found
 
     def _check_it_is_there(self) -> None:
@@ -304,10 +306,22 @@ class Altp2m(Handle):
                         "state that was captured; Domain.carried() would have carried all of it"
                     )
                     gone.hint = (hint, *gone.hint)
-            for view in self.views:
-                for tell in self._listeners:
-                    tell(Lost(view, (), reapplied=False, failure=gone))
+            self._tell(Lost(view, (), reapplied=False, failure=gone) for view in self.views)
             raise
+
+    def _tell(self, found: Iterable[Lost]) -> None:
+        """Call all listeners, even where one fails."""
+        failures: list[BaseException] = []
+        for lost in found:
+            for tell in self._listeners:
+                try:
+                    tell(lost)
+                except BaseException as error:  # noqa: BLE001 - raised below
+                    failures.append(error)
+        if failures:
+            for other in failures[1:]:
+                failures[0].add_note(f"another callback failed, too: {other!r}")
+            raise failures[0]
 
     @staticmethod
     def _try(act: Callable[[], None]) -> XenError | None:
@@ -326,6 +340,8 @@ class Altp2m(Handle):
         try:
             for view in self.views:
                 view._create_again()
+            for monitor in self.domain._open_monitors():
+                monitor.forget_views()
             for vcpu, gfn in self._notified.items():
                 self._backend.altp2m_set_vcpu_enable_notify(self._domid, vcpu, gfn)
             if self._current is not None and not self._current.closed:
@@ -418,7 +434,11 @@ class Altp2m(Handle):
             if view_exists(self._backend, self._domid, self._prior_view):
                 raise  # its owner hid it
             self._backend.altp2m_switch_to_view(self._domid, HOST_VIEW)
-        self._moved = False
+        except UnsupportedError:
+            if self._backend.altp2m_get_domain_state(self._domid):
+                raise
+            # Somebody has switched altp2m off: nobody is in a view.
+        self._moved, self._current = False, None
 
     def _vacate(self) -> None:
         """Move the vCPUs out of our views, wherever they may go."""
@@ -446,8 +466,18 @@ class Altp2m(Handle):
         return self._backend.release.access_by_number[number]
 
 
-def _are_mended(view: View, mismatches: Iterable[Mismatch]) -> bool:
-    return all(view.access(one.gfn) == one.expected for one in mismatches)
+def _mend(view: View, mismatches: Iterable[Mismatch]) -> None:
+    """Make a view again, and look whether Xen has passed over some of it."""
+    view.reapply()
+    for one in mismatches:
+        if view.access(one.gfn) != one.expected:
+            raise NotMappedError(
+                f"Xen passes over gfn {one.gfn:#x} of {view!r}: it is no ordinary RAM any more",
+                op="altp2m_set_mem_access_multi",
+                domid=view._domid,
+                view=view.id,
+                gfn=one.gfn,
+            )
 
 
 def _by_number(view: View) -> int:

@@ -265,6 +265,8 @@ class LinearBreakpoint:
         if self._there is not None:
             undo.push("", self._there.remove)
         undo.unwind(f"removing {self!r}")
+        with suppress(ValueError):  # it was never followed, or is removed again
+            self._owner._linear.remove(self)
         self._watches.clear()
         self._there = self.physical = None
 
@@ -419,6 +421,7 @@ class Breakpoints(Handle):
         self._pages: dict[int, _Page] = {}
         self._watched: dict[int, list[Watch]] = {}
         """By gfn."""
+        self._linear: list[LinearBreakpoint] = []
         self._set_up()
         monitor.answer_by_default(self)
         monitor._close_first(self)
@@ -594,6 +597,7 @@ class Breakpoints(Handle):
             undo.push("", made.remove)
             self._roll_back(undo, error, heir=self._undo)
             raise
+        self._linear.append(made)
         return made
 
     def watch(
@@ -683,15 +687,16 @@ class Breakpoints(Handle):
         """
         self._check_open()
         lost = []
+        is_on = self._backend.altp2m_get_domain_state(self._domid)
         for gfn in self._pages.keys() | self._watched.keys():
             page = self._pages.get(gfn)
             rights = self._rights(gfn)
-            as_it_was = all(view.effective_access(gfn) == rights[view] for view in rights)
-            if page is not None and page.shadow_gfn:
-                as_it_was &= self._shadows.is_hidden(page.shadow_gfn)
+            as_it_was = is_on and all(view.effective_access(gfn) == rights[view] for view in rights)
+            if as_it_was and page is not None and page.shadow_gfn:
+                as_it_was = self._shadows.is_hidden(page.shadow_gfn)
             if not as_it_was:
                 lost.append(Gfn(gfn))
-        if lost or not self._shadows.are_hidden():
+        if lost or not (is_on and self._shadows.are_hidden()):
             for one in self._altp2m.verify(self._views):
                 if one.failure is not None:
                     raise one.failure
@@ -699,10 +704,27 @@ class Breakpoints(Handle):
 
     def _found_lost(self, lost: Lost) -> None:
         """What was written to the pages meanwhile, nobody has told of; some may be others now."""
-        if lost.view is self.hooks and lost.reapplied:
-            for gfn, page in self._pages.items():
-                page.map_again(*self._map(gfn))
+        self._ids = {int(view.id) for view in self._views}
+        # Of what was made again in part there is some; of what went with altp2m, nothing.
+        in_part = lost.failure is not None and bool(lost.mismatches)
+        if lost.view is not self.hooks or not (lost.reapplied or in_part):
+            return
+        failures = []
+        for gfn, page in self._pages.items():
+            try:
                 self._outdate(gfn)
+                page.map_again(*self._map(gfn))
+            except XenError as failure:
+                failures.append(failure)
+        if lost.failure is None:
+            self._follow_all()
+            if failures:
+                raise failures[0]
+
+    def _follow_all(self) -> None:
+        """Page tables may have been written to unheard."""
+        for linear in self._linear:
+            linear._follow()
 
     def _map(self, gfn: int) -> tuple[memoryview, Callable[[], None]]:
         """Map a page to read, and tell how to unmap it."""
@@ -713,8 +735,8 @@ class Breakpoints(Handle):
         """Have a page's shadow copied anew before it is executed again."""
         page = self._pages[gfn]
         if page.planted:
-            page.planted = False
             self.hooks.set_access(gfn, Access.N)
+            page.planted = False
 
     def _rights(self, gfn: int) -> dict[View, Access]:
         """What may be done with a page in each view but ``write``, where everything may."""
@@ -1025,12 +1047,13 @@ class Breakpoints(Handle):
         """
         pages, watched = dict(self._pages), dict(self._watched)
         self._destroy_views()
-        self._pages, self._watched = pages, watched
         later.adopt(self._added)
         super().abandon()
+        self._pages, self._watched = pages, watched
 
     def _take_up(self) -> None:
         self._set_up()
+        self._follow_all()
 
     def abandon(self) -> None:
         """Close without undoing anything but what is this process's own: the domain is gone."""

@@ -540,9 +540,14 @@ class Domain(Handle):
 
     def _removed(self) -> None:
         """A page was taken from a p2m table of the domain."""
+        for monitor in self._open_monitors():
+            monitor.expect_delays()
+
+    def _open_monitors(self) -> Iterator[Monitor]:
+        """The domain's open monitor, through whichever handle of this connection."""
         for domain in self.xen._domains:
             if domain.uuid == self.uuid and (monitor := domain._open_monitor) is not None:
-                monitor.expect_delays()
+                yield monitor
 
     def _anybody_s_altp2m(self) -> Altp2m | None:
         """The domain's open altp2m, through whichever handle of this connection."""

@@ -318,6 +318,10 @@ class Monitor(Handle):
             for vcpu in range(self._vcpus):
                 self._delayed.setdefault(vcpu, None)
 
+    def forget_views(self) -> None:
+        """Be told that views have other numbers now."""
+        self._plans.clear()
+
     def _in_time(self, event: Event, response: Response) -> Response:
         """Return what to answer where the vCPU's next resume may do nothing: see expect_delays."""
         vcpu = int(event.vcpu)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import pairwise
@@ -338,7 +339,12 @@ class View(Handle):
             self._suppress_ve.set(gfns, suppress)
             return []
         failures = []
-        for first, last in neighbours(gfn_array(gfns)):
+        if isinstance(gfns, range) and gfns.step == 1:
+            check_gfns(gfns)
+            runs = iter([(gfns.start, gfns.stop - 1)] if gfns else [])
+        else:
+            runs = neighbours(gfn_array(gfns))
+        for first, last in runs:
             self._populate(first, min(last, self._altp2m.domain.maximum_gfn))
             failure = self._backend.altp2m_set_suppress_ve_multi(
                 self._domid, self.id, first, last, suppress
@@ -434,34 +440,43 @@ class View(Handle):
         set; gfns that are remapped to may show their own pages meanwhile. Pause the domain where
         that matters.
 
+        On error what else can be made is made.
+
         Args:
             progress: Called after each batch of gfns whose access is set.
 
         Raises:
             NotMappedError: A gfn that is remapped, or its new gfn, is no ordinary RAM any more.
-            BusyError: Some gfns show each other's pages.
+            BusyError: Some gfns show each other's pages: nothing was made.
 
         ``xc_altp2m_change_gfn``, ``xc_altp2m_set_mem_access_multi``.
         """
         self._check_open()
+        failures: list[XenError] = []
         for gfn, new_gfn in self._remaps_in_order():
-            if new_gfn in self._remaps:
-                self._show_own(new_gfn)
-            self._backend.altp2m_change_gfn(self._domid, self.id, gfn, new_gfn)
+            # Of a remap without its access the guest would write to the new page, not to its own.
+            with _noting(failures):
+                if new_gfn in self._remaps:
+                    self._show_own(new_gfn)
+                self._backend.altp2m_change_gfn(self._domid, self.id, gfn, new_gfn)
         total, done = self._access.count(), 0
         for run in self._access:
             numbers = bytes([self._number(run.value)]) * min(run.end - run.first, BATCH)
             for batch in batches(range(run.first, run.end)):
-                self._backend.altp2m_set_mem_access_multi(
-                    self._domid, self.id, numbers[: len(batch)], batch
-                )
+                with _noting(failures):
+                    self._backend.altp2m_set_mem_access_multi(
+                        self._domid, self.id, numbers[: len(batch)], batch
+                    )
                 done += len(batch)
                 if progress is not None:
                     progress(done, total)
         for bit in self._suppress_ve:
-            self._backend.altp2m_set_suppress_ve_multi(
-                self._domid, self.id, bit.first, bit.end - 1, bit.value
-            )
+            with _noting(failures):
+                self._backend.altp2m_set_suppress_ve_multi(
+                    self._domid, self.id, bit.first, bit.end - 1, bit.value
+                )
+        if failures:
+            raise failures[0]
 
     def _create_again(self) -> None:
         """Make it anew: altp2m was off meanwhile, and Xen has forgotten it, or never had it."""
@@ -661,6 +676,14 @@ class View(Handle):
                 return  # EBUSY is also Xen's word for no such view
             self._altp2m._vacate()
             self._backend.altp2m_destroy_view(self._domid, self.id)
+
+
+@contextmanager
+def _noting(failures: list[XenError]) -> Iterator[None]:
+    try:
+        yield
+    except XenError as failure:
+        failures.append(failure)
 
 
 def own_access(backend: Backend, domid: DomId, view: ViewId, gfn: int) -> Access | None:

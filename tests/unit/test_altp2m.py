@@ -20,7 +20,9 @@ from xenaltp2m import (
     InvalidArgumentError,
     LeftoverError,
     Lost,
+    MemAccess,
     Mismatch,
+    NotMappedError,
     OutOfMemoryError,
     SuperpageDefaultWarning,
     UnsupportedError,
@@ -33,6 +35,7 @@ from xenaltp2m import (
 from xenaltp2m.abi.releases import SUPPORTED
 from xenaltp2m.backend.mock import Livelock, MockBackend, Outcome
 from xenaltp2m.backend.mock.machine import Domain as Model
+from xenaltp2m.types import HOST_VIEW
 
 from .effective import changes, every_release, state_of
 
@@ -579,3 +582,73 @@ def test_what_is_only_looked_for_stays_as_it_is(
     assert two.access(30) == Access.RX
     assert [each.view for each in altp2m.verify()] == [two]
     assert two.access(30) == Access.N
+
+
+def test_all_who_want_to_know_are_told_even_if_one_fails(
+    dom: Domain, altp2m: Altp2m, view: View, mock: MockBackend
+) -> None:
+    told: list[Lost] = []
+
+    def fail(lost: Lost) -> None:
+        raise KeyError(lost.view.id)
+
+    altp2m.on_lost(fail)
+    altp2m.on_lost(told.append)
+    view.set_access(5, Access.R)
+    mock.altp2m_set_mem_access(1, HOST_VIEW, 5, RWX)
+    with pytest.raises(KeyError):
+        altp2m.verify()
+    assert [(lost.view, lost.reapplied) for lost in told] == [(view, True)]
+    assert view.access(5) == Access.R
+    assert dom._pauses.left == []
+
+
+@every_release
+def test_what_can_be_made_again_is_though_a_page_is_gone(
+    altp2m: Altp2m, view: View, guest: Model
+) -> None:
+    """Else the remaps before it would show their pages with these pages' rights."""
+    for gfn in (0x10, 0x11, 0x12):
+        view.remap(gfn, gfn + 0x10, access=Access.X)
+    view.set_access(0x13, Access.R)
+    guest.remove_page(0x11)
+    guest.set_mem_access(HOST_VIEW, 0x10, RWX)
+    [lost] = altp2m.verify()
+    assert isinstance(lost.failure, NotMappedError)
+    assert not lost.reapplied
+    assert [view.access(gfn) for gfn in (0x10, 0x12, 0x13)] == [Access.X, Access.X, Access.R]
+    assert [mismatch.gfn for mismatch in view.verify()] == [0x11]
+
+
+def test_what_xen_passes_over_is_told_of(altp2m: Altp2m, view: View, guest: Model) -> None:
+    view.set_access(range(0x10, 0x14), Access.R)
+    guest.remove_page(0x11)
+    [lost] = altp2m.verify()
+    assert not lost.reapplied
+    assert lost.failure is not None
+    assert lost.failure.gfn == 0x11
+
+
+def test_vcpus_that_have_left_do_not_come_back(
+    dom: Domain, altp2m: Altp2m, view: View, mock: MockBackend
+) -> None:
+    with dom.monitor(MemAccess):
+        altp2m.switch_to_view(view)
+    assert set(altp2m.vcpu_views().values()) == {HOST_VIEW}  # nobody would hear them
+    mock.altp2m_set_domain_state(1, False)
+    altp2m.verify()
+    assert set(altp2m.vcpu_views().values()) == {HOST_VIEW}
+    altp2m.switch_to_view(view)
+    mock.altp2m_set_domain_state(1, False)
+    altp2m.verify()
+    assert set(altp2m.vcpu_views().values()) == {view.id}
+
+
+def test_a_monitor_is_closed_though_altp2m_is_off(
+    dom: Domain, altp2m: Altp2m, view: View, mock: MockBackend, guest: Model
+) -> None:
+    monitor = dom.monitor(MemAccess)
+    altp2m.switch_to_view(view)
+    mock.altp2m_set_domain_state(1, False)
+    monitor.close()
+    assert not guest.listened

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack
 from errno import EBUSY, EINVAL, ENOMEM, EPERM, ESRCH
@@ -428,3 +429,73 @@ def test_closing_the_connection_closes_them(
     assert breakpoints.closed
     after = host.domain_getinfolist(computer.domid, 1)[0]
     assert (after.pages, after.max_pages) == (before.pages - 1, before.max_pages)  # the ring's
+
+
+@WAYS
+def test_altp2m_is_switched_off_and_views_get_other_numbers(
+    make: Make, fast: bool, int3: bool
+) -> None:
+    """One that was made before them is gone: so they move up."""
+    guest = make(INC_EAX + b"\xe2\xfd" + HALT, fast=fast, int3=int3, rax=0, rcx=12)  # LOOP
+    guest.breakpoints.close()
+    first = guest.altp2m.create_view()
+    breakpoints = Breakpoints(guest.altp2m, guest.monitor, fast=fast, int3=int3)
+
+    def count(hit: Hit) -> None:
+        guest.note(hit)
+        if len(guest.seen) == 6:
+            guest.monitor.stop()
+
+    breakpoints.insert(CODE, count)
+    guest.host.steps_at_once = 200
+    guest.monitor.run(breakpoints, timeout=0.01)
+    number = breakpoints.hooks.id
+    first.close()
+    guest.host.altp2m_set_domain_state(guest.domid, False)
+    assert breakpoints.verify() == [CODE >> 12]
+    assert breakpoints.hooks.id < number
+    assert breakpoints.verify() == []
+    guest.monitor.run(breakpoints, timeout=0.01)
+    assert guest.halted
+    assert (len(guest.seen), guest.register("rax")) == (12, 12)
+    breakpoints.close()
+
+
+def test_a_view_that_is_reset_while_a_page_is_gone(make: Make) -> None:
+    """The other page is guarded all the same: what is written to it does not go to its shadow."""
+    there = CODE + 0x100
+    code = NOP + store_byte(there, 0x5A) + b"\xa0" + there.to_bytes(4, "little") + HALT
+    guest = make(code, {OTHER: HALT}, rax=0)
+    guest.breakpoints.insert(CODE, guest.note)
+    gone = guest.breakpoints.insert(OTHER, guest.note)
+    guest.host.domain_decrease_reservation_exact(guest.domid, array("Q", [OTHER >> 12]))
+    guest.host.altp2m_set_mem_access(guest.domid, 0, CODE >> 12, 7)
+    with pytest.raises(xa.XenError):
+        guest.breakpoints.verify()
+    assert guest.go().halted
+    assert guest.seen == [CODE]
+    assert guest.read(there, 1) == b"\x5a"
+    assert guest.register("rax") == 0x5A
+    gone.remove()
+    assert guest.breakpoints.verify() == []
+
+
+def test_they_are_told_though_somebody_else_fails(make: Make) -> None:
+    """Of a reset, in which the guest has written to a page whose shadow is planted."""
+    there = CODE + 0x100
+    jump = b"\xe9" + (there - CODE - 6).to_bytes(4, "little")
+    guest = make(NOP + jump + bytes(0xFA) + INC_EAX + HALT, rax=0, rcx=0)
+
+    def fail(_: xa.Lost) -> None:
+        raise KeyError
+
+    def reset(_: Hit) -> None:
+        guest.dom.memory.write(there, INC_ECX)
+        guest.host.altp2m_set_mem_access(guest.domid, 0, CODE >> 12, 7)
+        with pytest.raises(KeyError):
+            guest.breakpoints.verify()
+
+    guest.altp2m._listeners.insert(0, fail)
+    guest.breakpoints.insert(CODE, reset)
+    assert guest.go().halted
+    assert (guest.register("rax"), guest.register("rcx")) == (0, 1)

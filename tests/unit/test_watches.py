@@ -402,3 +402,27 @@ def test_a_trace_before_paging_is_on(tmp_path: Path) -> None:
         pytest.raises(xa.NotMappedError, match="has not turned paging on yet"),
     ):
         dom.trace("early", symbols=Symbols.open(kernel))
+
+
+@pytest.mark.parametrize("how", ["carried", "reset"])
+def test_tables_that_were_written_unheard(make: Make, how: str) -> None:
+    """While the domain was carried, or Xen had reset the views that are watched."""
+    new, first, second = 0x1F0000, 0x70000, 0x71000
+    present = PRESENT | WRITABLE
+    entry = TABLES + 3 * PAGE_SIZE + (new >> 12) * 8
+    guest = make(call_linear(new) + HALT, {first: b"\xc3", second: b"\xc3"})
+    guest.computer.go_long(flags=present)
+    guest.computer.map(new, first | present)
+    hook = guest.breakpoints.insert_linear(guest.dom.memory.address_space(), new, guest.note)
+    assert hook.physical == first
+    if how == "carried":
+        with guest.dom.carried():
+            guest.dom.memory.write(entry, (second | present).to_bytes(8, "little"))
+    else:
+        guest.dom.memory.write(entry, (second | present).to_bytes(8, "little"))
+        guest.host.altp2m_set_mem_access(guest.domid, 0, entry >> 12, 7)
+        assert guest.breakpoints.verify() == [entry >> 12]
+    assert hook.physical == second
+    assert guest.go().halted
+    assert guest.seen == [new]
+    hook.remove()
