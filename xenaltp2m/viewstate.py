@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, compress, pairwise
 from operator import add, gt
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeGuard
 
 from xenaltp2m.errors import LeftoverError, StateError, UnsupportedError
 from xenaltp2m.events import (
@@ -121,7 +121,7 @@ class State:
         views: They.
         pages: Pages that were added to the domain.
         vcpus: Of each vCPU its view's place among ``views``; None for view 0, and for others'.
-        notify: vCPUs with a page for #VE, and that gfn.
+        notify: vCPUs with a page for #VE, and its place.
         monitor: What the domain's monitor hears of; None where none is open.
         origin: Where it was captured: for people. It makes no difference between states.
         more: Fields that a later version of the format may have: kept, and written again.
@@ -140,6 +140,9 @@ class State:
 
         Args:
             origin: Whether it says where it was captured; equal states differ in nothing else.
+
+        Raises:
+            StateError: It is past a limit, and could not be read again.
         """
         document = {
             **self.more,
@@ -156,7 +159,13 @@ class State:
         text = _canonical(document)
         checksum = hashlib.sha256(text).hexdigest().encode()
         text = b'{"checksum":"%s",%s\n' % (checksum, text[1:])
-        return gzip.compress(text, _LEVEL, mtime=0) if len(text) >= _PACKED_FROM else text
+        data = gzip.compress(text, _LEVEL, mtime=0) if len(text) >= _PACKED_FROM else text
+        if len(text) > MAX_TEXT or len(data) > MAX_FILE:
+            raise StateError(
+                f"{len(text)} bytes, {len(data)} when packed; the limits are {MAX_TEXT} and "
+                f"{MAX_FILE}"
+            )
+        return data
 
     @classmethod
     def from_bytes(cls, data: bytes) -> State:
@@ -232,7 +241,7 @@ def describe(
         tuple(_capture_view(view, places) for view in views),
         tuple(pages),
         tuple(numbers.get(int(vcpu_views[vcpu])) for vcpu in sorted(vcpu_views)),
-        tuple(sorted(altp2m._notified.items())),
+        tuple((vcpu, places.get(gfn, gfn)) for vcpu, gfn in sorted(altp2m._notified.items())),
         monitor,
         {**_origin(domain), "views": [int(view.id) for view in views], "added": added},
     )
@@ -317,7 +326,7 @@ def compare(
     """
     numbers, added = state.origin.get("views"), state.origin.get("added")
     if state.origin.get("domain") != str(domain.uuid) or not (
-        isinstance(numbers, list) and isinstance(added, list)
+        _are_numbers(numbers) and _are_numbers(added)
         and len(numbers) == len(state.views) and len(added) == len(state.pages)
     ):  # fmt: skip
         raise StateError(
@@ -327,7 +336,9 @@ def compare(
         )
     if not domain.altp2m_active:
         return ["altp2m is off"]
-    found = []
+    found = _beyond(domain, state)
+    if found:
+        return found
     existing = existing_views(domain.xen.backend, domain.domid)
     for number, wanted in zip(numbers, state.views, strict=True):
         if number not in existing:
@@ -338,6 +349,12 @@ def compare(
         if where is not None and vcpu.view != numbers[where]:
             found.append(f"vCPU {vcpu.number} is in view {vcpu.view}, not {numbers[where]}")
     return found
+
+
+def _are_numbers(found: object) -> TypeGuard[list[int]]:
+    return isinstance(found, list) and all(
+        type(one) is int and 0 <= one < GFN_LIMIT for one in found
+    )
 
 
 def _compare_view(
@@ -497,17 +514,23 @@ def obstacles(altp2m: Altp2m, state: State) -> list[str]:
     missing = sum(page.content is None for page in state.pages)
     if missing:
         found.append(f"the content of {missing} added pages was not captured")
-    last = domain.maximum_gfn
-    highest = max(
-        (first + count - 1 for view in state.views for first, count, _ in view.access), default=0
-    )
-    if highest > last:
-        found.append(f"it has access for gfn {highest:#x}, and the domain ends at {last:#x}")
+    found += _beyond(domain, state)
     vcpus = domain.info().max_vcpu_id + 1
     if len({number for number in state.vcpus if number is not None}) > 1:
         found.append("its vCPUs are in several views, and Xen moves all or none")
     if any(vcpu >= vcpus for vcpu, _ in state.notify):
         found.append(f"it has a #VE page for a vCPU of which the domain has {vcpus}")
+    return found
+
+
+def _beyond(domain: Domain, state: State) -> list[str]:
+    """Say what is past the domain's end: there may be far more of it than of the domain."""
+    last, found = domain.maximum_gfn, []
+    for what, name in ("access", "access"), ("a suppress-#VE bit", "suppress_ve"):
+        every: list[FrozenRuns[Any]] = [getattr(view, name) for view in state.views]
+        highest = max((runs.firsts[-1] + runs.counts[-1] - 1 for runs in every if runs), default=0)
+        if highest > last:
+            found.append(f"it has {what} for gfn {highest:#x}, and the domain ends at {last:#x}")
     return found
 
 
@@ -578,7 +601,7 @@ class _Restorer:
             views.append(view)
             self._fill(view, wanted)
         for vcpu, gfn in state.notify:
-            self._altp2m.enable_notify(vcpu, gfn)
+            self._altp2m.enable_notify(vcpu, self._gfn(gfn))
             what = f"#VE page of vCPU {vcpu} of domain {domain.domid}"
             self._undo.push(what, partial(self._altp2m.disable_notify, vcpu))
         places = {number for number in state.vcpus if number is not None}
@@ -591,10 +614,10 @@ class _Restorer:
         return views
 
     def _fill(self, view: View, wanted: ViewState) -> None:
-        remapped = {gfn for gfn, _ in wanted.remaps}
+        remapped = sorted(gfn for gfn, _ in wanted.remaps)
         later: dict[Place, Access] = {}
         for first, count, access in wanted.access:
-            inside = sorted(gfn for gfn in remapped if first <= gfn < first + count)
+            inside = remapped[bisect_left(remapped, first) : bisect_left(remapped, first + count)]
             later |= dict.fromkeys(inside, access)
             at = first
             for gfn in [*inside, first + count]:
@@ -689,7 +712,8 @@ class _Reader:
                 self._refuse("a #VE page that is not a pair")
             vcpu, gfn = one
             if not (
-                self._is_number(vcpu, 0, _MAX_VCPUS) and self._is_number(gfn, 0, GFN_LIMIT - 1)
+                self._is_number(vcpu, 0, _MAX_VCPUS)
+                and self._is_number(gfn, -self._pages, GFN_LIMIT - 1)
             ):
                 self._refuse("a #VE page of nobody")
             notify.append((vcpu, gfn))

@@ -21,11 +21,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import xenaltp2m as xa
-from xenaltp2m import cli
+from xenaltp2m import cli, viewstate
 from xenaltp2m.backend.mock import MockBackend
 from xenaltp2m.runs import FrozenRuns
 from xenaltp2m.testing import Failing
-from xenaltp2m.viewstate import FORMAT, State, _places_of_memory, capture, diff, obstacles, restore
+from xenaltp2m.viewstate import (
+    FORMAT,
+    State,
+    _places_of_memory,
+    capture,
+    compare,
+    diff,
+    obstacles,
+    restore,
+)
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "state.schema.json").read_text())
 GFNS = 256
@@ -181,6 +190,10 @@ def test_what_is_in_the_way() -> None:
             f"it has access for gfn 0x40000000, and the domain ends at {host.dom.maximum_gfn:#x}",
             "its vCPUs are in several views, and Xen moves all or none",
         ]
+        bits = FrozenRuns.of([(0, 1 << 36, True)])
+        endless = replace(first, suppress_ve=bits)
+        [past] = obstacles(host.altp2m, replace(state, views=(endless,), vcpus=()))
+        assert past.startswith("it has a suppress-#VE bit for gfn 0xfffffffff, and the domain")
         with pytest.raises(xa.UnsupportedError, match="does not know the access r_pw"):
             restore(host.altp2m, replace(state, views=(odd, *rest)))
         assert host.altp2m.views == ()
@@ -247,7 +260,7 @@ def test_a_million_gfns() -> None:
 WRONG: list[tuple[str, Any]] = [
     ("format", "other"), ("version", 2), ("version", None), ("views", {}), ("views", [7]),
     ("views", [{}]), ("pages", [{"sha256": "x"}]), ("vcpus", [9]), ("vcpus", [True]),
-    ("notify", [[0]]), ("notify", [[0, -1]]), ("notify", [[1, 2], [0, 2]]), ("origin", 5),
+    ("notify", [[0]]), ("notify", [[0, -9]]), ("notify", [[1, 2], [0, 2]]), ("origin", 5),
     ("pages", [{"sha256": "0" * 64, "content": "AAAA"}]),
 ]  # fmt: skip
 WRONG_VIEWS: list[tuple[str, Any]] = [
@@ -292,6 +305,55 @@ def signed(document: dict[str, Any]) -> bytes:
     rest = {name: value for name, value in document.items() if name != "checksum"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()
     return json.dumps(rest | {"checksum": hashlib.sha256(text).hexdigest()}).encode()
+
+
+def test_a_ve_page_that_was_added_is_told_by_its_place() -> None:
+    with ExitStack() as stack:
+        one, other = Host(stack), Host(stack)
+        one.altp2m.enable_notify(1, one.dom.add_pages(2)[1])
+        state = State.from_bytes(one.altp2m.capture(contents=True).to_bytes())
+        assert state.notify == ((1, -2),)
+        other.dom.add_pages(5)
+        restore(other.altp2m, state)
+        [_, added] = other.dom._added
+        assert other.altp2m._notified == {1: added[1]}
+
+
+def test_a_state_that_could_not_be_read_again_is_not_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    state = small()
+    data = state.to_bytes()
+    monkeypatch.setattr(viewstate, "MAX_FILE", len(data))
+    assert State.from_bytes(state.to_bytes()) == state
+    monkeypatch.setattr(viewstate, "MAX_FILE", len(data) - 1)
+    with pytest.raises(xa.StateError, match="the limits are"):
+        state.to_bytes()
+
+
+@pytest.mark.parametrize(
+    "origin", [{"added": ["x"]}, {"added": [-1]}, {"added": [1 << 40]}, {"views": [True]}]
+)
+def test_an_origin_that_cannot_be_is_not_compared(origin: dict[str, Any]) -> None:
+    with ExitStack() as stack:
+        host = Host(stack)
+        view = host.altp2m.create_view()
+        view.set_access(host.dom.add_pages()[0], xa.Access.R)
+        state = host.altp2m.capture()
+        assert compare(host.dom, state) == []
+        with pytest.raises(xa.StateError, match="not captured of domain"):
+            compare(host.dom, replace(state, origin={**state.origin, **origin}))
+
+
+def test_more_gfns_than_the_domain_has_are_not_looked_at() -> None:
+    with ExitStack() as stack:
+        host = Host(stack)
+        host.altp2m.create_view()
+        state = host.altp2m.capture()
+        access = FrozenRuns.of([(0, 1 << 36, xa.Access.R)])
+        endless = replace(state, views=(replace(state.views[0], access=access),))
+        [found] = compare(host.dom, State.from_bytes(endless.to_bytes()))
+        assert found.startswith("it has access for gfn 0xfffffffff, and the domain ends at")
 
 
 def test_an_altered_file_is_refused() -> None:
