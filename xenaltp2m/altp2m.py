@@ -372,7 +372,12 @@ class Altp2m(Handle):
         self._notified = {vcpu: gfns.get(gfn, gfn) for vcpu, gfn in self._notified.items()}
         for view in self.views:
             view._renumber(gfns)
-        self._make_again()
+        try:
+            self._make_again()
+        except BaseException:
+            self.abandon()  # none of it is there: what is, somebody else has made
+            raise
+        self.domain._altp2m = self
 
     def abandon(self) -> None:
         """Close without undoing anything: the views, too, are gone."""

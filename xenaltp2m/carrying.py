@@ -31,6 +31,7 @@ from xenaltp2m.viewstate import MonitorState, PageState, State, describe, restor
 if TYPE_CHECKING:
     from uuid import UUID
 
+    from xenaltp2m.altp2m import Altp2m
     from xenaltp2m.domain import Domain
     from xenaltp2m.types import DomainInfo
     from xenaltp2m.xen import Xen
@@ -52,6 +53,7 @@ class Carried:
         self._domain, self._seconds = domain, seconds
         self.state: State | None = None
         self.gfns: dict[int, int] = {}
+        self._altp2m: Altp2m | None = None
         self._contents: list[tuple[range, list[bytes]]] = []
         self._take_up: list[Callable[[], None]] = []
         """Last laid down first."""
@@ -61,7 +63,10 @@ class Carried:
         try:
             self._lay_down()
         except BaseException as error:
-            self._close_all(error)
+            try:
+                self._close_all(error)
+            finally:
+                self._let_go()
             raise
         return self
 
@@ -74,19 +79,21 @@ class Carried:
         try:
             self._domain.xen._moved(self._await())
             self._take_all_up()
-        except XenError as failure:
-            if error is None:
+        except BaseException as failure:
+            self._let_go()
+            if error is None or not isinstance(failure, XenError):
                 raise
             error.add_note(str(failure))
 
     def _check(self) -> None:
         domain = self._domain
         domain._check_open()
+        domain._check_nobody_was_killed()  # Xen would save pages that were added as the guest's own
         for other in domain.xen._domains:
-            if other.uuid == domain.uuid and other is not domain and other._has_changed_it():
+            if other.uuid == domain.uuid and other is not domain and other._is_used():
                 raise BusyError(
-                    f"another handle of domain {domain.domid} has altp2m, a monitor or added pages:"
-                    " close it first, or use one handle",
+                    f"another handle of domain {domain.domid} has altp2m, a monitor, pages or a "
+                    "pause: close it first, or use one handle",
                     domid=domain.domid,
                 )
         if domain._pauses:
@@ -100,16 +107,22 @@ class Carried:
                 f"{monitor!r} is being iterated: end that before the domain is carried",
                 domid=domain.domid,
             )
-        if (altp2m := domain._open_altp2m) is not None and not altp2m._switched_on:
+        if (altp2m := domain._open_altp2m) is None:
+            return
+        if not altp2m._switched_on:
             raise BusyError(
                 f"altp2m of domain {domain.domid} was on before it was opened here: Xen could not "
                 "carry the views of somebody else",
                 domid=domain.domid,
             )
+        for view in altp2m.views:
+            view._remaps_in_order()  # raises where gfns show each other's pages
 
     def _lay_down(self) -> None:
         domain = self._domain
         altp2m, monitor = domain._open_altp2m, domain._open_monitor
+        if altp2m is not None:  # vCPUs leave as soon as nobody would hear them
+            self._altp2m, current, vcpu_views = altp2m, altp2m._current, altp2m.vcpu_views()
         heard = None
         if monitor is not None:
             heard = MonitorState(monitor.subscriptions, monitor.access_required)
@@ -123,10 +136,10 @@ class Carried:
             self._take_up.insert(0, monitor._take_up)
         with domain.paused():
             if altp2m is not None:
-                vcpu_views = altp2m.vcpu_views()
                 altp2m._lay_down()
+                altp2m._current = current
                 self._take_up.insert(0, lambda: altp2m._take_up(self.gfns))
-            later.unwind(f"carrying {domain!r}")
+            domain._undo.unwind(f"carrying {domain!r}")
             if altp2m is not None:
                 self.state = describe(altp2m, heard, vcpu_views, contents=True)
             for gfns in list(domain._added):
@@ -139,6 +152,11 @@ class Carried:
         undo = UndoList()
         undo.push("", self._domain._close_what_is_open)
         self._domain._roll_back(undo, error)
+
+    def _let_go(self) -> None:
+        """Close what is laid down, still, for good."""
+        if self._altp2m is not None and self._altp2m.closed:
+            self._altp2m.abandon()
 
     def _await(self) -> DomainInfo:
         """Return the domain, wherever it is now, once it is there."""

@@ -353,7 +353,9 @@ class Domain(Handle):
         On error everything is taken back, and its handles are closed, but for the domain's own.
 
         Raises:
-            BusyError: Somebody iterates over its monitor, or it is used through another handle.
+            BusyError: Somebody iterates over its monitor, it is used through another handle, views
+                were imported into it or left by a process that was killed, or some gfns of a view
+                show each other's pages. Then nothing has changed.
             InvalidArgumentError: It is paused through this handle.
             DomainNotFoundError: At the end: it is not there, by its uuid; all its handles are
                 closed then.
@@ -377,8 +379,15 @@ class Domain(Handle):
             self._altp2m.abandon()
         super().abandon()
 
-    def _has_changed_it(self) -> bool:
-        return bool(self._open_altp2m or self._open_monitor or self._added)
+    def _is_used(self) -> bool:
+        """Whether the domain cannot be carried without this handle's knowing."""
+        return not self.closed and bool(
+            self._open_altp2m
+            or self._open_monitor
+            or self._added
+            or self._pauses
+            or self._carried_along()
+        )
 
     # Pages of our own.
 

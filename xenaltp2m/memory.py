@@ -226,7 +226,7 @@ class MappedPages(Handle):
         self._take_back()
 
     def _take_up(self) -> None:
-        pass
+        self._take_back()  # what was read in between, where the domain is no more
 
     def abandon(self) -> None:
         """Close where the domain is gone: the mappings are this process's own."""

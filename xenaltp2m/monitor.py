@@ -939,6 +939,7 @@ class Monitor(Handle):
 
     def _take_up(self) -> None:
         self._set_up(self._heard)
+        self.domain._monitor = self
 
     def abandon(self) -> None:
         """Close without undoing anything but what is this process's own: the domain is gone."""

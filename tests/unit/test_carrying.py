@@ -18,6 +18,7 @@ from tests.contract.guests import GUESTS, MEMORY_KIB, RunningGuest, serve
 from xenaltp2m import cli
 from xenaltp2m.backend.mock import MockBackend
 from xenaltp2m.breakpoints import Breakpoints, Hit
+from xenaltp2m.memory import MappedPages
 from xenaltp2m.rescue import diagnose, rescue
 from xenaltp2m.testing import Failing
 from xenaltp2m.viewstate import State, diff
@@ -405,3 +406,163 @@ def test_files_that_cannot_be_written(host: Lasting, tmp_path: Path) -> None:
     assert run("export", tmp_path / "none" / "b", "guest") == cli.USAGE
     assert host.altp2m_get_domain_state(1)
     assert run("export", tmp_path / "b", "guest") == cli.DONE
+
+
+# In odd states.
+
+
+@pytest.fixture
+def plain(mock: MockBackend, dom: xa.Domain) -> xa.Domain:
+    """A domain that runs, and does nothing."""
+    mock.domain_unpause(dom.domid)
+    return dom
+
+
+def test_where_vcpus_were(mock: MockBackend, plain: xa.Domain) -> None:
+    """Those that nobody would hear leave first."""
+    with plain.altp2m() as altp2m, plain.monitor(xa.MemAccess):
+        altp2m.create_view()
+        view = altp2m.create_view()
+        altp2m.switch_to_view(view)
+        with plain.carried() as carried:
+            mock.carry(plain.domid)
+        assert carried.state is not None
+        assert carried.state.vcpus == (1, 1)
+        assert set(altp2m.vcpu_views().values()) == {view.id}
+
+
+def test_vcpus_that_have_left_their_view(mock: MockBackend, plain: xa.Domain) -> None:
+    with plain.altp2m() as altp2m:
+        view = altp2m.create_view()
+        with plain.monitor(xa.MemAccess):
+            altp2m.switch_to_view(view)
+        with plain.carried() as carried:
+            mock.carry(plain.domid)
+        assert carried.state is not None
+        assert carried.state.vcpus == (None, None)
+        assert set(altp2m.vcpu_views().values()) == {0}
+
+
+@pytest.mark.parametrize("what", ["nothing", "monitor", "pages", "altp2m", "closed"])
+def test_with_some_of_it_only(mock: MockBackend, plain: xa.Domain, what: str) -> None:
+    with ExitStack() as stack:
+        monitor = altp2m = None
+        if what in ("monitor", "closed"):
+            monitor = stack.enter_context(plain.monitor(xa.MemAccess))
+        if what in ("altp2m", "closed"):
+            altp2m = stack.enter_context(plain.altp2m())
+            altp2m.create_view().close()
+        if what == "closed":
+            assert altp2m is not None
+            assert monitor is not None
+            Breakpoints(altp2m, monitor).close()
+            altp2m.close()
+            monitor.close()
+        [gfn] = plain.add_pages()
+        plain.memory.write_page(gfn, bytes(range(256)) * 16)
+        with plain.carried() as carried:
+            mock.carry(plain.domid)
+        assert plain.memory.read_page(carried.gfns[gfn]) == bytes(range(256)) * 16
+        model = mock.domain(plain.domid)
+        assert (model.active, model.listened) == (what == "altp2m", what == "monitor")
+    plain.close()
+    assert (model.active, model.listened, model.pauses) == (False, False, 0)
+
+
+def test_gfns_that_show_each_others_pages_cannot_be_carried(plain: xa.Domain) -> None:
+    with plain.altp2m() as altp2m:
+        view = altp2m.create_view()
+        for gfn, new in (1, 2), (2, 3), (3, 1):
+            view.remap(gfn, new)
+        with pytest.raises(xa.BusyError, match="each other's pages"):
+            plain.carried().__enter__()
+        assert not altp2m.closed
+        assert view.access(1) is not None
+
+
+@pytest.mark.parametrize("how", ["pause", "map"])
+def test_another_handle_is_in_the_way(xen: xa.Xen, plain: xa.Domain, how: str) -> None:
+    with xen.domain(plain.domid) as other, MappedPages(other) as mapped:
+        if how == "pause":
+            mapped.close()
+            other.pause()
+        with pytest.raises(xa.BusyError, match="another handle of domain"):
+            plain.carried().__enter__()
+
+
+def test_somebody_else_has_views_there_by_then(mock: MockBackend, plain: xa.Domain) -> None:
+    """They have our views' numbers, and stay."""
+    altp2m = plain.altp2m()
+    view = altp2m.create_view()
+    altp2m.enable_notify(0, 9)
+    carried = plain.carried()
+    carried.__enter__()
+    mock.altp2m_set_domain_state(plain.domid, True)
+    theirs = mock.altp2m_create_view(plain.domid, 7)
+    mock.altp2m_set_vcpu_enable_notify(plain.domid, 0, 8)
+    with pytest.raises(xa.XenError, match="altp2m is on already"):
+        carried.__exit__(None, None, None)
+    assert theirs == view.id
+    assert altp2m.closed
+    assert view.closed
+    plain.close()
+    model = mock.domain(plain.domid)
+    assert model.active
+    assert model.views[theirs].exists
+    with pytest.raises(xa.AlreadyError):
+        mock.altp2m_set_vcpu_enable_notify(plain.domid, 0, 8)
+
+
+def test_others_are_opened_and_closed_in_between(mock: MockBackend, plain: xa.Domain) -> None:
+    altp2m, monitor = plain.altp2m(), plain.monitor()
+    view = altp2m.create_view()
+    with plain.carried():
+        plain.altp2m().close()
+        plain.monitor().close()
+    assert view.verify() == []
+    plain.close()
+    assert altp2m.closed
+    assert monitor.closed
+    assert not mock.domain(1).active
+    assert not mock.domain(1).listened
+
+
+@pytest.mark.parametrize("when", ["laying down", "waiting", "taking up"])
+def test_an_interrupt_closes_all(
+    mock: MockBackend, plain: xa.Domain, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    altp2m, monitor = plain.altp2m(), plain.monitor()
+    view = altp2m.create_view()
+    plain.add_pages()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    where: dict[str, tuple[object, str]] = {
+        "laying down": (plain.memory, "read_page"),
+        "waiting": (plain.xen, "domains"),
+        "taking up": (plain.memory, "write_page"),
+    }
+    monkeypatch.setattr(*where[when], interrupt)
+    with pytest.raises(KeyboardInterrupt), plain.carried():
+        pass
+    monkeypatch.undo()
+    assert altp2m.closed
+    assert view.closed
+    assert monitor.closed
+    model = mock.domain(plain.domid)
+    assert (model.active, model.listened, model.pauses) == (False, False, 0)
+    assert plain._added == {}
+
+
+def test_imported_views_are_in_the_way(host: Lasting, tmp_path: Path) -> None:
+    """Of an agent that has a monitor beside them: Xen would save their pages as the guest's."""
+    saved(tmp_path / "a")
+    assert run("import", tmp_path / "a", "guest") == cli.DONE
+    with (
+        xa.connect(host, journal=tmp_path / "journals") as xen,
+        xen.domain("guest") as dom,
+        dom.monitor(),
+        pytest.raises(xa.BusyError, match="views were imported"),
+    ):
+        dom.carried().__enter__()
