@@ -24,9 +24,15 @@ from xenaltp2m.errors import (
     XenError,
 )
 from xenaltp2m.handle import UndoList
-from xenaltp2m.journal import beside
 from xenaltp2m.rescue import diagnose, rescue
-from xenaltp2m.viewstate import MonitorState, PageState, State, describe, restore
+from xenaltp2m.viewstate import (
+    MAX_FILE,
+    MonitorState,
+    PageState,
+    State,
+    describe,
+    restore,
+)
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -212,7 +218,7 @@ def import_views(
         accept: See :meth:`Domain.altp2m`.
 
     Returns:
-        The state as it is there.
+        The state as it is there, with what else ``state`` has: nobody hears of anything.
 
     Raises:
         UnsupportedError: :func:`xenaltp2m.viewstate.obstacles` has some.
@@ -227,7 +233,7 @@ def import_views(
             )
         altp2m = domain.altp2m(accept=accept)
         restore(altp2m, state)
-        made = altp2m.capture()
+        made = replace(altp2m.capture(), monitor=state.monitor, more=state.more)
         domain._leave_as_it_is(made.to_bytes())
     return made
 
@@ -255,7 +261,7 @@ def imported_views(xen: Xen, which: int | str | UUID) -> State:
         )
     [journal, *_] = found.imported
     try:
-        state = State.from_bytes(beside(journal.path).read_bytes())
+        state = State.from_bytes(journal.state(MAX_FILE))
         added = [int(gfn) for gfn in state.origin["added"]]
         with xen.domain(domid) as domain:
             contents = list(map(domain.memory.read_page, added))

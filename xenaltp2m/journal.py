@@ -97,6 +97,14 @@ class Found:
         """Whether what is in it was left on purpose."""
         return self.record is not None and self.record.kept
 
+    def state(self, most: int) -> bytes:
+        """Return what was left, as :meth:`Journal.keep` got it; nothing where it is not sound.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        return _content(beside(self.path), most)
+
     def remove(self) -> None:
         """Remove it, and what belongs to it."""
         beside(self.path).unlink(missing_ok=True)
@@ -315,7 +323,7 @@ def find(directory: Path, domid: int, uuid: UUID) -> list[Found]:
 def _read(path: Path, pid: int, uuid: UUID) -> Found:
     document = None
     with contextlib.suppress(OSError):
-        for line in reversed(_content(path).split(b"\n")):
+        for line in reversed(_content(path, MAX_FILE).split(b"\n")):
             document = _parse(line)
             if document is not None:
                 break
@@ -333,13 +341,13 @@ def _read(path: Path, pid: int, uuid: UUID) -> Found:
     return Found(path, pid, alive and not record.kept, record, why_not)
 
 
-def _content(path: Path) -> bytes:
+def _content(path: Path, most: int) -> bytes:
     file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(file, "rb") as stream:
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
             return b""
-        return stream.read(MAX_FILE)
+        return stream.read(most)
 
 
 def _parse(line: bytes) -> tuple[dict[str, Any], Record] | None:

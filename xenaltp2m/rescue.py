@@ -230,7 +230,7 @@ class _Rescuer:
         for found in (*before.empty, *before.unreadable):
             if not (found.alive or self._dry):
                 with suppress(OSError):
-                    found.path.unlink()
+                    found.remove()
         if before.healthy and not (self._journals or self._force):
             return Outcome(before, (), self._unknown())
         records = [found.record for found in self._journals if found.record is not None]

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from errno import EINVAL
+from errno import EINVAL, ENOSPC
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from xenaltp2m.breakpoints import Breakpoints, Hit
 from xenaltp2m.memory import MappedPages
 from xenaltp2m.rescue import diagnose, rescue
 from xenaltp2m.testing import Failing
-from xenaltp2m.viewstate import State, diff
+from xenaltp2m.viewstate import MonitorState, State, diff
 
 UNUSED = range(0x300, 0x310)
 
@@ -566,3 +568,73 @@ def test_imported_views_are_in_the_way(host: Lasting, tmp_path: Path) -> None:
         pytest.raises(xa.BusyError, match="views were imported"),
     ):
         dom.carried().__enter__()
+
+
+def test_what_import_does_not_use_is_exported_again(host: Lasting, tmp_path: Path) -> None:
+    heard = MonitorState((xa.MemAccess.on(),), True)
+    state = replace(saved(tmp_path / "a"), monitor=heard, more={"hints": [1]})
+    (tmp_path / "b").write_bytes(state.to_bytes())
+    assert run("import", tmp_path / "b", "guest") == cli.DONE
+    assert run("export", tmp_path / "c", "guest") == cli.DONE
+    exported = State.from_bytes((tmp_path / "c").read_bytes())
+    assert (exported.monitor, exported.more) == (state.monitor, state.more)
+
+
+def test_a_record_that_somebody_else_may_have_put_there(host: Lasting, tmp_path: Path) -> None:
+    saved(tmp_path / "a")
+    assert run("import", tmp_path / "a", "guest") == cli.DONE
+    [path] = (tmp_path / "journals").glob("*.state")
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    assert run("export", tmp_path / "b", "guest") == cli.USAGE
+    assert host.altp2m_get_domain_state(1)
+
+
+def test_nothing_stays_of_what_was_imported_into_a_domain_that_is_gone(
+    host: Lasting, tmp_path: Path
+) -> None:
+    saved(tmp_path / "a")
+    assert run("import", tmp_path / "a", "guest") == cli.DONE
+    host.destroy(1)
+    assert host.add_domain("another", memory_kib=4096, superpages=False) == 1
+    with xa.connect(host, journal=tmp_path / "journals") as xen:
+        rescue(xen, 1)
+    assert list((tmp_path / "journals").iterdir()) == []
+
+
+class Full:
+    """Standard output where there is no room."""
+
+    def __init__(self) -> None:
+        self.buffer = self
+
+    def write(self, data: bytes | str) -> int:
+        raise OSError(ENOSPC, os.strerror(ENOSPC))
+
+    def flush(self) -> None: ...
+
+
+def test_standard_output_that_cannot_be_written(
+    host: Lasting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path / "a")
+    assert run("import", tmp_path / "a", "guest") == cli.DONE
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", Full())
+        assert run("export", "-", "guest") == cli.USAGE
+    assert host.altp2m_get_domain_state(1)
+    assert run("export", tmp_path / "b", "guest") == cli.DONE
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_save_that_is_ended_leaves_the_domain_running(
+    host: Lasting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    host.domain_unpause(1)
+    host.altp2m_set_domain_state(1, True)
+    host.altp2m_create_view(1, 7)
+    monkeypatch.setattr(host, "altp2m_get_suppress_ve", lambda *_: signal.raise_signal(number))
+    with pytest.raises(SystemExit):
+        run("save", tmp_path / "s", "guest")
+    assert host.domain(1).pauses == 0
+    assert signal.getsignal(number) is signal.SIG_DFL

@@ -19,6 +19,7 @@ from xenaltp2m.cli.arguments import add_duration, number_among
 from xenaltp2m.cli.console import Console, Table
 from xenaltp2m.cli.host import Signals, connect, is_altp2m_active
 from xenaltp2m.cli.pages import counted
+from xenaltp2m.signals import guard
 from xenaltp2m.viewstate import (
     MAX_FILE,
     State,
@@ -104,27 +105,33 @@ def _read(name: str) -> State:
         raise xa.StateError(f"{name}: {error.strerror}", errno=error.errno) from error
 
 
-def _write(state: State, name: str, console: Console) -> None:
+def _write(state: State, name: str) -> None:
     """Write a file, whole or not at all; none that is there already."""
     data = state.to_bytes()
-    document = {"file": name, "views": len(state.views), "pages": len(state.pages)}
-    if name == "-":
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
-        return
-    path = Path(name)
     try:
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(file, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
+        if name == "-":
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+            return
+        file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with os.fdopen(file, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except BrokenPipeError:
+        raise  # nobody reads on
     except OSError as error:
-        if not isinstance(error, FileExistsError):
-            path.unlink(missing_ok=True)
         raise xa.StateError(f"{name}: {error.strerror}", errno=error.errno) from error
+
+
+def _tell_of(state: State, name: str, what: str, console: Console) -> None:
     views, pages = counted(len(state.views), "view"), counted(len(state.pages), "added page")
-    console.result(document, Table((f"{name}: {views}, {pages}",), []))
+    document = {"file": name, "views": len(state.views), "pages": len(state.pages)}
+    console.result(document, Table((f"{what}: {views}, {pages}",), []))
 
 
 def _show(options: argparse.Namespace, console: Console) -> None:
@@ -188,7 +195,14 @@ def _verify(options: argparse.Namespace, console: Console) -> None:
 
 def _save(options: argparse.Namespace, console: Console) -> None:
     with connect(options, console) as xen, xen.domain(options.other) as domain:
-        _write(scan(domain, progress=console.progress("asking Xen")), options.file, console)
+        guard.enter()  # a process that SIGTERM kills meanwhile would leave the domain paused
+        try:
+            state = scan(domain, progress=console.progress("asking Xen"))
+        finally:
+            guard.leave()
+        _write(state, options.file)
+    if options.file != "-":
+        _tell_of(state, options.file, options.file, console)
     console.note("Xen does not tell what is remapped: an agent's own capture has it.")
 
 
@@ -197,16 +211,17 @@ def _import(options: argparse.Namespace, console: Console) -> None:
     with Signals() as signals, connect(options, console) as xen:
         signals.hold_back()
         made = import_views(xen, options.other, state, accept=options.accept)
-    views, pages = counted(len(made.views), "view"), counted(len(made.pages), "added page")
-    document = {"file": options.file, "views": len(made.views), "pages": len(made.pages)}
-    console.result(document, Table((f"imported: {views}, {pages}",), []))
+    _tell_of(made, options.file, "imported", console)
 
 
 def _export(options: argparse.Namespace, console: Console) -> None:
     with Signals() as signals, connect(options, console) as xen:
         signals.hold_back()
-        _write(imported_views(xen, options.other), options.file, console)
+        state = imported_views(xen, options.other)
+        _write(state, options.file)
         take_out_views(xen, options.other)
+    if options.file != "-":
+        _tell_of(state, options.file, options.file, console)
 
 
 def _tell(found: list[str], console: Console) -> None:
