@@ -105,6 +105,7 @@ def manual() -> str:
     parts = [
         '.\\" Made by docs/manual/make.py from the parser; do not edit.',
         '.TH XENALTP2M 1 "" "xenaltp2m" "User Commands"',
+        ".ad l",
         ".SH NAME",
         f"xenaltp2m \\- {escaped(description[0].lower() + description[1:].rstrip('.'))}",
         ".SH SYNOPSIS",

@@ -151,7 +151,7 @@ def test_a_hazard_is_told_and_can_be_accepted(
         with xa.connect("mock") as xen, xen.domain("guest") as dom, dom.altp2m() as altp2m:
             (tmp_path / "state").write_bytes(altp2m.capture().to_bytes())
         file = str(tmp_path / "state")
-        arguments = ["--connect", "mock", "state", "restore", file, "guest", "--hold", "0"]
+        arguments = ["--connect", "mock", "state", "restore", file, "guest", "--duration", "0"]
     else:
         arguments = OPENING[command]
     monkeypatch.setattr(WatchedMock, "options", {"mode": Altp2mMode.MIXED})

@@ -79,11 +79,11 @@ class WatchedMock(MockBackend):
                 yield what
 
     ready = runs = False
-    """Whether its guest is made, and whether it was started."""
+    """Whether its guest is made, and a command asks about it; whether the guest was started."""
 
-    def boot(self, *arguments: Any) -> None:
-        super().boot(*arguments)
+    def altp2m_get_domain_state(self, domid: int) -> bool:
         self._be_ready()
+        return super().altp2m_get_domain_state(domid)
 
     def domain_unpause(self, domid: int) -> None:
         super().domain_unpause(domid)
