@@ -52,7 +52,7 @@ def test_connect_takes_a_backend_or_its_name(mock: MockBackend) -> None:
         assert xen.backend is mock
         assert xen.release.version == (4, 17)
         assert repr(xen) == "<Xen 4.17 through mock>"
-    with pytest.raises(InvalidArgumentError, match='"libxc" or "mock"'):
+    with pytest.raises(InvalidArgumentError, match='"libxc", "mock" or "replay:FILE"'):
         connect("kvm")
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from contextlib import ExitStack
 from functools import partial
 from importlib.util import find_spec
@@ -85,13 +84,14 @@ def run(options: argparse.Namespace, console: Console) -> None:
         stop.wake = trace.stop
         if domain.info().paused:
             xen.backend.domain_unpause(domain.domid)
-        patience = time.monotonic() + _PATIENCE
+        clock = xen.backend.clock
+        patience = clock.monotonic() + _PATIENCE
         while not (stop.came or demo.enough or trace.ended):
             seen = len(demo.calls)
             trace.run(partial(demo.take, trace), _TICK_SECONDS)
             if len(demo.calls) > seen:
-                patience = time.monotonic() + _PATIENCE
-            elif time.monotonic() > patience:
+                patience = clock.monotonic() + _PATIENCE
+            elif clock.monotonic() > patience:
                 raise xa.UnsupportedError(
                     f"{_FUNCTION} was not called in {_PATIENCE:g} s",
                     domid=domain.domid,
