@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 PAGE = "docs/hazards.md"
 """Has a section for each hazard, under its name."""
 
-_KIB_PER_PAGE = PAGE_SIZE // 1024
 _MIB = 1 << 20
 _SAMPLES = 4
 _FIRST_SAMPLED = 0x100

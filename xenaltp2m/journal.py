@@ -17,7 +17,7 @@ import re
 import stat
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from errno import ENOSPC
 from pathlib import Path
 from typing import Any
@@ -89,8 +89,8 @@ class Found:
     """Whether the process that wrote it runs, and has not left on purpose what is in it."""
     record: Record | None
     """None where no line is sound."""
-    why_not: str = field(default="")
-    """Why the journal is not of this domain: of another one, or from before the last boot."""
+    why_not: str = ""
+    """Why it tells nothing of this domain: it is damaged, of another, or from before the boot."""
 
     @property
     def kept(self) -> bool:

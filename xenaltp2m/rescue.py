@@ -87,7 +87,7 @@ class Diagnosis:
         ]
         found += [f"process {one.pid} works on it, and runs" for one in self.working]
         for one in self.unreadable:
-            found.append(f"{one.path} is of no use: {one.why_not or 'no line of it is sound'}")
+            found.append(f"{one.path} is of no use: {one.why_not}")
         if self.ring:
             found.append("a monitor's ring is enabled")
         if self.altp2m:
@@ -208,7 +208,7 @@ class _Rescuer:
     def __init__(
         self, xen: Xen, before: Diagnosis, dry_run: bool, force: bool, imported: bool
     ) -> None:
-        self._xen, self._backend = xen, xen.backend
+        self._backend = xen.backend
         self._before = before
         self._domid = int(before.domain.domid)
         self._vcpus = range(before.domain.max_vcpu_id + 1)

@@ -55,8 +55,6 @@ LIMITS: Mapping[str, int] = {
 }
 """The exclusive upper bound of each numeric parameter of the Protocol, by its name."""
 
-_WIDTHS = {"gfns": 8, "accesses": 1}
-
 
 class Parameters:
     """The parameters of a method, but for ``self``.

@@ -79,7 +79,7 @@ _TYPE_RIGHTS = {
     PageType.FOREIGN: R | W,
     PageType.GRANT_MAP_RO: R,
 }
-ACCESS_RX2RW, ACCESS_N2RWX, ACCESS_R_PW, ACCESS_RWX = 8, 9, 10, 7
+ACCESS_RWX, ACCESS_RX2RW, ACCESS_N2RWX = 7, 8, 9
 _ACCESS_RIGHTS = (0, R, W, R | W, X, R | X, W | X, R | W | X, R | X, 0, R)
 """Rights by access number; 0..7 are their own bit sets."""
 
