@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from xenaltp2m.abi.vm_event import AccessFlag
 from xenaltp2m.abi.x86 import (
     CR0_PG,
+    GP,
     PTE_ACCESSED,
     PTE_DIRTY,
     PTE_PRESENT,
@@ -45,7 +46,14 @@ from xenaltp2m.abi.x86 import (
     page_table_entry_size,
 )
 from xenaltp2m.errors import AlreadyError, InvalidArgumentError, XenError
-from xenaltp2m.events import Event, MemAccess, Registers, Singlestep, SoftwareBreakpoint
+from xenaltp2m.events import (
+    Event,
+    MemAccess,
+    Registers,
+    Singlestep,
+    SoftwareBreakpoint,
+    TrapType,
+)
 from xenaltp2m.handle import Handle, UndoList
 from xenaltp2m.instructions import LONGEST_ACCESS, access_size
 from xenaltp2m.responses import REINJECT, RESUME, STEP, Response
@@ -64,7 +72,6 @@ _BEFORE = 14
 """Bytes before an address from which on an instruction may reach behind it."""
 _MOST_LOOKS = 16
 _OFFSET = PAGE_SIZE - 1
-_GENERAL_PROTECTION, _HARDWARE_EXCEPTION = 13, 3
 _W, _X = AccessFlag.W, AccessFlag.X
 _READ_ONES, _WRITE_NOWHERE = (
     Response.emulate(read_data=b"\xff" * 64),
@@ -554,8 +561,7 @@ class Breakpoints(Handle):
         self._check_open()
         gfn, offset = divmod(address, PAGE_SIZE)
         check_gfn(gfn)
-        if gfn in self._shadows:
-            raise InvalidArgumentError(f"gfn {gfn:#x} is a shadow, not the guest's", gfn=gfn)
+        self._check_not_shadow(gfn)
         page = self._pages.get(gfn) or self._take(gfn)
         made = Breakpoint(self, address, callback)
         if offset not in page.hooks:
@@ -633,8 +639,7 @@ class Breakpoints(Handle):
         made = Watch(self, address, length, reads, before, after)
         self._domain.memory.read(address, length)
         for gfn in made.gfns:
-            if gfn in self._shadows:
-                raise InvalidArgumentError(f"gfn {gfn:#x} is a shadow, not the guest's", gfn=gfn)
+            self._check_not_shadow(gfn)
         if self._watch_views is None:
             self._create_watch_views()
         undo = UndoList()
@@ -648,6 +653,10 @@ class Breakpoints(Handle):
             self._roll_back(undo, error, heir=self._undo)
             raise
         return made
+
+    def _check_not_shadow(self, gfn: int) -> None:
+        if gfn in self._shadows:
+            raise InvalidArgumentError(f"gfn {gfn:#x} is a shadow, not the guest's", gfn=gfn)
 
     def remove(self, unwanted: Breakpoint | Watch) -> None:
         """Take a breakpoint or a watch out; one that was taken out already is passed over."""
@@ -1010,7 +1019,7 @@ class Breakpoints(Handle):
             return _WRITE_NOWHERE
         if event.access_flags & _X:
             self._backend.hvm_inject_trap(
-                self._domid, int(event.vcpu), _GENERAL_PROTECTION, _HARDWARE_EXCEPTION, 0, 0, 0
+                self._domid, int(event.vcpu), GP, TrapType.HARDWARE_EXCEPTION, 0, 0, 0
             )
             return RESUME
         return _READ_ONES

@@ -32,10 +32,10 @@ from xenaltp2m.errors import (
     UnsupportedError,
     XenError,
 )
-from xenaltp2m.hazards import tables_of
+from xenaltp2m.hazards import pool_size, tables_of
 from xenaltp2m.rescue import Diagnosis, diagnose
 from xenaltp2m.symbols import Symbols
-from xenaltp2m.types import PAGE_SIZE, Altp2mMode, VcpuInfo, ViewId
+from xenaltp2m.types import PAGE_SIZE, VIEWS_BEFORE_4_21, Altp2mMode, VcpuInfo, ViewId
 from xenaltp2m.view import PROBED, view_exists
 from xenaltp2m.xen import Xen, connect
 
@@ -47,9 +47,6 @@ if TYPE_CHECKING:
 PAGE = "docs/doctor.md"
 """Has a section for each check, under its name."""
 
-_MIB = 1 << 20
-_VIEWS = 10
-"""``MAX_ALTP2M``, up to Xen 4.20."""
 _SINGLESTEP = 2
 """``XEN_DOMCTL_MONITOR_EVENT_SINGLESTEP``."""
 _LOOKS, _PAUSE = 4, 0.02
@@ -154,6 +151,10 @@ class Machine:
     has_package: Callable[[str], bool] = lambda name: importlib.util.find_spec(name) is not None
     connect: Callable[[], Xen] = connect
 
+    def loader(self) -> Loader:
+        """Return what chooses the libraries."""
+        return Loader(self.dlopen, self.environ, self.sysfs)
+
 
 def examine(which: int | str | UUID | None = None, machine: Machine | None = None) -> list[Finding]:
     """Look at this machine, its Xen, and a domain.
@@ -220,7 +221,7 @@ def _read(path: Path) -> str:
 
 def _hypervisor(machine: Machine) -> Iterator[Finding]:
     check = "hypervisor"
-    loader = Loader(machine.dlopen, machine.environ, machine.sysfs)
+    loader = machine.loader()
     kind, version = _read(machine.sysfs / "type").strip(), loader.hypervisor_version()
     if kind != "xen":
         seen = f"{machine.sysfs}/type is {kind!r}" if kind else f"there is no {machine.sysfs}/type"
@@ -270,7 +271,7 @@ def _privileges(machine: Machine) -> Iterator[Finding]:
 
 def _libraries(machine: Machine) -> Iterator[Finding]:
     check = "libraries"
-    loader = Loader(machine.dlopen, machine.environ, machine.sysfs)
+    loader = machine.loader()
     try:
         library = loader.xenctrl()
     except LibraryError as error:
@@ -299,7 +300,7 @@ def _libraries(machine: Machine) -> Iterator[Finding]:
 
 def _library_release(machine: Machine) -> Iterator[Finding]:
     check = "library-release"
-    loader = Loader(machine.dlopen, machine.environ, machine.sysfs)
+    loader = machine.loader()
     library, running = loader.xenctrl().version, loader.hypervisor_version()
     if library is None or running is None:
         unknown = "the library's release" if library is None else "the hypervisor's release"
@@ -587,7 +588,7 @@ def _views(domain: Domain) -> Iterator[Finding]:
                 "altp2m_count=10 in its xl.cfg, and create it anew",
             )
         return  # else altp2m-option tells
-    most: int | None = _VIEWS
+    most: int | None = VIEWS_BEFORE_4_21
     if counted:
         most = None
         with suppress(XenError, ValueError, KeyError, TypeError, AttributeError):
@@ -707,10 +708,7 @@ def _pool(domain: Domain) -> Iterator[Finding]:
     """The pool's size; where it may not do for a view, the hazard of that name is told, too."""
     backend, domid = domain.xen.backend, int(domain.domid)
     try:
-        if backend.supports("xc_get_paging_mempool_size"):
-            size = backend.get_paging_mempool_size(domid)
-        else:
-            size = backend.shadow_get_allocation(domid) * _MIB
+        size = pool_size(backend, domid)
     except XenError as error:
         yield _of_error("p2m-pool", error, Grade.NOTE)
         return

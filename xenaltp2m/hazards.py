@@ -19,6 +19,7 @@ from xenaltp2m.types import HVM_PARAM_ALTP2M, PAGE_SIZE, Altp2mMode, DomainInfo,
 
 if TYPE_CHECKING:
     from xenaltp2m.abi.releases import Release
+    from xenaltp2m.backend import Backend
     from xenaltp2m.domain import Domain
 
 PAGE = "docs/hazards.md"
@@ -351,10 +352,7 @@ class _Facts:
         return f"xenstore has {target} KiB as the domain's target, of {most} KiB at most"
 
     def p2m_pool(self) -> str | None:
-        if self._backend.supports("xc_get_paging_mempool_size"):
-            has = self._backend.get_paging_mempool_size(self._domid)
-        else:
-            has = self._backend.shadow_get_allocation(self._domid) * _MIB
+        has = pool_size(self._backend, self._domid)
         needs = (1 + self.views) * tables_of(self.info.pages) * PAGE_SIZE
         if needs <= has:
             return None
@@ -381,6 +379,13 @@ for."""
 
 _AT_OPENING = ("mixed", "paging", "sharing", "log-dirty", "populate-on-demand", "passthrough")
 """Those that altp2m is not opened with. Xen itself refuses ``nested``."""
+
+
+def pool_size(backend: Backend, domid: int) -> int:
+    """Return how many bytes a domain's p2m pool has; up to Xen 4.16 rounded up to a MiB."""
+    if backend.supports("xc_get_paging_mempool_size"):
+        return backend.get_paging_mempool_size(domid)
+    return backend.shadow_get_allocation(domid) * _MIB
 
 
 def tables_of(pages: int) -> int:

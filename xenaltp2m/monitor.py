@@ -28,6 +28,7 @@ from xenaltp2m.abi.vm_event import (
     layout,
     patch_registers,
 )
+from xenaltp2m.abi.x86 import BP, DB, NO_ERROR_CODE
 from xenaltp2m.errors import (
     AlreadyError,
     BusyError,
@@ -52,10 +53,11 @@ from xenaltp2m.events import (
 from xenaltp2m.handle import Handle, UndoList
 from xenaltp2m.responses import RESUME, Action, Response, view_number
 from xenaltp2m.signals import guard
-from xenaltp2m.types import VcpuInfo
+from xenaltp2m.types import SINGLE_STEP_OFF, VIEWS_BEFORE_4_21, VcpuInfo
 
 if TYPE_CHECKING:
     from xenaltp2m.altp2m import Altp2m
+    from xenaltp2m.backend import Backend
     from xenaltp2m.domain import Domain
     from xenaltp2m.types import ViewId
     from xenaltp2m.view import View
@@ -69,10 +71,6 @@ _SETTLE_SECONDS_OF_WRITES = 2.0
 """The same, where a register would not be written that the guest has been told is."""
 _SETTLE_STEP = 0.001
 _DISABLE_TRIES = 100
-_SINGLE_STEP_OFF = 0
-"""``XEN_DOMCTL_DEBUG_OP_SINGLE_STEP_OFF`` (public/domctl.h)."""
-_NO_ERROR_CODE = 0xFFFF_FFFF
-_BREAKPOINT_VECTOR, _DEBUG_VECTOR = 3, 1
 _U = slice(24, 56)
 # As plain numbers, for enums are slow.
 _PAUSED, _TOGGLE = int(Flag.VCPU_PAUSED), int(Flag.TOGGLE_SINGLESTEP)
@@ -80,7 +78,6 @@ _DONE = 2
 _VCPU_MASK = 0x1FFF
 """Xen has no more vCPUs than this in any domain; a damaged request may say anything."""
 _SINGLESTEP, _HAS_VIEW = int(Reason.SINGLESTEP), int(Flag.ALTERNATE_P2M)
-_VIEWS_BEFORE_4_21 = 10
 _WRITE = Reason.WRITE_CTRLREG
 _DENIABLE = (0, ControlRegister.CR0, ControlRegister.CR3, ControlRegister.CR4)
 
@@ -880,7 +877,7 @@ class Monitor(Handle):
         beyond its limit (``hvm_fast_singlestep``).
         """
         if isinstance(view, int):
-            if view >= _VIEWS_BEFORE_4_21 and not self._release.view_count_is_setting:
+            if view >= VIEWS_BEFORE_4_21 and not self._release.view_count_is_setting:
                 raise InvalidArgumentError(f"there is no view {view}", domid=self._domid)
         elif view._closed or view._domid != self._domid:
             raise InvalidArgumentError(
@@ -892,13 +889,13 @@ class Monitor(Handle):
 
     def _inject(self, event: Event) -> None:
         assert isinstance(event, SoftwareBreakpoint | DebugException)
-        vector = _BREAKPOINT_VECTOR if isinstance(event, SoftwareBreakpoint) else _DEBUG_VECTOR
+        vector = BP if isinstance(event, SoftwareBreakpoint) else DB
         self._backend.hvm_inject_trap(
             self._domid,
             int(event.vcpu),
             vector,
             int(event.type),
-            _NO_ERROR_CODE,
+            NO_ERROR_CODE,
             event.insn_length,
             0,
         )
@@ -969,7 +966,7 @@ class Monitor(Handle):
                     late = self._answer_all()  # vCPUs that had waited for room
                     if last or not (late and self._gates_writes):
                         for vcpu in sorted(self._last) if self._has_stepped else ():
-                            self._backend.domain_debug_control(self._domid, _SINGLE_STEP_OFF, vcpu)
+                            self._backend.domain_debug_control(self._domid, SINGLE_STEP_OFF, vcpu)
                         self._give_back()
                         return
                 self._await_vcpus()
@@ -982,18 +979,10 @@ class Monitor(Handle):
         try:
             self._backend.monitor_disable(self._domid)
         except InvalidArgumentError:
-            if self._is_enabled():
-                raise
+            if has_ring(self._backend, self._domid):
+                raise  # else somebody has disabled it
         self._enabled_in_xen = False
         self.domain._journal.undone(monitor=False)
-
-    def _is_enabled(self) -> bool:
-        """Tell whether Xen has the ring: somebody else may have disabled it."""
-        try:
-            self._backend.monitor_resume(self._domid)
-        except XenError as error:
-            return error.errno != ENODEV
-        return True
 
     def _let_go(self) -> None:
         """Let go of the ring and the event channel, unless they are needed to try again."""
@@ -1083,6 +1072,15 @@ def _misfit(event: Event, response: Response, gates_writes: bool) -> str | None:
         if breakpoint_ and not response.instruction:
             return "at a breakpoint, give the instruction that stands there in truth"
     return None
+
+
+def has_ring(backend: Backend, domid: int) -> bool:
+    """Tell whether a ring is enabled: resuming says so, and does what is asked for in it."""
+    try:
+        backend.monitor_resume(domid)
+    except XenError as error:
+        return error.errno != ENODEV
+    return True
 
 
 def subscription(wanted: Subscription | type[Event]) -> Subscription:

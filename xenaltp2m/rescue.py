@@ -16,7 +16,6 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from errno import ENODEV
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -24,7 +23,15 @@ from xenaltp2m.abi.ring import Ring
 from xenaltp2m.abi.vm_event import Flag, layout
 from xenaltp2m.errors import BusyError, InvalidArgumentError, XenError
 from xenaltp2m.journal import Found, Journal, Pages, Record, find
-from xenaltp2m.types import HOST_VIEW, HVM_PARAM_ALTP2M, PAGE_SIZE, Altp2mMode, DomainInfo
+from xenaltp2m.monitor import has_ring
+from xenaltp2m.types import (
+    HOST_VIEW,
+    HVM_PARAM_ALTP2M,
+    PAGE_SIZE,
+    SINGLE_STEP_OFF,
+    Altp2mMode,
+    DomainInfo,
+)
 from xenaltp2m.view import PROBED
 
 if TYPE_CHECKING:
@@ -32,8 +39,6 @@ if TYPE_CHECKING:
 
     from xenaltp2m.xen import Xen
 
-_SINGLE_STEP_OFF = 0
-"""``XEN_DOMCTL_debug_op_single_step_off``."""
 _KIB_PER_PAGE = PAGE_SIZE // 1024
 _TRIES = 20
 _SETTLE = 0.01
@@ -160,7 +165,7 @@ def diagnose(xen: Xen, which: int | str | UUID) -> Diagnosis:
         active,
         active and backend.hvm_param_get(domid, HVM_PARAM_ALTP2M) == Altp2mMode.MIXED,
         views,
-        _has_ring(xen, domid),
+        has_ring(backend, domid),
         tuple(one for one in useful if not (one.alive or one.kept) and one.record),
         tuple(found for found in useful if found.kept),
         tuple(found for found in useful if found.alive),
@@ -321,7 +326,7 @@ class _Rescuer:
 
     def _end_steps(self) -> None:
         for vcpu in self._vcpus:
-            self._backend.domain_debug_control(self._domid, _SINGLE_STEP_OFF, vcpu)
+            self._backend.domain_debug_control(self._domid, SINGLE_STEP_OFF, vcpu)
 
     def _end_ring(self) -> None:
         """Give the old ring back, and answer everybody through a new one."""
@@ -407,15 +412,6 @@ class _Rescuer:
         if before.paused:
             found.append("whether an agent or the administrator has paused it: xl unpause ends one")
         return tuple(found)
-
-
-def _has_ring(xen: Xen, domid: int) -> bool:
-    """Whether a ring is enabled: resuming says so, and does what is asked for in it."""
-    try:
-        xen.backend.monitor_resume(domid)
-    except XenError as error:
-        return error.errno != ENODEV
-    return True
 
 
 def _left(record: Record | None) -> str:

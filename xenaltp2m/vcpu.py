@@ -6,14 +6,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from xenaltp2m.abi.layouts import HVM_CPU, HVM_CPU_TYPECODE, HVM_DESCRIPTOR
+from xenaltp2m.abi.x86 import CR0_ET
 from xenaltp2m.errors import InvalidArgumentError
 from xenaltp2m.events import Registers, registers_at
 from xenaltp2m.types import VcpuId, VcpuInfo, ViewId
 
 if TYPE_CHECKING:
     from xenaltp2m.domain import Domain
-
-_CR0_ET = 1 << 4
 
 _REGISTERS = registers_at(HVM_CPU.fields)
 
@@ -82,7 +81,7 @@ class Vcpu:
             for start in starts.values():
                 # A vCPU that its guest started without it has run without it (VCPUOP_initialise),
                 # yet is refused; the CPU has it always.
-                stream[start + HVM_CPU.fields["cr0"].offset] |= _CR0_ET
+                stream[start + HVM_CPU.fields["cr0"].offset] |= CR0_ET
             before = bytes(stream)
             if int(self.number) not in starts:
                 raise InvalidArgumentError(

@@ -38,6 +38,7 @@ from xenaltp2m import errors
 from xenaltp2m.abi import layouts, releases
 from xenaltp2m.abi.releases import Release, release
 from xenaltp2m.abi.vm_event import as_line
+from xenaltp2m.abi.x86 import CR0_ET, CR0_PE, CR0_PG
 from xenaltp2m.backend import Bytes, Gfns, PortCalls, arguments
 from xenaltp2m.backend.clock import CLOCK
 from xenaltp2m.backend.mock.evtchn import Channel, Port
@@ -98,7 +99,6 @@ _LOG_LENGTH = 100_000
 _LOGGED_ITEMS = 64
 _MAX_PAGES = (1 << 32) - 1
 _STEPS_AT_ONCE = 256
-_CR0_ET, _CR0_PG, _CR0_PG_PE = 1 << 4, 1 << 31, 1 << 31 | 1
 _HEADER_TYPECODE = 1
 _SAVE_HEADER = struct.pack("<IIQII", 0x54381286, 1, 0, 0x306C3, 2_000_000)
 """``struct hvm_save_header``: magic, version, changeset, cpuid, TSC's kHz."""
@@ -713,7 +713,7 @@ class MockBackend:
             vcpu.online = False  # hvm_load: until its record is loaded
         for number, body in contexts.items():
             cr0 = layouts.HVM_CPU.number(body, "cr0")
-            if cr0 >> 32 or not cr0 & _CR0_ET or cr0 & _CR0_PG_PE == _CR0_PG:
+            if cr0 >> 32 or not cr0 & CR0_ET or cr0 & (CR0_PG | CR0_PE) == CR0_PG:
                 raise Refused(EINVAL)  # hvm_load_cpu_ctxt
             domain.vcpus[number].context[:] = body
             domain.vcpus[number].online = True
