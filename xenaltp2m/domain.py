@@ -17,7 +17,6 @@ from xenaltp2m.errors import (
     DomainNotFoundError,
     InvalidArgumentError,
     LeftoverError,
-    NotMappedError,
     XenError,
 )
 from xenaltp2m.events import Event, Subscription
@@ -40,7 +39,7 @@ from xenaltp2m.types import (
     ViewInfo,
 )
 from xenaltp2m.vcpu import Vcpu
-from xenaltp2m.view import View, check_gfn, existing_views
+from xenaltp2m.view import View, check_gfn, existing_views, own_access
 
 if TYPE_CHECKING:
     from xenaltp2m.carrying import Carried
@@ -112,14 +111,14 @@ class Domain(Handle):
 
     @property
     def name(self) -> str | None:
-        """Its name, if the toolstack gave it one. ``libxl_domid_to_name``, else xenstore."""
+        """Its name in xenstore, if the toolstack gave it one, as for xl. ``xs_read``."""
         self._check_open()
         return self._backend.domid_to_name(self.domid)
 
     def config(self) -> dict[str, Any]:
-        """Return libxl's configuration: memory, devices, altp2m mode and count.
+        """Return the configuration that libxl keeps: memory, devices, altp2m mode and count.
 
-        ``libxl_retrieve_domain_configuration``, ``libxl_domain_config_to_json``.
+        Devices that were unplugged since may still be in it. ``libxl_userdata_retrieve``.
         """
         self._check_open()
         found = json.loads(self._backend.domain_config_json(self.domid))
@@ -156,12 +155,10 @@ class Domain(Handle):
         """
         self._check_open()
         check_gfn(gfn)
-        try:
-            number = self._backend.altp2m_get_mem_access(self.domid, HOST_VIEW, gfn)
-        except NotMappedError:
+        found = own_access(self._backend, self.domid, HOST_VIEW, gfn)
+        if found is None:
             self._backend.altp2m_get_domain_state(self.domid)  # ESRCH where the domain is gone
-            return None
-        return self._backend.release.access_by_number[number]
+        return found
 
     def existing_views(self) -> list[ViewInfo]:
         """List the views there are, whoever made them, view 0 among them; none if altp2m is off.

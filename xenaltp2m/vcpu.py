@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from xenaltp2m.abi.layouts import HVM_CPU, HVM_CPU_TYPECODE, HVM_DESCRIPTOR
+from xenaltp2m.abi.layouts import HVM_CPU, HVM_CPU_TYPECODE, save_records
 from xenaltp2m.abi.x86 import CR0_ET
 from xenaltp2m.errors import InvalidArgumentError
 from xenaltp2m.events import Registers, registers_at
@@ -107,14 +107,8 @@ class Vcpu:
 
 def _vcpus_in(stream: bytearray) -> dict[int, int]:
     """Find where in a save stream each vCPU's registers start."""
-    head, start = HVM_DESCRIPTOR, 0
-    found = {}
-    while start + head.size <= len(stream):
-        kind, number, length = (
-            head.number(stream, name, start) for name in ("typecode", "instance", "length")
-        )
-        start += head.size
-        if kind == HVM_CPU_TYPECODE and start + HVM_CPU.size <= len(stream):
-            found[number] = start
-        start += length
-    return found
+    return {
+        number: start
+        for kind, number, start, _ in save_records(stream)
+        if kind == HVM_CPU_TYPECODE and start + HVM_CPU.size <= len(stream)
+    }

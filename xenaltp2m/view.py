@@ -285,8 +285,7 @@ class View(Handle):
             )
         wiped = self.access(gfn) is None
         if not wiped:
-            self._backend.altp2m_change_gfn(self._domid, self.id, gfn, ALL_GFNS)
-            self._altp2m.domain._removed()
+            self._revert(gfn)
         del self._remaps[gfn]
         self._access.set(gfn, None)
         self._suppress_ve.set(gfn, None)
@@ -513,13 +512,10 @@ class View(Handle):
 
     def _lazy_access(self, gfn: int) -> Access | None:
         """What a gfn without an entry of its own gets when it is first used."""
-        try:
-            number = self._backend.altp2m_get_mem_access(self._domid, HOST_VIEW, gfn)
-        except NotMappedError:
-            return None
-        if self._backend.release.lazy_copy_takes_view_default:
+        host = own_access(self._backend, self._domid, HOST_VIEW, gfn)
+        if host is not None and self._backend.release.lazy_copy_takes_view_default:
             return self.default_access
-        return self._backend.release.access_by_number[number]
+        return host
 
     def _settled(self, access: Access) -> Access:
         """What ``DEFAULT`` means now; any other access is itself."""
@@ -547,8 +543,7 @@ class View(Handle):
                 gfn=gfn,
             )
         if shown is None:
-            self._backend.altp2m_change_gfn(self._domid, self.id, gfn, ALL_GFNS)
-            self._altp2m.domain._removed()
+            self._revert(gfn)
             self._fill(gfn)
         else:
             self._backend.altp2m_change_gfn(self._domid, self.id, gfn, shown)
@@ -591,9 +586,13 @@ class View(Handle):
             return
         # What Xen has made of the guest's own page: to revert that would do harm.
         self._backend.altp2m_change_gfn(self._domid, self.id, gfn, self._remaps[gfn])
+        self._revert(gfn)
+        self._fill(gfn)
+
+    def _revert(self, gfn: int) -> None:
+        """Have Xen drop the entry of a remapped gfn, which takes a page from the view's table."""
         self._backend.altp2m_change_gfn(self._domid, self.id, gfn, ALL_GFNS)
         self._altp2m.domain._removed()
-        self._fill(gfn)
 
     def _fill(self, gfn: int) -> None:
         """Give a reverted gfn the entry that it would get on first use.

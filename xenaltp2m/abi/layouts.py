@@ -30,6 +30,7 @@ __all__ = [
     "Field",
     "Layout",
     "Steps",
+    "save_records",
     "shutdown_reason",
 ]
 
@@ -208,6 +209,19 @@ HVM_DESCRIPTOR: Final = Layout(
         {"typecode": Field(0, 2), "instance": Field(2, 2), "length": Field(4, 4)},
     ),
 )
+
+
+def save_records(stream: Buffer) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (typecode, instance, where it starts, length) of each record; it may go beyond."""
+    head, start = HVM_DESCRIPTOR, 0
+    while start + head.size <= len(stream):
+        kind, number, length = (
+            head.number(stream, name, start) for name in ("typecode", "instance", "length")
+        )
+        start += head.size
+        yield kind, number, start, length
+        start += length
+
 
 #: ``HVM_SAVE_CODE(CPU)``; the instance is the vCPU.
 HVM_CPU_TYPECODE: Final = 2

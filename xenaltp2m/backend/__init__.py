@@ -60,7 +60,7 @@ class Backend(Protocol):
         """The time that decisions go by, which a replay has from its recording."""
 
     def supports(self, function: str) -> bool:
-        """Tell whether C's ``function`` (with its ``xc_`` prefix) can be called."""
+        """Tell whether C's ``function``, by its whole name, can be called: its library has it."""
 
     def close(self) -> None:
         """Give back every library handle; again is harmless."""

@@ -995,13 +995,7 @@ def _domain_info(layout: layouts.Layout, raw: memoryview, base: int) -> DomainIn
 
 def _record(stream: bytes, domid: int, typecode: int, instance: int) -> bytes:
     """Find one record in an HVM save stream."""
-    head = layouts.HVM_DESCRIPTOR
-    start = 0
-    while start + head.size <= len(stream):
-        length = head.number(stream, "length", start)
-        kind, which = (head.number(stream, name, start) for name in ("typecode", "instance"))
-        start += head.size
+    for kind, which, start, length in layouts.save_records(stream):
         if (kind, which) == (typecode, instance) and start + length <= len(stream):
             return stream[start : start + length]
-        start += length
     raise errors.from_errno("domain_hvm_getcontext_partial", _errno.ENOENT, domid=domid)

@@ -253,16 +253,9 @@ def _violation(
         }
         paused = yield from monitor.traps(vcpu, Reason.MEM_ACCESS, fields, sync=not promoted)
         return Outcome.EVENT if paused else None
-    if _unheard(domain, required):
+    if required:
+        domain.crash("memory access violation, and no monitor where one is required")
         return Outcome.CRASH
     if not promoted:
         rewrite(ACCESS_RWX)
     return None
-
-
-def _unheard(domain: Domain, required: bool) -> bool:
-    """Crash the domain where a violation must be heard and nobody listens."""
-    if domain.listened or not required:
-        return False
-    domain.crash("memory access violation, and no monitor where one is required")
-    return True

@@ -23,7 +23,7 @@ from xenaltp2m.abi.x86 import BP, CR0_ET, CR0_PE, CR0_PG, DB, GP, NO_ERROR_CODE,
 from xenaltp2m.backend.mock.guest import Outcome, drive, vm_exit
 from xenaltp2m.backend.mock.machine import Livelock
 from xenaltp2m.backend.mock.monitor import CR0, CR3, CR4, XCR0, Monitor
-from xenaltp2m.backend.mock.p2m import Lookup, PageType
+from xenaltp2m.backend.mock.p2m import Lookup, P2m, PageType
 from xenaltp2m.backend.mock.vcpu import (
     DR6_DEFAULT,
     HARDWARE_EXCEPTION,
@@ -639,10 +639,14 @@ class Processor(ABC):
 
     # Memory.
 
-    def _find_in_view(self, gfn: int) -> Lookup:
+    @property
+    def _table(self) -> P2m:
+        """That of the view the vCPU is in."""
         domain = self.monitor.domain
-        table = domain.views[self.vcpu.view].table if domain.active else domain.host
-        return table.lookup(gfn)
+        return domain.views[self.vcpu.view].table if domain.active else domain.host
+
+    def _find_in_view(self, gfn: int) -> Lookup:
+        return self._table.lookup(gfn)
 
     def _bytes_in_view(self, address: int, size: int) -> bytes:
         parts = (self._frame(self._find_in_view(gfn)) for gfn in _gfns(address, size))

@@ -337,8 +337,7 @@ class MachineCode(Processor):
     # Running.
 
     def _where(self) -> Where:
-        domain, vcpu = self.monitor.domain, self.vcpu
-        table = domain.views[vcpu.view].table if domain.active else domain.host
+        table = self._table
         return Where(self, table, table.generation)
 
     def _enter(self, engine: Any) -> None:
