@@ -218,7 +218,11 @@ class Altp2m(Handle):
         self._notified.pop(vcpu, None)
 
     def capture(
-        self, *, contents: bool = False, verify: bool = False, progress: Progress | None = None
+        self,
+        *,
+        contents: bool = False,
+        verify: bool | int = False,
+        progress: Progress | None = None,
     ) -> State:
         """Describe the views as a value: see :func:`xenaltp2m.viewstate.capture`."""
         from xenaltp2m.viewstate import capture

@@ -1019,7 +1019,7 @@ class Breakpoints(Handle):
             return _WRITE_NOWHERE
         if event.access_flags & _X:
             self._backend.hvm_inject_trap(
-                self._domid, int(event.vcpu), GP, TrapType.HARDWARE_EXCEPTION, 0, 0, 0
+                self._domid, int(event.vcpu), GP, int(TrapType.HARDWARE_EXCEPTION), 0, 0, 0
             )
             return RESUME
         return _READ_ONES

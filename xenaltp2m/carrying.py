@@ -27,10 +27,10 @@ from xenaltp2m.handle import UndoList
 from xenaltp2m.rescue import diagnose, rescue
 from xenaltp2m.viewstate import (
     MAX_FILE,
-    MonitorState,
     PageState,
     State,
     describe,
+    heard_by,
     restore,
 )
 
@@ -129,9 +129,7 @@ class Carried:
         altp2m, monitor = domain._open_altp2m, domain._open_monitor
         if altp2m is not None:  # vCPUs leave as soon as nobody would hear them
             self._altp2m, current, vcpu_views = altp2m, altp2m._current, altp2m.vcpu_views()
-        heard = None
-        if monitor is not None:
-            heard = MonitorState(monitor.subscriptions, monitor.access_required)
+        heard = heard_by(monitor)
         later = UndoList()
         domain._undo.push("", lambda: later.unwind(f"closing {domain!r}"))
         for handle in reversed(domain._carried_along()):

@@ -57,7 +57,8 @@ _ELSEWHERE = b"ffffffffffffffff B The"
 """Debian's System.map is a sentence that says which package has it."""
 _LONGEST_LINE = 1024
 _WITH_OFFSET = re.compile(r"(.+)\+(0x[0-9a-fA-F]+|[0-9]+)")
-_SYSTEM_CALL = "entry_SYSCALL_64"
+SYSTEM_CALL = "entry_SYSCALL_64"
+"""Where a Linux kernel's system calls enter: MSR_LSTAR has its address."""
 _SLIDE_STEP, _SLIDE_LIMIT = 2 << 20, 1 << 30
 """CONFIG_PHYSICAL_ALIGN at least, and KERNEL_IMAGE_SIZE (Linux, arch/x86)."""
 _FARTHEST = 1 << 20
@@ -160,11 +161,11 @@ class Symbols:
         Raises:
             SymbolError: They do not fit.
         """
-        there, here = registers.msr_lstar, self.symbol(_SYSTEM_CALL).address
+        there, here = registers.msr_lstar, self.symbol(SYSTEM_CALL).address
         slide = there - here
         if slide % _SLIDE_STEP or not 0 <= slide < _SLIDE_LIMIT:
             raise SymbolError(
-                f"{self.name} is not of the kernel that runs: {_SYSTEM_CALL} is at {here:#x} in "
+                f"{self.name} is not of the kernel that runs: {SYSTEM_CALL} is at {here:#x} in "
                 f"it, and the vCPU's MSR_LSTAR is {there:#x}"
             )
         return slide

@@ -270,15 +270,15 @@ class Trace(Handle):
             self.dropped += 1
             return
         self._next = max(now, self._next) + self._interval
-        long = bool(registers.msr_efer & EFER_LMA)
+        width = 8 if registers.msr_efer & EFER_LMA else 4
         count = (
             self._arguments if isinstance(self._arguments, int) else self._arguments.get(name, 0)
         )
-        caller, arguments = self._stack(registers, count, 8 if long else 4)
+        caller, arguments = self._stack(registers, count, width)
         call = Call(name, hit.vcpu, now, cr3, registers.rsp, caller, arguments, registers)
         self._callback(call)
         if self._returns and caller is not None:
-            self._await(call, 8 if long else 4)
+            self._await(call, width)
 
     def _stack(
         self, registers: Registers, count: int, width: int

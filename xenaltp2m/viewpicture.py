@@ -328,7 +328,7 @@ class _Drawing:
         for (access, _), numbers in groupby(range(len(columns)), kind):
             run = list(numbers)
             first, last = run[0], run[-1]
-            where = place_name(columns[first].first, columns[last].end - columns[first].first)
+            where = self._where(first, last)
             if access is not None:
                 self._seen.add(access)
                 box = self._box(group, f"run {access}", first, last, y, _STRIP)
@@ -374,7 +374,7 @@ class _Drawing:
             kind = "some" if len(values) > 1 else "on" if values[0] else "off"
             box = self._box(group, f"ve {kind}", first, last, y, _BAR)
             words = {"on": "on", "off": "off", "some": "on and off"}[kind]
-            where = place_name(columns[first].first, columns[last].end - columns[first].first)
+            where = self._where(first, last)
             _text(box, "title", f"{name}: {where}: suppress #VE {words}")
             self._shown.add(kind)
 
@@ -489,6 +489,11 @@ class _Drawing:
             self._rect(group, kind, x, y + 3, 22, _BAR)
         else:
             self._rect(group, kind, x, y, 22, 12).set("rx", "6" if kind == "vcpu" else "0")
+
+    def _where(self, first: int, last: int) -> str:
+        """Name what neighbouring columns have."""
+        start = self._axis.columns[first].first
+        return place_name(start, self._axis.columns[last].end - start)
 
     # Shapes.
 

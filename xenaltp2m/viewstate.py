@@ -38,6 +38,7 @@ from xenaltp2m.view import existing_views, own_access
 if TYPE_CHECKING:
     from xenaltp2m.altp2m import Altp2m
     from xenaltp2m.domain import Domain
+    from xenaltp2m.monitor import Monitor
     from xenaltp2m.view import Progress, View
 
 FORMAT = "xenaltp2m views"
@@ -203,7 +204,7 @@ def capture(
     Raises:
         StateError: With ``verify``: Xen has reset views. ``View.reapply`` makes them again.
     """
-    domain, views, open_monitor = altp2m.domain, altp2m.views, altp2m.domain._open_monitor
+    domain, views = altp2m.domain, altp2m.views
     if verify:
         sample = None if verify is True else verify
         lost = [one for view in views for one in view.verify(sample=sample, progress=progress)]
@@ -214,10 +215,15 @@ def capture(
                 domid=int(domain.domid),
                 hint=("view.reapply() makes a view again",),
             )
-    monitor = None
-    if open_monitor is not None:
-        monitor = MonitorState(open_monitor.subscriptions, open_monitor.access_required)
+    monitor = heard_by(domain._open_monitor)
     return describe(altp2m, monitor, altp2m.vcpu_views(), contents=contents)
+
+
+def heard_by(monitor: Monitor | None) -> MonitorState | None:
+    """Describe what a monitor hears of."""
+    if monitor is None:
+        return None
+    return MonitorState(monitor.subscriptions, monitor.access_required)
 
 
 def describe(

@@ -36,6 +36,12 @@ Head: TypeAlias = tuple[int, int, int, int, int]
 """A request's version, flags, reason, vcpu_id and altp2m_idx (:data:`HEAD` unpacked)."""
 
 
+def slots_of(page: memoryview, entry_size: int) -> list[memoryview]:
+    """Return the slots of a ring's page, given the size of a request."""
+    starts = range(VM_EVENT_RING.size, len(page), entry_size)[:SLOTS]
+    return [page[start : start + entry_size] for start in starts]
+
+
 class Ring:
     """The back end of a ring over any writable page.
 
@@ -58,8 +64,7 @@ class Ring:
         """
         self._page = page
         self.indices = page[: VM_EVENT_RING.size].cast("I")
-        starts = range(VM_EVENT_RING.size, len(page), entry_size)[:SLOTS]
-        self.slots = [page[start : start + entry_size] for start in starts]
+        self.slots = slots_of(page, entry_size)
         produced = self.indices[RSP_PROD]
         self.state: tuple[int, int, tuple[Request, ...], int] = (produced, produced, (), 0)
 

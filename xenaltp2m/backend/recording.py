@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from xenaltp2m.abi.layouts import VM_EVENT, VM_EVENT_RING
-from xenaltp2m.abi.ring import MASK, REQ_PROD, RSP_PROD, SLOT_MASK, SLOTS
+from xenaltp2m.abi.ring import MASK, REQ_PROD, RSP_PROD, SLOT_MASK, SLOTS, slots_of
 from xenaltp2m.abi.vm_event import layout
 from xenaltp2m.backend import Backend, PortCalls
 from xenaltp2m.backend.arguments import unknown_mapping
@@ -173,8 +173,7 @@ class _Ring:
     def __init__(self, real: memoryview, entry_size: int, unmap: Callable[[], None]) -> None:
         self._released = False
         self._words = real[: VM_EVENT_RING.size].cast("I")
-        starts = range(VM_EVENT_RING.size, PAGE_SIZE, entry_size)[:SLOTS]
-        self._slots = [real[start : start + entry_size] for start in starts]
+        self._slots = slots_of(real, entry_size)
         self.agent = AgentRing(real.tobytes(), entry_size)
         self.mapping = Mapping(self.agent.memory, writable=True, unmap=unmap)
 

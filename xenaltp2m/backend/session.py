@@ -22,7 +22,7 @@ from uuid import UUID
 from xenaltp2m import errors
 from xenaltp2m.abi.layouts import VM_EVENT_RING
 from xenaltp2m.abi.releases import Release, release
-from xenaltp2m.abi.ring import MASK, REQ_PROD, RSP_PROD, SLOT_MASK, SLOTS
+from xenaltp2m.abi.ring import MASK, REQ_PROD, RSP_PROD, SLOT_MASK, SLOTS, slots_of
 from xenaltp2m.abi.vm_event import as_line
 from xenaltp2m.backend import Backend
 from xenaltp2m.backend.arguments import Parameters
@@ -331,10 +331,10 @@ def runs_of(told: Json) -> Runs:
     runs = []
     for part in _list(told):
         at, text = _list(part, 2)
-        run = _number(at, PAGE_SIZE), _hexadecimal(text)
-        if sum(map(len, run[1:])) + run[0] > PAGE_SIZE:
+        start, raw = _number(at, PAGE_SIZE), _hexadecimal(text)
+        if start + len(raw) > PAGE_SIZE:
             raise _Unsound("a part of a page goes beyond it")
-        runs.append(run)
+        runs.append((start, raw))
     return tuple(runs)
 
 
@@ -387,8 +387,7 @@ class AgentRing:
         self.memory = array("B", content)
         self._page = memoryview(self.memory)
         self._words = self._page[: VM_EVENT_RING.size].cast("I")
-        starts = range(VM_EVENT_RING.size, PAGE_SIZE, entry_size)[:SLOTS]
-        self.slots = [self._page[start : start + entry_size] for start in starts]
+        self.slots = slots_of(self._page, entry_size)
         self._known = self._words.tolist()
 
     def release(self) -> None:

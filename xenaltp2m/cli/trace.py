@@ -19,7 +19,7 @@ from xenaltp2m.cli.host import Stop, connect, is_altp2m_active
 from xenaltp2m.cli.pages import counted
 from xenaltp2m.memory import AddressSpace
 from xenaltp2m.prototypes import Parameter, Prototype, Prototypes, Type
-from xenaltp2m.symbols import Image, Symbols
+from xenaltp2m.symbols import SYSTEM_CALL, Image, Symbols
 from xenaltp2m.tracing import Call, Return, Seen, Trace
 
 SUMMARY = "trace calls of a guest's functions: a line for each call, then undo everything"
@@ -70,7 +70,6 @@ _SMALL = 1 << 12
 _MOST_WORDS = 32
 _WORD = Type("", 8, "word")
 """Of which nothing is known: a small negative number is shown as one."""
-_SYSTEM_CALL = "entry_SYSCALL_64"
 
 
 class _Wanted:
@@ -207,7 +206,7 @@ def _slid(options: argparse.Namespace, domain: xa.Domain, symbols: Symbols) -> S
         return symbols.slid(options.slide)
     registers = domain.vcpu(0).registers()
     try:
-        symbols.symbol(_SYSTEM_CALL)
+        symbols.symbol(SYSTEM_CALL)
     except xa.SymbolError:
         return symbols
     if not registers.msr_lstar:
