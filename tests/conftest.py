@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from xenaltp2m import Altp2m, Domain, View, Xen, connect
 from xenaltp2m.backend.mock import MockBackend
@@ -20,7 +21,12 @@ HOST_PAGES = 1 << 14
 
 
 def pytest_configure() -> None:
-    """Have SIGINT as a foreground process has it: a shell's background jobs begin ignoring it."""
+    """Have SIGINT as a foreground process has it: a shell's background jobs begin ignoring it.
+
+    And hypothesis must not call an example a failure that took long on a busy machine.
+    """
+    settings.register_profile("patient", deadline=None)
+    settings.load_profile("patient")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import tomllib
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -145,13 +146,21 @@ def check_sdist(sdist: Path) -> None:
 
 
 def check_wheel(wheel: Path) -> None:
-    """Compare what a wheel holds with the package; it must fit every Python 3 and machine."""
+    """Compare what a wheel holds with what pyproject.toml names; it must fit every machine."""
     if not wheel.name.endswith("-py3-none-any.whl"):
         raise CheckError(f"not for every machine: {wheel.name}")
     with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if ".dist-info/" not in name]
+        shared = f"{wheel.name.removesuffix('-py3-none-any.whl')}.data/data/"
+        names = [
+            name.removeprefix(shared) for name in archive.namelist() if ".dist-info/" not in name
+        ]
         made = archive.read(MADE_BY_CFFI).partition(b"import")[2]
-    compare(wheel, {name for name in tracked() if name.startswith("xenaltp2m/")}, names)
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    modules = {f"{name}.py" for name in wanted["py-modules"]}
+    packed = {name for name in tracked() if name.startswith("xenaltp2m/") or name in modules}
+    for place, files in wanted["data-files"].items():
+        packed |= {f"{place}/{Path(name).name}" for name in files}
+    compare(wheel, packed, names)
     if made != (ROOT / MADE_BY_CFFI).read_bytes().partition(b"import")[2]:
         raise CheckError(f"{MADE_BY_CFFI} of the wheel is not the committed one")
 

@@ -75,6 +75,8 @@ def check_sdist(archives: Archives, scratch: Path) -> None:
         tries=3,
     )
     shutil.rmtree(tree / "xenaltp2m")
+    for module in tree.glob("pytest_*.py"):
+        module.unlink()
     where = installed(programs, tree)
     if not where.is_relative_to(scratch / "sdist"):
         raise CheckError(f"not the sdist is imported but {where}")
