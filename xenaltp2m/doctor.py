@@ -579,7 +579,7 @@ def _views(domain: Domain) -> Iterator[Finding]:
     try:
         active = domain.altp2m_active
     except UnsupportedError as error:
-        if counted and "altp2m=1" in backend.xen_commandline().split():
+        if counted and boot_option(backend.xen_commandline(), "altp2m"):
             yield Finding(
                 check,
                 Grade.PROBLEM,

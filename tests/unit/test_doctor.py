@@ -388,7 +388,9 @@ def test_views_are_counted_from_4_21(count: int, made: int, severity: Grade, wor
     assert ("altp2m_count=N" in finding.cure) is (severity is Grade.PROBLEM)
 
 
-def test_a_domain_made_with_no_views() -> None:
+@pytest.mark.parametrize("line", ["altp2m=1", "dom0_mem=4G altp2m", "altp2m=on"])
+def test_a_domain_made_with_no_views(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MockBackend, "xen_commandline", lambda _: line)
     mock = MockBackend((4, 21), memory_pages=1 << 13)
     domid = mock.add_domain("none", view_count=0, memory_kib=1024)
     with xa.connect(mock) as xen:
