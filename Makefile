@@ -115,12 +115,12 @@ test-xen: $(READY) ## run the live tests on real Xen in the lab; XEN="4.17 4.20"
 test-xen-all: ## the same on every release the lab has
 	$(MAKE) test-xen XEN="4.17 4.20 4.14"
 
-recordings: $(READY) ## record the sessions of tests/recorded anew on real Xen in the lab
+recordings: $(READY) ## record the session of tests/recorded anew on real Xen in the lab, and replay others there
 	rm -rf results/recordings
 	$(RUN) tests/lab/run.py --install --xen 4.17 --results results/recordings --put xenaltp2m \
 		--put tests/recorded:tests/recorded --put examples/guest:examples/guest -- \
 		'touch tests/__init__.py; python3 -m tests.recorded.sessions "$$RESULTS"'
-	cp results/recordings/views.session results/recordings/events.session tests/recorded/xen-4.17
+	install -D -m 644 results/recordings/calls.session tests/recorded/xen-4.17/calls.session
 
 conformance: $(READY) ## compare simulated guests with real Xen in the lab, event by event
 	for xen in $(XEN); do $(RUN) tests/lab/conformance.py --xen $$xen $(CONFORMANCE) || exit 1; done

@@ -24,7 +24,7 @@ import pytest
 
 import xenaltp2m as xa
 from tests.recorded.sessions import GUEST as HELLO
-from tests.recorded.sessions import NAME, SESSIONS, Session, run
+from tests.recorded.sessions import NAME, SESSIONS, Session, run, run_calls
 from xenaltp2m import cli
 from xenaltp2m.abi.releases import SUPPORTED
 from xenaltp2m.backend import Backend, open_backend, recording, session
@@ -66,6 +66,13 @@ def test_a_session_comes_to_the_same(name: str, version: tuple[int, int], path: 
     learned = run(SESSIONS[name], xa.connect(simulated(version), record=path))
     assert len(learned) > 3
     assert run(SESSIONS[name], replayed(path)) == learned
+
+
+@pytest.mark.parametrize("version", [SUPPORTED[0], (4, 17), SUPPORTED[-1]])
+def test_bare_calls_come_to_the_same(version: tuple[int, int], path: Path) -> None:
+    learned = run_calls(recording.record(simulated(version), path))
+    assert len(learned) >= 30
+    assert run_calls(open_backend(f"replay:{path}")) == learned
 
 
 @pytest.mark.parametrize(("guest", "vcpus"), [("checker", 1), ("racer", 4)])
@@ -167,6 +174,26 @@ def test_many_gfns_and_what_a_backend_refuses(path: Path) -> None:
 
     learned = much(xa.connect(simulated(), record=path))
     assert much(replayed(path)) == learned
+
+
+def test_every_kind_of_result_can_be_read() -> None:
+    """Whoever adds one to the Protocol says in session.py how it is written."""
+    kinds = {kind.removesuffix(" | None") for kind in session.RESULTS.values()}
+    kinds = {kind[5:-1] if kind.startswith("list[") else kind for kind in kinds}
+    assert kinds == session._READERS.keys()
+
+
+def test_a_recording_may_be_older_than_a_fact(path: Path) -> None:
+    backend = open_backend("mock")
+    [info] = backend.domain_getinfolist(0, 1)
+    backend.close()
+    told = session.encode(info)
+    assert session._decoded("list[DomainInfo]", [told]) == [info]
+    del told["paged_pages"]
+    assert session._decoded("list[DomainInfo]", [told]) == [info]
+    del told["vcpus"]
+    with pytest.raises(session._Unsound, match="is no DomainInfo"):
+        session._decoded("list[DomainInfo]", [told])
 
 
 def test_a_replay_has_every_operation_and_so_has_a_recording(path: Path) -> None:

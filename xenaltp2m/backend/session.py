@@ -15,7 +15,8 @@ import math
 import zlib
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
+from functools import partial
 from typing import Any, BinaryIO, TypeAlias
 from uuid import UUID
 
@@ -27,7 +28,7 @@ from xenaltp2m.abi.vm_event import as_line
 from xenaltp2m.backend import Backend
 from xenaltp2m.backend.arguments import Parameters
 from xenaltp2m.errors import RecordingError, XenError
-from xenaltp2m.types import PAGE_SIZE, DomainInfo, DomId, MemoryType, PodTarget, VcpuInfo
+from xenaltp2m.types import PAGE_SIZE, DomainInfo, MemoryType, PodTarget, VcpuInfo
 
 FORMAT = "xenaltp2m session"
 VERSION = 1
@@ -39,6 +40,7 @@ Json: TypeAlias = Any
 Runs: TypeAlias = "bytes | tuple[tuple[int, bytes], ...]"
 """A page as it is told: whole, or the parts that differ from what it was, each with its offset."""
 
+_RECORDS = (DomainInfo, PodTarget, VcpuInfo)
 _SHORT = 64
 """Numbers and bytes up to so many are written in plain."""
 _PART = 64
@@ -111,11 +113,10 @@ def encode(value: object) -> Json:
     ):
         raw = bytes(value)
         return {"bytes": raw.hex()} if len(raw) <= _SHORT else {"packed": _packed(raw)}
-    if isinstance(value, DomainInfo):
-        return asdict(value) | {"uuid": str(value.uuid)}
-    if isinstance(value, VcpuInfo | PodTarget):
-        return asdict(value)
-    if isinstance(value, list) and value and isinstance(value[0], DomainInfo):
+    if isinstance(value, _RECORDS):
+        told = asdict(value)
+        return {name: str(one) if isinstance(one, UUID) else one for name, one in told.items()}
+    if isinstance(value, list) and value and isinstance(value[0], _RECORDS):
         return [encode(each) for each in value]
     if isinstance(value, array | memoryview | Sequence):
         try:
@@ -211,31 +212,24 @@ def _raw(value: Json) -> bytes:
     return _unpacked(_object(value, "packed")["packed"])
 
 
-def _domain_info(value: Json) -> DomainInfo:
-    found = _object(value, *(one.name for one in fields(DomainInfo)))
-    try:
-        uuid = UUID(_text(found["uuid"]))
-    except ValueError:
-        raise _Unsound("a uuid is none") from None
-    flags = ("hvm", "paused", "dying", "shutdown")
-    numbers = found.keys() - {"uuid", "domid", *flags}
-    return DomainInfo(
-        domid=DomId(_number(found["domid"])),
-        uuid=uuid,
-        **{name: _flag(found[name]) for name in flags},
-        **{name: _number(found[name]) for name in numbers},  # type: ignore[arg-type]
+def _record(kind: type[Any], value: Json) -> Any:
+    """A value of one of the classes whose fields are numbers, flags and uuids."""
+    known = {one.name: one for one in fields(kind)}
+    found = _object(value)
+    needed = {name for name, one in known.items() if one.default is MISSING}
+    if not needed <= found.keys() <= known.keys():
+        raise _Unsound(f"{_shown(value)} is no {kind.__name__}")
+    readers: Mapping[object, Callable[[Json], Any]] = {"bool": _flag, "UUID": _uuid}
+    return kind(
+        **{name: readers.get(known[name].type, _number)(value) for name, value in found.items()}
     )
 
 
-def _vcpu_info(value: Json) -> VcpuInfo:
-    found = _object(value, *(one.name for one in fields(VcpuInfo)))
-    flags = {name: _flag(found[name]) for name in ("online", "blocked", "running")}
-    return VcpuInfo(**flags, cpu_time=_number(found["cpu_time"]))
-
-
-def _pod_target(value: Json) -> PodTarget:
-    found = _object(value, *(one.name for one in fields(PodTarget)))
-    return PodTarget(**{name: _number(number) for name, number in found.items()})
+def _uuid(value: Json) -> UUID:
+    try:
+        return UUID(_text(value))
+    except ValueError:
+        raise _Unsound("a uuid is none") from None
 
 
 def _memory_type(value: Json) -> MemoryType:
@@ -253,28 +247,6 @@ def _pair(value: Json) -> tuple[int, int]:
 def _nothing(value: Json) -> int | None:
     """Of a notification a number, where it failed and did not raise."""
     return value if value is None or type(value) is int else _number(value)
-
-
-_DECODED: Mapping[str, Callable[[Json], Any]] = {
-    "None": _nothing,
-    "bool": _flag,
-    "int": _number,
-    "str": _text,
-    "bytes": _raw,
-    "bytes | None": lambda value: None if value is None else _raw(value),
-    "MemoryType": _memory_type,
-    "PodTarget": _pod_target,
-    "int | None": lambda value: None if value is None else _number(value),
-    "str | None": lambda value: None if value is None else _text(value),
-    "tuple[int, int] | None": lambda value: None if value is None else _pair(value),
-    "list[DomainInfo]": lambda value: [_domain_info(each) for each in _list(value)],
-    "VcpuInfo": _vcpu_info,
-    "PortCalls": _nothing,
-    "tuple[int, memoryview]": lambda value: (
-        _number(_object(value, "port", "ring")["port"]), runs_of(value["ring"]),
-    ),
-    "list[memoryview]": lambda value: [runs_of(each) for each in _list(value)],
-}  # fmt: skip
 
 
 def error_as_json(error: OSError) -> Json:
@@ -336,6 +308,32 @@ def runs_of(told: Json) -> Runs:
             raise _Unsound("a part of a page goes beyond it")
         runs.append((start, raw))
     return tuple(runs)
+
+
+_READERS: Mapping[str, Callable[[Json], Any]] = {
+    "None": _nothing,
+    "PortCalls": _nothing,
+    "bool": _flag,
+    "int": _number,
+    "str": _text,
+    "bytes": _raw,
+    "tuple[int, int]": _pair,
+    "MemoryType": _memory_type,
+    "tuple[int, memoryview]": lambda value: (
+        _number(_object(value, "port", "ring")["port"]), runs_of(value["ring"]),
+    ),
+    "memoryview": runs_of,
+} | {kind.__name__: partial(_record, kind) for kind in _RECORDS}  # fmt: skip
+
+
+def _decoded(kind: str, value: Json) -> Any:
+    """Read a result of a kind that is written as in an annotation of the Protocol."""
+    inner = kind.removesuffix(" | None")
+    if value is None and inner != kind:
+        return None
+    if inner.startswith("list["):
+        return [_READERS[inner[5:-1]](each) for each in _list(value)]
+    return _READERS[inner](value)
 
 
 def applied(before: bytes, runs: Runs) -> bytes:
@@ -538,7 +536,7 @@ def _parsed(found: Json) -> Call | float:
     if op not in OPERATIONS or not told.keys() <= _KEYS:
         raise _Unsound(f"there is no call {_shown(op)}, or more beside it")
     error = _error(told["error"]) if "error" in told else None
-    result = _DECODED[RESULTS[op]](told.get("result")) if error is None else None
+    result = _decoded(RESULTS[op], told.get("result")) if error is None else None
     indices = {
         _number(at, SLOTS): _number(word, 1 << 32)
         for at, word in (_list(each, 2) for each in _list(told.get("indices", [])))
