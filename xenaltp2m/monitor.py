@@ -280,8 +280,12 @@ class Monitor(Handle):
         backend, domid = self._backend, self._domid
         with self.domain.paused():
             try:
-                with self.domain._journal.about_to(monitor=True):
+                # libxc pauses the domain meanwhile (xc_vm_event_enable, 4.14 to 4.22), too.
+                journal = self.domain._journal
+                pauses = journal.record.pauses
+                with journal.about_to(monitor=True, pauses=pauses + 1):
                     remote, page = backend.monitor_enable(domid)
+                journal.undone(pauses=pauses)
             except BusyError as error:
                 killed = f"if its agent was killed: xenaltp2m rescue {domid}"
                 error.hint = (*_other_agents(), killed, *error.hint)

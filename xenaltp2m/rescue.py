@@ -333,7 +333,9 @@ class _Rescuer:
         self._journal.write(monitor=True)
         self._disable()
         with self._standing_still():
+            self._journal.write(pauses=2)  # libxc pauses it, too (xc_vm_event_enable)
             remote, page = self._backend.monitor_enable(self._domid)
+            self._journal.undone(pauses=1)
             try:
                 self._answer_all(remote, page)
             finally:

@@ -514,3 +514,22 @@ def is_rescued_by(
     assert xen.journals is not None
     assert list(xen.journals.iterdir()) == [], number
     return bool(outcome.steps)
+
+
+def test_killed_while_libxc_has_paused_the_domain(scene: Scene, tmp_path: Path) -> None:
+    """``xc_vm_event_enable`` pauses it for as long as it sets the ring up."""
+    before, since, seen = scene.before, len(scene.host.ops), tmp_path / "seen"
+    assert not scene.kill(call=1 << 30)
+    number = scene.host.ops[since:].index("monitor_enable") + 1
+    scene.anew()
+    freeze = partial(shutil.copytree, scene.journals, seen)
+    scene.host.on_death = freeze  # type: ignore[method-assign, assignment]
+    assert scene.kill(call=number)
+    shutil.rmtree(scene.journals)
+    seen.rename(scene.journals)
+    scene.host.domain(scene.domid).pauses += 1
+    with xa.Xen(scene.host, scene.journals) as xen:
+        assert not rescue(xen, scene.domid).failed
+        assert diagnose(xen, scene.domid).paused == before.paused
+    assert not list(scene.journals.iterdir())
+    scene.ends_well()
