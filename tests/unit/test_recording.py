@@ -661,6 +661,14 @@ def test_arguments_are_compared_by_what_they_are(one: Any, other: Any, equal: bo
         assert session.same(first, second) is equal
 
 
+def test_what_is_packed_and_damaged_is_like_nothing_else() -> None:
+    packed = session.encode(bytes(1000))
+    assert isinstance(packed, dict)
+    damaged = {"packed": packed["packed"][:-8]}
+    assert not session.same(damaged, packed)
+    assert not session.same(damaged, {"bytes": ""})
+
+
 # The command line.
 
 

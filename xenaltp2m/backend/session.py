@@ -15,6 +15,7 @@ import math
 import zlib
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
 from typing import Any, BinaryIO, TypeAlias
@@ -139,7 +140,8 @@ def _plain(value: Json) -> Json:
     if isinstance(value, dict) and len(value) == 1:
         [(kind, text)] = value.items()
         if kind in ("packed", "numbers"):
-            return kind, _unpacked(text)
+            with suppress(_Unsound):  # then it is like nothing else
+                return kind, _unpacked(text)
     return value
 
 
