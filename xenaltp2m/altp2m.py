@@ -224,8 +224,8 @@ class Altp2m(Handle):
         verify: bool | int = False,
         progress: Progress | None = None,
     ) -> State:
-        """Describe the views as a value: see :func:`xenaltp2m.viewstate.capture`."""
-        from xenaltp2m.viewstate import capture
+        """Describe the views as a value: see :func:`xenaltp2m.capturing.capture`."""
+        from xenaltp2m.capturing import capture
 
         self._check_open()
         return capture(self, contents=contents, verify=verify, progress=progress)

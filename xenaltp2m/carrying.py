@@ -15,6 +15,7 @@ from hashlib import sha256
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from xenaltp2m.capturing import describe, heard_by, restore
 from xenaltp2m.errors import (
     BusyError,
     DomainNotFoundError,
@@ -25,14 +26,7 @@ from xenaltp2m.errors import (
 )
 from xenaltp2m.handle import UndoList
 from xenaltp2m.rescue import diagnose, rescue
-from xenaltp2m.viewstate import (
-    MAX_FILE,
-    PageState,
-    State,
-    describe,
-    heard_by,
-    restore,
-)
+from xenaltp2m.viewstate import MAX_FILE, PageState, State
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -50,7 +44,7 @@ class Carried:
 
     Attributes:
         state: The views there were, those of breakpoints excepted, with the content of added pages;
-            None where altp2m was not open. For :func:`xenaltp2m.viewstate.restore`, where the
+            None where altp2m was not open. For :func:`xenaltp2m.capturing.restore`, where the
             domain goes to another host.
         gfns: Where pages that were added are now, by where they were; filled at the end.
     """
@@ -179,7 +173,7 @@ class Carried:
         raise DomainNotFoundError(
             f"domain {domain.uuid} has not come back within {self._seconds:g} s: its views are not "
             "made again",
-            hint=("the state of what carried() returned has them, for viewstate.restore()",),
+            hint=("the state of what carried() returned has them, for capturing.restore()",),
         )
 
     def _take_all_up(self) -> None:
@@ -219,7 +213,7 @@ def import_views(
         The state as it is there, with what else ``state`` has: nobody hears of anything.
 
     Raises:
-        UnsupportedError: :func:`xenaltp2m.viewstate.obstacles` has some.
+        UnsupportedError: :func:`xenaltp2m.capturing.obstacles` has some.
         BusyError: Somebody works on the domain, or altp2m is on.
         JournalError: The journal cannot be written. On any error nothing is left.
     """

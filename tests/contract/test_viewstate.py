@@ -11,7 +11,8 @@ import random
 import pytest
 
 import xenaltp2m as xa
-from xenaltp2m.viewstate import State, restore
+from xenaltp2m.capturing import restore
+from xenaltp2m.viewstate import State
 
 from .guests import RunningGuest, running
 from .test_breakpoints import HOSTS

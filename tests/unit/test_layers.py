@@ -24,11 +24,12 @@ LAYERS: list[set[str]] = [
     {"backend.libxc", "backend.mock"},
     {
         "handle", "signals", "runs", "view", "altp2m", "responses", "events", "monitor", "vcpu",
-        "domain", "memory", "xen", "journal",
+        "domain", "memory", "xen", "journal", "viewstate",
     },
     {
-        "breakpoints", "shadows", "instructions", "tracing", "prototypes", "viewstate", "viewaxis",
-        "viewpicture", "viewstrips", "rescue", "carrying", "hazards", "doctor", "symbols",
+        "breakpoints", "shadows", "instructions", "tracing", "prototypes", "capturing", "viewaxis",
+        "viewpicture", "viewstrips", "rescue", "carrying", "hazards", "doctor",
+        "symbols",
     },
     {""},  # the package itself: what users import
     {"cli", "__main__", "testing"},
@@ -41,7 +42,7 @@ OPENS_BACKENDS = {("backend", concrete) for concrete in CONCRETE}
 """An upward arrow, within a function: :func:`xenaltp2m.backend.open_backend`."""
 OFFERS_TOOLS = {
     ("domain", "tracing"), ("domain", "carrying"), ("domain", "hazards"), ("altp2m", "hazards"),
-    ("altp2m", "viewstate"),
+    ("altp2m", "capturing"),
 }  # fmt: skip
 """The others: ``Domain.trace``, ``Domain.carried``, ``Domain.hazards``, ``Altp2m.capture``, for
 those who have such a handle; and what opening an altp2m refuses."""

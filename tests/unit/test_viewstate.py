@@ -23,18 +23,10 @@ from hypothesis import strategies as st
 import xenaltp2m as xa
 from xenaltp2m import cli, viewstate
 from xenaltp2m.backend.mock import MockBackend
+from xenaltp2m.capturing import _places_of_memory, capture, compare, obstacles, restore
 from xenaltp2m.runs import FrozenRuns
 from xenaltp2m.testing import Failing
-from xenaltp2m.viewstate import (
-    FORMAT,
-    State,
-    _places_of_memory,
-    capture,
-    compare,
-    diff,
-    obstacles,
-    restore,
-)
+from xenaltp2m.viewstate import FORMAT, State, diff
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "state.schema.json").read_text())
 GFNS = 256

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import xenaltp2m as xa
+from xenaltp2m.capturing import compare, obstacles, restore, scan
 from xenaltp2m.carrying import import_views, imported_views, take_out_views
 from xenaltp2m.cli import picture
 from xenaltp2m.cli.arguments import add_duration, number_among
@@ -20,16 +21,7 @@ from xenaltp2m.cli.console import Console, Table
 from xenaltp2m.cli.host import Signals, connect, is_altp2m_active
 from xenaltp2m.cli.pages import counted
 from xenaltp2m.signals import guard
-from xenaltp2m.viewstate import (
-    MAX_FILE,
-    State,
-    ViewState,
-    compare,
-    diff,
-    obstacles,
-    restore,
-    scan,
-)
+from xenaltp2m.viewstate import MAX_FILE, State, ViewState, diff
 
 SUMMARY = "views as files: look at them, compare them, save them, make them in a domain"
 

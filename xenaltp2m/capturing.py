@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A domain's views as a :class:`~xenaltp2m.viewstate.State`, and made again from one."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from xenaltp2m.errors import LeftoverError, StateError, UnsupportedError
+from xenaltp2m.handle import UndoList
+from xenaltp2m.runs import FrozenRuns, Runs
+from xenaltp2m.types import ALL_GFNS, GFN_LIMIT, HOST_VIEW, Access, VcpuId, ViewId
+from xenaltp2m.view import existing_views, own_access
+from xenaltp2m.viewstate import MonitorState, PageState, Place, State, ViewState
+
+if TYPE_CHECKING:
+    from xenaltp2m.altp2m import Altp2m
+    from xenaltp2m.domain import Domain
+    from xenaltp2m.monitor import Monitor
+    from xenaltp2m.view import Progress, View
+
+_FOUR_GIB = 1 << 20
+_UPPERMOST = 1 << 12
+"""Both in pages."""
+_SCANNED_AT_ONCE = 1 << 12
+
+
+def capture(
+    altp2m: Altp2m,
+    *,
+    contents: bool = False,
+    verify: bool | int = False,
+    progress: Progress | None = None,
+) -> State:
+    """Describe the views made through a handle, by what was asked of them.
+
+    Args:
+        altp2m: The handle.
+        contents: Whether the content of added pages is part of it, to restore them elsewhere.
+        verify: Whether Xen is asked for the access of every gfn that was set; or of how many of
+            each view, chosen at random.
+        progress: Of that.
+
+    Raises:
+        StateError: With ``verify``: Xen has reset views. ``View.reapply`` makes them again.
+    """
+    domain, views = altp2m.domain, altp2m.views
+    if verify:
+        sample = None if verify is True else verify
+        lost = [one for view in views for one in view.verify(sample=sample, progress=progress)]
+        if lost:
+            raise StateError(
+                f"Xen has other access at {len(lost)} gfns, the first {lost[0].gfn:#x}: views were "
+                "reset",
+                domid=int(domain.domid),
+                hint=("view.reapply() makes a view again",),
+            )
+    monitor = heard_by(domain._open_monitor)
+    return describe(altp2m, monitor, altp2m.vcpu_views(), contents=contents)
+
+
+def heard_by(monitor: Monitor | None) -> MonitorState | None:
+    """Describe what a monitor hears of."""
+    if monitor is None:
+        return None
+    return MonitorState(monitor.subscriptions, monitor.access_required)
+
+
+def describe(
+    altp2m: Altp2m,
+    monitor: MonitorState | None,
+    vcpu_views: Mapping[VcpuId, ViewId],
+    *,
+    contents: bool,
+) -> State:
+    """As :func:`capture`, with what it would ask Xen for given: the views may be gone by now."""
+    domain, views = altp2m.domain, altp2m.views
+    added = sorted(gfn for gfns in domain._added for gfn in gfns)
+    places = {gfn: -1 - number for number, gfn in enumerate(added)}
+    numbers = {int(view.id): number for number, view in enumerate(views)}
+    pages = []
+    for gfn in added:
+        content = domain.memory.read_page(gfn)
+        digest = hashlib.sha256(content).hexdigest()
+        pages.append(PageState(digest, content if contents else None))
+    return State(
+        tuple(_capture_view(view, places) for view in views),
+        tuple(pages),
+        tuple(numbers.get(int(vcpu_views[vcpu])) for vcpu in sorted(vcpu_views)),
+        tuple((vcpu, places.get(gfn, gfn)) for vcpu, gfn in sorted(altp2m._notified.items())),
+        monitor,
+        {**_origin(domain), "views": [int(view.id) for view in views], "added": added},
+    )
+
+
+def _capture_view(view: View, places: Mapping[int, Place]) -> ViewState:
+    def place(gfn: int) -> Place:
+        return places.get(gfn, gfn)
+
+    return ViewState(
+        view.label or "",
+        view.default_access,
+        view.visible,
+        _placed(view._access, places),
+        _placed(view._suppress_ve, places),
+        tuple((place(gfn), place(new)) for gfn, new in view._remaps_in_order()),
+    )
+
+
+def _placed(runs: Runs[Any], places: Mapping[int, Place]) -> FrozenRuns[Any]:
+    """Return runs, those of added pages one by one, before the others."""
+    if not places:
+        return runs.frozen()
+    low, high = min(places), max(places)
+    own: list[tuple[Place, int, Any]] = []
+    rest: list[tuple[Place, int, Any]] = []
+    for first, end, value in runs:
+        if end <= low or first > high:
+            rest.append((first, end - first, value))
+            continue
+        edges = sorted({first, end, *(gfn for gfn in places if first <= gfn < end)} | {
+            gfn + 1 for gfn in places if first <= gfn < end
+        })  # fmt: skip
+        for start, stop in pairwise(edges):
+            if start in places:
+                own.append((places[start], 1, value))
+            else:
+                rest.append((start, stop - start, value))
+    return FrozenRuns.of(sorted(own, key=lambda run: run[0]) + rest)
+
+
+def _origin(domain: Domain) -> dict[str, Any]:
+    return {
+        "xen": str(domain.xen.release),
+        "domain": str(domain.uuid),
+        "name": domain.name or "",
+    }
+
+
+def scan(domain: Domain, *, progress: Progress | None = None) -> State:
+    """Describe the views of a domain by what Xen tells: somebody else has made them.
+
+    Xen does not tell what is remapped, nor labels, nor which views are hidden; nor is what was set
+    told from what Xen has copied from the host p2m, where they are alike. Two calls for each gfn
+    and view; the domain stands still meanwhile. Looked at is where memory is: as many gfns as the
+    domain may have pages, from 0 and from 4 GiB on, and the uppermost 4096, where special pages
+    and added ones are.
+
+    Args:
+        domain: The domain.
+        progress: Called after each batch of a view's gfns.
+
+    Raises:
+        StateError: altp2m is off.
+
+    ``xc_altp2m_get_mem_access``, ``xc_altp2m_get_suppress_ve``.
+    """
+    if not domain.altp2m_active:
+        raise StateError(f"altp2m of domain {domain.domid} is off: there are no views")
+    with domain.paused():
+        numbers = [view for view in existing_views(domain.xen.backend, domain.domid) if view]
+        vcpus = [vcpu.view for vcpu in domain.vcpus()]
+        return State(
+            tuple(_scan_view(domain, ViewId(number), progress) for number in numbers),
+            (),
+            tuple(numbers.index(view) if view in numbers else None for view in vcpus),
+            origin={**_origin(domain), "views": numbers, "added": [], "by": "what Xen tells"},
+        )
+
+
+def _scan_view(domain: Domain, number: ViewId, progress: Progress | None) -> ViewState:
+    backend, domid = domain.xen.backend, domain.domid
+    access_of = backend.release.access_by_number
+    default = access_of[backend.altp2m_get_mem_access(domid, number, ALL_GFNS)]
+    access: Runs[Access] = Runs()
+    suppress_ve: Runs[bool] = Runs()
+    places = _places_of_memory(domain.info().max_pages, domain.maximum_gfn)
+    total = sum(map(len, places))
+    for done, gfn in enumerate(chain.from_iterable(places), 1):
+        own = own_access(backend, domid, number, gfn)
+        if own is not None:
+            lazy = default
+            if not backend.release.lazy_copy_takes_view_default:
+                lazy = own_access(backend, domid, HOST_VIEW, gfn) or default
+            if own != lazy:
+                access.set(gfn, own)
+            if not backend.altp2m_get_suppress_ve(domid, number, gfn):
+                suppress_ve.set(gfn, False)
+        if progress is not None and (done % _SCANNED_AT_ONCE == 0 or done == total):
+            progress(done, total)
+    return ViewState("", default, True, access.frozen(), suppress_ve.frozen(), ())
+
+
+def _places_of_memory(pages: int, last: int) -> list[range]:
+    """Tell where a domain's memory may be, by gfn."""
+    found: Runs[bool] = Runs()
+    upper = max(last + 1 - _UPPERMOST, 0)
+    for first, count in ((0, min(pages, _FOUR_GIB)), (_FOUR_GIB, pages), (upper, _UPPERMOST)):
+        found.set_many(range(first, min(first + count, last + 1)), True)
+    return [range(run.first, run.end) for run in found]
+
+
+def compare(
+    domain: Domain, state: State, *, sample: int | None = None, progress: Progress | None = None
+) -> list[str]:
+    """Say in words where Xen has something else than a state that was captured of this domain.
+
+    Args:
+        domain: The domain; whoever has its views goes on.
+        state: What was captured.
+        sample: How many gfns of each view are looked at, chosen at random; None looks at all.
+        progress: Called after each batch of a view's gfns.
+
+    Raises:
+        StateError: It was captured of another domain.
+    """
+    numbers, added = state.origin.get("views"), state.origin.get("added")
+    if state.origin.get("domain") != str(domain.uuid) or not (
+        _are_numbers(numbers) and _are_numbers(added)
+        and len(numbers) == len(state.views) and len(added) == len(state.pages)
+    ):  # fmt: skip
+        raise StateError(
+            f"it was not captured of domain {domain.domid}, {domain.uuid}, but of "
+            f"{state.origin.get('domain')!r}",
+            hint=("state diff compares two files",),
+        )
+    if not domain.altp2m_active:
+        return ["altp2m is off"]
+    found = _beyond(domain, state)
+    if found:
+        return found
+    existing = existing_views(domain.xen.backend, domain.domid)
+    for number, wanted in zip(numbers, state.views, strict=True):
+        if number not in existing:
+            found.append(f"view {number} is gone")
+            continue
+        found += _compare_view(domain, number, wanted, added, sample, progress)
+    for vcpu, where in zip(domain.vcpus(), state.vcpus, strict=False):
+        if where is not None and vcpu.view != numbers[where]:
+            found.append(f"vCPU {vcpu.number} is in view {vcpu.view}, not {numbers[where]}")
+    return found
+
+
+def _are_numbers(found: object) -> TypeGuard[list[int]]:
+    return isinstance(found, list) and all(
+        type(one) is int and 0 <= one < GFN_LIMIT for one in found
+    )
+
+
+def _compare_view(
+    domain: Domain, number: int, wanted: ViewState, added: Sequence[int], sample: int | None,
+    progress: Progress | None,
+) -> Iterator[str]:  # fmt: skip
+    access: Runs[Access] = Runs()
+    for first, count, value in wanted.access:
+        start = first if first >= 0 else added[-1 - first]
+        access.set_many(range(start, start + count), value)
+    chosen = access.sample(sample)
+    backend = domain.xen.backend
+    for done, (gfn, expected) in enumerate(chosen, 1):
+        own = own_access(backend, domain.domid, ViewId(number), gfn)
+        if own != expected:
+            now = "no entry" if own is None else str(own)
+            yield f"view {number}: gfn {gfn:#x} has {now}, not {expected}"
+        if progress is not None and (done % _SCANNED_AT_ONCE == 0 or done == len(chosen)):
+            progress(done, len(chosen))
+
+
+def obstacles(altp2m: Altp2m, state: State) -> list[str]:
+    """Say what keeps a state from being restored there; nothing where it can be."""
+    domain, release = altp2m.domain, altp2m.domain.xen.release
+    found = []
+    wanted = {access for view in state.views for access in set(view.access.values)}
+    wanted |= {view.default_access for view in state.views}
+    found += [
+        f"Xen {release} does not know the access {access}"
+        for access in sorted(wanted - release.access_numbers.keys(), key=str)
+    ]
+    missing = sum(page.content is None for page in state.pages)
+    if missing:
+        found.append(f"the content of {missing} added pages was not captured")
+    found += _beyond(domain, state)
+    vcpus = domain.info().max_vcpu_id + 1
+    if len({number for number in state.vcpus if number is not None}) > 1:
+        found.append("its vCPUs are in several views, and Xen moves all or none")
+    if any(vcpu >= vcpus for vcpu, _ in state.notify):
+        found.append(f"it has a #VE page for a vCPU of which the domain has {vcpus}")
+    return found
+
+
+def _beyond(domain: Domain, state: State) -> list[str]:
+    """Say what is past the domain's end: there may be far more of it than of the domain."""
+    last, found = domain.maximum_gfn, []
+    for what, name in ("access", "access"), ("a suppress-#VE bit", "suppress_ve"):
+        every: list[FrozenRuns[Any]] = [getattr(view, name) for view in state.views]
+        highest = max((runs.firsts[-1] + runs.counts[-1] - 1 for runs in every if runs), default=0)
+        if highest > last:
+            found.append(f"it has {what} for gfn {highest:#x}, and the domain ends at {last:#x}")
+    return found
+
+
+def restore(
+    altp2m: Altp2m, state: State, *, switch: bool = True, progress: Progress | None = None
+) -> list[View]:
+    """Make the views of a state: all of them, or on error none.
+
+    The domain stands still meanwhile.
+
+    Args:
+        altp2m: Where.
+        state: What.
+        switch: Whether the vCPUs go to the view they were in.
+        progress: Called after each batch of gfns whose access is set.
+
+    Returns:
+        The views, as ``state`` has them.
+
+    Raises:
+        UnsupportedError: :func:`obstacles` has some.
+        LeftoverError: Taking back what was made has failed, too.
+    """
+    altp2m._check_open()
+    problems = obstacles(altp2m, state)
+    if problems:
+        raise UnsupportedError(
+            f"the state cannot be restored: {'; '.join(problems)}",
+            domid=int(altp2m.domain.domid),
+        )
+    return _Restorer(altp2m, state, progress).run(switch)
+
+
+class _Restorer:
+    """Makes the views of one state."""
+
+    def __init__(self, altp2m: Altp2m, state: State, progress: Progress | None) -> None:
+        self._altp2m, self._domain, self._state = altp2m, altp2m.domain, state
+        self._progress = progress
+        self._undo = UndoList()
+        self._added: Sequence[int] = ()
+
+    def run(self, switch: bool) -> list[View]:
+        with self._domain.paused():
+            try:
+                return self._make(switch)
+            except BaseException as error:
+                try:
+                    self._undo.roll_back(error)
+                except LeftoverError:
+                    self._domain._undo.adopt(self._undo)
+                    raise
+                raise
+
+    def _make(self, switch: bool) -> list[View]:
+        state, domain = self._state, self._domain
+        if state.pages:
+            added = domain.add_pages(len(state.pages))
+            self._undo.push("", lambda: domain.remove_pages(added))
+            self._added = added
+            for gfn, page in zip(added, state.pages, strict=True):
+                assert page.content is not None
+                domain.memory.write_page(gfn, page.content)
+        views = []
+        for wanted in state.views:
+            view = self._altp2m.create_view(wanted.default_access, label=wanted.label or None)
+            self._undo.push("", view.close)
+            views.append(view)
+            self._fill(view, wanted)
+        for vcpu, gfn in state.notify:
+            self._altp2m.enable_notify(vcpu, self._gfn(gfn))
+            what = f"#VE page of vCPU {vcpu} of domain {domain.domid}"
+            self._undo.push(what, partial(self._altp2m.disable_notify, vcpu))
+        places = {number for number in state.vcpus if number is not None}
+        if switch and places:
+            self._altp2m.switch_to_view(views[places.pop()])
+            self._undo.push("", lambda: self._altp2m.switch_to_view(None))
+        for view, wanted in zip(views, state.views, strict=True):
+            if not wanted.visible:
+                view.set_visibility(False)
+        return views
+
+    def _fill(self, view: View, wanted: ViewState) -> None:
+        remapped = sorted(gfn for gfn, _ in wanted.remaps)
+        later: dict[Place, Access] = {}
+        for first, count, access in wanted.access:
+            inside = remapped[bisect_left(remapped, first) : bisect_left(remapped, first + count)]
+            later |= dict.fromkeys(inside, access)
+            at = first
+            for gfn in [*inside, first + count]:
+                if gfn > at:
+                    self._set(view, at, gfn - at, access)
+                at = gfn + 1
+        for gfn, new in wanted.remaps:
+            view.remap(self._gfn(gfn), self._gfn(new), access=later.get(gfn))
+        for first, count, bit in wanted.suppress_ve:
+            start = self._gfn(first)
+            view.set_suppress_ve(start if count == 1 else range(start, start + count), bit)
+
+    def _set(self, view: View, first: Place, count: int, access: Access) -> None:
+        start = self._gfn(first)
+        gfns = start if count == 1 else range(start, start + count)
+        view.set_access(gfns, access, progress=self._progress if count > 1 else None)
+
+    def _gfn(self, place: Place) -> int:
+        return place if place >= 0 else self._added[-1 - place]
