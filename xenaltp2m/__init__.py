@@ -6,14 +6,7 @@ Importing this opens no library and touches no hypervisor; :func:`connect` does.
 
 from xenaltp2m.abi.vm_event import AccessFlag, Flag, Reason
 from xenaltp2m.altp2m import Altp2m, DecorativeDefaultWarning, Lost, SuperpageDefaultWarning
-from xenaltp2m.breakpoints import (
-    Breakpoint,
-    Breakpoints,
-    Hit,
-    LinearBreakpoint,
-    Touch,
-    Watch,
-)
+from xenaltp2m.breakpoints import Breakpoints
 from xenaltp2m.domain import Domain
 from xenaltp2m.errors import (
     AccessDeniedError,
@@ -65,6 +58,7 @@ from xenaltp2m.events import (
     VmExit,
     WriteCtrlreg,
 )
+from xenaltp2m.hooks import Breakpoint, Hit, LinearBreakpoint, Touch, Watch
 from xenaltp2m.memory import AddressSpace, LinearPage, Memory
 from xenaltp2m.monitor import Monitor
 from xenaltp2m.responses import Action, Response

@@ -29,6 +29,7 @@ from xenaltp2m.abi.vm_event import (
     patch_registers,
 )
 from xenaltp2m.abi.x86 import BP, DB, NO_ERROR_CODE
+from xenaltp2m.answers import DENIABLE, FITTING, Plan, misfit
 from xenaltp2m.errors import (
     AlreadyError,
     BusyError,
@@ -40,7 +41,6 @@ from xenaltp2m.errors import (
 from xenaltp2m.events import (
     EVENTS,
     SINGLESTEP_ON,
-    ControlRegister,
     DebugException,
     DomainEnded,
     Event,
@@ -73,13 +73,11 @@ _SETTLE_STEP = 0.001
 _DISABLE_TRIES = 100
 _U = slice(24, 56)
 # As plain numbers, for enums are slow.
-_PAUSED, _TOGGLE = int(Flag.VCPU_PAUSED), int(Flag.TOGGLE_SINGLESTEP)
+_PAUSED = int(Flag.VCPU_PAUSED)
 _DONE = 2
 _VCPU_MASK = 0x1FFF
 """Xen has no more vCPUs than this in any domain; a damaged request may say anything."""
-_SINGLESTEP, _HAS_VIEW = int(Reason.SINGLESTEP), int(Flag.ALTERNATE_P2M)
-_WRITE = Reason.WRITE_CTRLREG
-_DENIABLE = (0, ControlRegister.CR0, ControlRegister.CR3, ControlRegister.CR4)
+_SINGLESTEP = int(Reason.SINGLESTEP)
 
 _MOST_PLANS = 64
 _unpack, _pack_into = HEAD.unpack_from, RESPONSE_HEAD.pack_into
@@ -92,75 +90,7 @@ _REPEATED = frozenset(
 )  # fmt: skip
 """Of these the vCPU comes again when it is merely resumed."""
 _NOT_YET = DomainEnded(None)
-Data: TypeAlias = bytes | bytearray
 Handler: TypeAlias = Callable[[Event], Response | None]
-
-_FITTING: dict[Action, frozenset[int]] = {
-    Action.DENY: frozenset({Reason.WRITE_CTRLREG, Reason.MOV_TO_MSR}),
-    Action.REINJECT: frozenset({Reason.SOFTWARE_BREAKPOINT, Reason.DEBUG_EXCEPTION}),
-    Action.EMULATE: frozenset(
-        {Reason.MEM_ACCESS, Reason.SOFTWARE_BREAKPOINT, Reason.DESCRIPTOR_ACCESS}
-    ),
-    Action.LET_THROUGH: frozenset({Reason.VMEXIT, Reason.IO_INSTRUCTION}),
-}
-"""What an action can answer, where not everything (``vm_event_emulate_check``,
-``vm_event_register_write_resume``, xen/arch/x86/vm_event.c)."""
-
-
-class _AnyView:
-    """Stands for a view that was given by number, or not at all."""
-
-    _closed = False
-
-
-_ANY_VIEW = _AnyView()
-
-
-class _Plan:
-    """What a response comes to, whichever event it answers.
-
-    Xen's single-step switch is a toggle that stays (``hvm_toggle_singlestep``); here a response
-    asks for one step, and a step that was asked for and is not done yet goes on:
-
-        the vCPU              | asked for no step | asked for a step
-        does not step         | not touched       | pulled, on
-        steps, not done yet   | not touched       | not touched
-        has done its step     | pulled, off       | not touched
-
-    A fast single-step turns the switch on itself, and Xen turns it off after the step.
-    """
-
-    __slots__ = (
-        "back_to", "data", "needs", "plain", "response", "rows", "through", "union", "view",
-    )  # fmt: skip
-    through: View | _AnyView
-    back_to: View | _AnyView
-
-    def __init__(self, response: Response) -> None:
-        self.response = response  # kept, so that its id stays its own
-        views = (response.view, response.back_to)
-        moves = views != (None, None)
-        self.through, self.back_to = (
-            _ANY_VIEW if view is None or isinstance(view, int) else view for view in views
-        )
-        """Handles of views, which may have been closed since."""
-        self.needs = (0 if response == RESUME else _PAUSED) | (_HAS_VIEW if moves else 0)
-        self.view = 0 if response.view is None else view_number(response.view)
-        self.union = b""
-        if response.back_to is not None:
-            self.union = view_number(response.back_to).to_bytes(2, "little") + bytes(30)
-        self.data: Data = response.data
-        self.plain = not (response.data or response.registers)
-        """Whether nothing but flags, a view's number and ``u`` make the answer."""
-        flags, pulled = response.flags, response.flags | _TOGGLE
-        self.rows: tuple[tuple[int, bool], ...]
-        """Flags, and whether the vCPU steps then, by the row of the table."""
-        if response.back_to is not None:
-            self.rows = ((flags, False),) * 3
-        elif response.action in (Action.SINGLESTEP, Action.LET_THROUGH):
-            self.rows = (pulled, True), (flags, True), (flags, True)
-        else:
-            self.rows = (flags, False), (flags, True), (pulled, False)
 
 
 class _Kept(NamedTuple):
@@ -222,7 +152,7 @@ class Monitor(Handle):
         self._has_stepped = False
         self._last: dict[int, Response] = {}
         """What each vCPU was last answered with."""
-        self._plans: dict[int, _Plan] = {}
+        self._plans: dict[int, Plan] = {}
         self._notified = 0
         """How many responses Xen was made to look at, modulo 2^32."""
         self._let_through: dict[int, Subscription] = {}
@@ -416,7 +346,7 @@ class Monitor(Handle):
         if wanted.deniable or self._gates_writes:
             for each in (wanted, *self._enabled.values()):
                 index, sync = (each.options.get(name) for name in ("index", "sync"))
-                if each.event is WriteCtrlreg and index in _DENIABLE and not sync:
+                if each.event is WriteCtrlreg and index in DENIABLE and not sync:
                     raise InvalidArgumentError(
                         f"a monitor with deniable register writes cannot hear of {_words(each)} "
                         "with sync=False: the guest would go on before the register is written",
@@ -816,7 +746,7 @@ class Monitor(Handle):
         self._ring.answer(request, head, flags, plan.view, union, data, stepping)
         self._last[vcpu] = response
 
-    def _plan(self, event: Event, response: Response) -> _Plan:
+    def _plan(self, event: Event, response: Response) -> Plan:
         """Check a response and work out what is the same whichever event it answers."""
         self._check_open()
         if not isinstance(response, Response):
@@ -833,8 +763,8 @@ class Monitor(Handle):
             self._lift(event)
         elif action is Action.REINJECT:
             self._inject(event)
-        plan = _Plan(response)
-        if action not in _FITTING:  # those must be checked, or do something, each time
+        plan = Plan(response)
+        if action not in FITTING:  # those must be checked, or do something, each time
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.clear()
             self._plans[id(response)] = plan
@@ -864,8 +794,8 @@ class Monitor(Handle):
                 problem = "the vCPU did not wait: it can only be resumed"
         elif moves and event.view is None:
             problem = "altp2m is off: there are no views"
-        elif action in _FITTING:
-            problem = _misfit(event, response, self._gates_writes)
+        elif action in FITTING:
+            problem = misfit(event, response, self._gates_writes)
         if problem is not None:
             raise InvalidArgumentError(
                 f"{action.value} cannot answer {event!r}: {problem}", domid=self._domid
@@ -1058,26 +988,6 @@ class Monitor(Handle):
         return self.domain._orphaned()
 
 
-def _misfit(event: Event, response: Response, gates_writes: bool) -> str | None:
-    """Say why a response does not answer an event, if it does not."""
-    fitting = _FITTING[response.action]
-    if event.reason not in fitting:
-        return f"it answers {', '.join(sorted(_names(fitting)))} only"
-    if response.action is Action.DENY:
-        if getattr(event, "index", 0) not in _DENIABLE:
-            return "Xen denies writes of CR0, CR3 and CR4 only"
-        if not gates_writes:
-            wanted = "WriteCtrlreg.on(register" if event.reason == _WRITE else "MovToMsr.on(msr"
-            return f"it has happened: open the monitor with {wanted}, deniable=True)"
-    if response.action is Action.EMULATE:
-        breakpoint_ = event.reason is Reason.SOFTWARE_BREAKPOINT
-        if response.instruction and not breakpoint_:
-            return "an instruction to emulate answers a SoftwareBreakpoint only"
-        if breakpoint_ and not response.instruction:
-            return "at a breakpoint, give the instruction that stands there in truth"
-    return None
-
-
 def has_ring(backend: Backend, domid: int) -> bool:
     """Tell whether a ring is enabled: resuming says so, and does what is asked for in it."""
     try:
@@ -1104,10 +1014,6 @@ def _words(subscription: Subscription) -> str:
     name = subscription.switch or str(getattr(subscription.event, "__name__", ""))
     which = [str(value) for value in subscription.key[1:]]
     return " ".join([name.removeprefix("monitor_"), *which])
-
-
-def _names(reasons: frozenset[int]) -> list[str]:
-    return [EVENTS[reason].__name__ for reason in reasons]
 
 
 def _other_agents() -> Iterator[str]:

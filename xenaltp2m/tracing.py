@@ -17,10 +17,11 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from xenaltp2m.abi.x86 import CR0_PG, EFER_LMA
-from xenaltp2m.breakpoints import Breakpoints, Hit
+from xenaltp2m.breakpoints import Breakpoints
 from xenaltp2m.errors import InvalidArgumentError, NotMappedError
 from xenaltp2m.events import DomainEnded, Registers
 from xenaltp2m.handle import Handle
+from xenaltp2m.hooks import Hit
 from xenaltp2m.memory import AddressSpace, MappedPages
 from xenaltp2m.symbols import Image, Symbols
 

@@ -19,7 +19,8 @@ import pytest
 
 import xenaltp2m as xa
 from xenaltp2m.backend.mock import MockBackend
-from xenaltp2m.breakpoints import Breakpoint, Breakpoints, Hit, Touch
+from xenaltp2m.breakpoints import Breakpoints
+from xenaltp2m.hooks import Breakpoint, Hit, Touch
 
 from .conftest import LIVE
 from .guests import CALLS, LINE, PATIENCE, RunningGuest, hooked, running, serve

@@ -20,9 +20,9 @@ from .test_docs import PAGES, TREE
 
 PICTURES = sorted((TREE / "docs" / "pictures").glob("*.svg"))
 PUBLIC = (
-    "backend.mock", "breakpoints", "capturing", "doctor", "events", "hazards", "instructions",
-    "journal", "memory", "monitor", "prototypes", "rescue", "responses", "shadows", "symbols",
-    "tracing", "viewstate",
+    "backend.mock", "breakpoints", "capturing", "doctor", "events", "hazards", "hooks",
+    "instructions", "journal", "memory", "monitor", "prototypes", "rescue", "responses", "shadows",
+    "symbols", "tracing", "viewstate",
 )  # fmt: skip
 """Modules that users import from, besides the package itself."""
 

@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 
 import xenaltp2m as xa
-from xenaltp2m.breakpoints import Breakpoints, Hit
+from xenaltp2m.breakpoints import Breakpoints
+from xenaltp2m.hooks import Hit
 from xenaltp2m.symbols import Symbols
 from xenaltp2m.tracing import Call, Return, Trace
 

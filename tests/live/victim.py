@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 import xenaltp2m as xa
-from xenaltp2m.breakpoints import Breakpoint, Breakpoints, Hit
+from xenaltp2m.breakpoints import Breakpoints
+from xenaltp2m.hooks import Breakpoint, Hit
 from xenaltp2m.symbols import Image
 
 HOOKS = 50

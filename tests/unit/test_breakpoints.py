@@ -16,8 +16,9 @@ import pytest
 
 import xenaltp2m as xa
 from xenaltp2m.backend.mock import MockBackend
-from xenaltp2m.breakpoints import Breakpoints, Hit
+from xenaltp2m.breakpoints import Breakpoints
 from xenaltp2m.handle import Handle
+from xenaltp2m.hooks import Hit
 from xenaltp2m.testing import Failing
 
 from .hooked import (

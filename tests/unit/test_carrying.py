@@ -19,7 +19,8 @@ import xenaltp2m as xa
 from tests.contract.guests import GUESTS, MEMORY_KIB, RunningGuest, serve
 from xenaltp2m import cli
 from xenaltp2m.backend.mock import MockBackend
-from xenaltp2m.breakpoints import Breakpoints, Hit
+from xenaltp2m.breakpoints import Breakpoints
+from xenaltp2m.hooks import Hit
 from xenaltp2m.memory import MappedPages
 from xenaltp2m.rescue import diagnose, rescue
 from xenaltp2m.testing import Failing

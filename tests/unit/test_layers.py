@@ -24,11 +24,11 @@ LAYERS: list[set[str]] = [
     {"backend.libxc", "backend.mock"},
     {
         "handle", "signals", "runs", "view", "altp2m", "responses", "events", "monitor", "vcpu",
-        "domain", "memory", "xen", "journal", "viewstate",
+        "domain", "memory", "xen", "journal", "viewstate", "answers",
     },
     {
-        "breakpoints", "shadows", "instructions", "tracing", "prototypes", "capturing", "viewaxis",
-        "viewpicture", "viewstrips", "rescue", "carrying", "hazards", "doctor",
+        "breakpoints", "hooks", "shadows", "instructions", "tracing", "prototypes", "capturing",
+        "viewaxis", "viewpicture", "viewstrips", "rescue", "carrying", "hazards", "doctor",
         "symbols",
     },
     {""},  # the package itself: what users import

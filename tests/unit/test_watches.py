@@ -13,7 +13,7 @@ import pytest
 import xenaltp2m as xa
 from xenaltp2m import instructions
 from xenaltp2m.backend.mock import MockBackend
-from xenaltp2m.breakpoints import Touch, Watch
+from xenaltp2m.hooks import Touch, Watch
 from xenaltp2m.symbols import Symbols
 from xenaltp2m.types import PAGE_SIZE
 

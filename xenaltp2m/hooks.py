@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Breakpoints and watches themselves, and what their callbacks are called with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, TypeAlias
+
+from xenaltp2m.abi.vm_event import AccessFlag
+from xenaltp2m.abi.x86 import Fault
+from xenaltp2m.errors import InvalidArgumentError
+from xenaltp2m.events import Event, MemAccess, Registers
+from xenaltp2m.handle import UndoList
+from xenaltp2m.instructions import LONGEST_ACCESS, access_size
+from xenaltp2m.responses import RESUME
+from xenaltp2m.types import PAGE_SHIFT, VcpuId
+
+if TYPE_CHECKING:
+    from xenaltp2m.breakpoints import Breakpoints
+    from xenaltp2m.memory import AddressSpace, Memory
+
+_MOST_LOOKS = 16
+
+
+class _Stop:
+    """A vCPU that waits.
+
+    Attributes:
+        event: What the monitor told.
+    """
+
+    __slots__ = ("_registers", "event")
+
+    def __init__(self, event: Event, registers: dict[str, int]) -> None:
+        self.event = event
+        self._registers = registers
+
+    @property
+    def vcpu(self) -> VcpuId:
+        """The vCPU."""
+        return self.event.vcpu
+
+    @property
+    def registers(self) -> Registers:
+        """Its registers."""
+        return self.event.registers
+
+    def set_registers(self, **values: int) -> None:
+        """Set registers by name. With ``rip`` the instruction there is the next, not this one.
+
+        Raises:
+            InvalidArgumentError: There is no such register, or the value does not fit into it.
+        """
+        RESUME.with_registers(**values)
+        self._registers.update(values)
+
+
+class Hit(_Stop):
+    """A vCPU that is about to execute the instruction of a breakpoint, and waits.
+
+    Attributes:
+        breakpoint: The breakpoint.
+    """
+
+    __slots__ = ("breakpoint",)
+
+    def __init__(self, hit: Breakpoint, event: Event, registers: dict[str, int]) -> None:
+        super().__init__(event, registers)
+        self.breakpoint = hit
+
+    def __repr__(self) -> str:
+        return f"<Hit of {self.breakpoint!r} by vCPU {self.vcpu}>"
+
+
+class Touch(_Stop):
+    """A vCPU that is about to use memory that is watched, or just has, and waits.
+
+    Attributes:
+        watch: The watch.
+        address: Where the access begins, guest-physical: it may be before what is watched.
+        written: Whether it writes; it may read as well, which Xen does not tell.
+        certain: Whether it is known to reach what is watched. It is not where it begins less than
+            64 bytes before and nothing tells how long it is: the package capstone does.
+    """
+
+    __slots__ = ("address", "certain", "watch", "written")
+
+    def __init__(
+        self,
+        watch: Watch,
+        event: Event,
+        registers: dict[str, int],
+        access: MemoryUse,
+    ) -> None:
+        super().__init__(event, registers)
+        self.watch = watch
+        self.address, self.written = access.address, access.written
+        self.certain = access.begins_in(watch) or access.size is not None
+
+    def __repr__(self) -> str:
+        return f"<Touch of {self.watch!r} by vCPU {self.vcpu}>"
+
+
+Callback: TypeAlias = Callable[[Hit], object]
+"""Called with each hit of a breakpoint; what it returns says nothing."""
+TouchCallback: TypeAlias = Callable[[Touch], object]
+"""Called with each touch of what is watched; what it returns says nothing."""
+
+
+class Breakpoint:
+    """A place in the guest's code. Made by :meth:`Breakpoints.insert`.
+
+    Attributes:
+        address: Guest-physical.
+        hits: How often it was hit.
+    """
+
+    def __init__(self, owner: Breakpoints, address: int, callback: Callback) -> None:
+        self._owner = owner
+        self.address = address
+        self.callback = callback
+        self.hits = 0
+
+    def __repr__(self) -> str:
+        return f"<Breakpoint at {self.address:#x}>"
+
+    @property
+    def inserted(self) -> bool:
+        """Whether it is, still."""
+        return self._owner._has(self)
+
+    def remove(self) -> None:
+        """Take it out; again is harmless."""
+        self._owner.remove(self)
+
+
+class Watch:
+    """A range of bytes in the guest's memory. Made by :meth:`Breakpoints.watch`.
+
+    Attributes:
+        address: Guest-physical.
+        length: Bytes.
+        reads: Whether reads are told, too.
+        hits: How often it was used.
+        passed: How often something else in its pages was, in the same way.
+    """
+
+    def __init__(
+        self,
+        owner: Breakpoints,
+        address: int,
+        length: int,
+        reads: bool,
+        before: TouchCallback | None,
+        after: TouchCallback | None,
+    ) -> None:
+        self._owner = owner
+        self.address, self.length, self.reads = address, length, reads
+        self.before, self.after = before, after
+        self.hits = self.passed = 0
+
+    def __repr__(self) -> str:
+        return f"<Watch of {self.length} bytes at {self.address:#x}>"
+
+    @property
+    def gfns(self) -> range:
+        """The pages it is in."""
+        last = self.address + self.length - 1
+        return range(self.address >> PAGE_SHIFT, (last >> PAGE_SHIFT) + 1)
+
+    @property
+    def inserted(self) -> bool:
+        """Whether it is, still."""
+        return self._owner._watches(self)
+
+    def read(self) -> bytes:
+        """Read what is there now."""
+        return self._owner._domain.memory.read(self.address, self.length)
+
+    def remove(self) -> None:
+        """Take it out; again is harmless."""
+        self._owner.remove(self)
+
+
+class LinearBreakpoint:
+    """A breakpoint at a linear address. Made by :meth:`Breakpoints.insert_linear`.
+
+    Attributes:
+        address: Linear.
+        space: The page tables it is meant in.
+        physical: Where it is now; None while the tables lead nowhere.
+        hits: How often it was hit.
+        moves: How often the tables came to lead elsewhere, or nowhere.
+    """
+
+    def __init__(
+        self, owner: Breakpoints, space: AddressSpace, address: int, callback: Callback
+    ) -> None:
+        self._owner = owner
+        self.space, self.address, self.callback = space, address, callback
+        self.physical: int | None = None
+        self.hits = self.moves = 0
+        self._there: Breakpoint | None = None
+        self._watches: dict[int, Watch] = {}
+        """Of the entries that lead there, by their addresses."""
+
+    def __repr__(self) -> str:
+        return f"<LinearBreakpoint at {self.address:#x} by cr3 {self.space.paging.cr3:#x}>"
+
+    def remove(self) -> None:
+        """Take it out, and what watches the page tables for it; again is harmless."""
+        undo = UndoList()
+        for watch in self._watches.values():
+            undo.push("", watch.remove)
+        if self._there is not None:
+            undo.push("", self._there.remove)
+        undo.unwind(f"removing {self!r}")
+        with suppress(ValueError):  # it was never followed, or is removed again
+            self._owner._linear.remove(self)
+        self._watches.clear()
+        self._there = self.physical = None
+
+    def _hit(self, hit: Hit) -> None:
+        self.hits += 1
+        self.callback(hit)
+
+    def _follow(self, _touch: Touch | None = None) -> None:
+        """Go where the tables lead now, and hear of it when they lead elsewhere.
+
+        Entries may be written while their neighbours are looked at; so it is looked again until
+        all that were read are watched.
+        """
+        for _ in range(_MOST_LOOKS):
+            entries, physical = self._look()
+            new = entries.keys() - self._watches.keys()
+            for entry in new:
+                self._watches[entry] = self._owner.watch(entry, entries[entry], after=self._follow)
+            if not new:
+                break
+        for entry in self._watches.keys() - entries.keys():
+            self._watches.pop(entry).remove()
+        if physical == self.physical:
+            return
+        before, self._there = self._there, None
+        if before is not None:
+            before.remove()
+        self.moves += 1
+        self.physical = None
+        if physical is not None:
+            self._there = self._owner.insert(physical, self._hit)
+            self.physical = physical  # not before: if that fails, it is tried again
+
+    def _look(self) -> tuple[dict[int, int], int | None]:
+        """Walk: the entries that were read, address and size, and where they lead."""
+        memory = self._owner._domain.memory
+        entries: dict[int, int] = {}
+
+        def load(physical: int, size: int) -> int:
+            value = int.from_bytes(memory.read(physical, size), "little")
+            entries[physical] = size
+            return value
+
+        try:
+            physical = self.space.paging.walk(self.address, load).physical
+            memory.read(physical, 1)
+        except (Fault, InvalidArgumentError):
+            return entries, None
+        return entries, physical
+
+
+class MemoryUse:
+    """A use of memory."""
+
+    __slots__ = ("_event", "_looked", "_memory", "address", "size", "written")
+
+    def __init__(self, event: MemAccess, memory: Memory) -> None:
+        self.address = event.gfn << PAGE_SHIFT | event.offset
+        self.written = bool(event.access_flags & AccessFlag.W)
+        self.size: int | None = None
+        """Bytes, once somebody had to know."""
+        self._event, self._memory, self._looked = event, memory, False
+
+    def begins_in(self, watch: Watch) -> bool:
+        """Whether its first byte is watched."""
+        return watch.address <= self.address < watch.address + watch.length
+
+    def may_reach(self, watch: Watch) -> bool:
+        """Whether some of it is watched, as far as can be told."""
+        if self.begins_in(watch):
+            return True
+        if not self.address < watch.address < self.address + LONGEST_ACCESS:
+            return False
+        if not self._looked:
+            self._looked = True
+            self.size = access_size(self._event, self._memory)
+        return self.size is None or watch.address < self.address + self.size
