@@ -248,6 +248,10 @@ class Altp2m(Handle):
         self._check_open()
         self._listeners.append(callback)
 
+    def _tell_no_more(self, callback: Callable[[Lost], object]) -> None:
+        """Undo :meth:`on_lost`; again is harmless."""
+        self._listeners = [one for one in self._listeners if one != callback]
+
     def verify(
         self,
         views: Iterable[View] | None = None,

@@ -162,6 +162,10 @@ class Breakpoints(Handle):
         """By gfn."""
         self._linear: list[LinearBreakpoint] = []
         self._set_up()
+        # This one answers what those had waiting that are closed.
+        monitor._answerers = [
+            one for one in monitor._answerers if not (isinstance(one, Breakpoints) and one.closed)
+        ]
         monitor.answer_by_default(self)
         monitor._close_first(self)
         altp2m.on_lost(self._found_lost)
@@ -802,6 +806,7 @@ class Breakpoints(Handle):
             with suppress(XenError):
                 self._unmap(gfn)
         self._shadows.abandon()
+        self._altp2m._tell_no_more(self._found_lost)
         super().abandon()
 
     def _unmap(self, gfn: int) -> None:

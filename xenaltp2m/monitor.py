@@ -383,7 +383,7 @@ class Monitor(Handle):
     def _close_first(self, handle: Handle) -> None:
         """Have something closed before this monitor is: what needs its events to be answered."""
         self._check_open()
-        self._children.append(handle)
+        self._children = [child for child in self._children if not child.closed] + [handle]
 
     # Listening.
 

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -412,6 +414,22 @@ def test_a_page_is_not_copied_while_another_vcpu_writes_to_it(fast: bool) -> Non
         assert told[:2] == [("MemAccess", 0), ("MemAccess", 1)]
         assert hook.hits == 1
         assert reader.register("rax") == 1
+
+
+def test_nothing_keeps_those_that_are_closed(make: Make) -> None:
+    guest = make(INC_EAX * 3 + HALT)
+    closed = []
+    for _ in range(3):
+        guest.breakpoints.insert(CODE, guest.note)
+        guest.breakpoints.close()
+        closed.append(weakref.ref(guest.breakpoints))
+        guest.breakpoints = Breakpoints(guest.altp2m, guest.monitor)
+    gc.collect()
+    assert [one() for one in closed[1:]] == [None, None]  # the first is the fixture's
+    guest.breakpoints.insert(CODE + 1, guest.note)
+    assert guest.go().halted
+    assert guest.seen == [CODE + 1]
+    guest.breakpoints.close()
 
 
 @WAYS
