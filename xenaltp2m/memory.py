@@ -274,12 +274,7 @@ class AddressSpace:
         Raises:
             NotMappedError: Some of it leads nowhere.
         """
-        self._look_whether_it_ran()
-        parts = []
-        for at, count in _parts(address, length):
-            gfn, offset = divmod(self._translate(at).physical, PAGE_SIZE)
-            parts.append(self._page(gfn)[offset : offset + count])
-        return b"".join(parts)
+        return b"".join(self._pieces(address, length))
 
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """Write bytes at an address, across pages, whatever the guest itself may do there.
@@ -298,7 +293,12 @@ class AddressSpace:
             done += count
 
     def read_number(self, address: int, size: int = 8) -> int:
-        """Read a number of 1 to 8 bytes."""
+        """Read an unsigned number of 1 to 8 bytes, such as a pointer.
+
+        Raises:
+            NotMappedError: As :meth:`read`.
+            InvalidArgumentError: It has more bytes, or none.
+        """
         if not 1 <= size <= 8:
             raise InvalidArgumentError(f"a number of {size} bytes: it has 1 to 8")
         return int.from_bytes(self.read(address, size), "little")
@@ -309,16 +309,20 @@ class AddressSpace:
         Raises:
             NotMappedError: A page that it goes on in leads nowhere.
         """
-        self._look_whether_it_ran()
         found = b""
-        for at, count in _parts(address, limit):
-            gfn, offset = divmod(self._translate(at).physical, PAGE_SIZE)
-            part = bytes(self._page(gfn)[offset : offset + count])
-            end = part.find(b"\0")
-            if end >= 0:
-                return found + part[:end]
-            found += part
+        for piece in self._pieces(address, limit):
+            text, zero, _ = piece.partition(b"\0")
+            found += text
+            if zero:
+                break
         return found
+
+    def _pieces(self, address: int, length: int) -> Iterator[bytes]:
+        """Read a page's part at a time: copies, for a mapped page goes when others come."""
+        self._look_whether_it_ran()
+        for at, count in _parts(address, length):
+            gfn, offset = divmod(self._translate(at).physical, PAGE_SIZE)
+            yield bytes(self._page(gfn)[offset : offset + count])
 
     def _translate(self, address: int) -> LinearPage:
         if not self.paging.cr0 & CR0_PG:

@@ -10,6 +10,8 @@ from uuid import UUID
 
 import pytest
 
+import xenaltp2m as xa
+from xenaltp2m.abi.x86 import Paging
 from xenaltp2m.backend.libxc import LibxcBackend
 from xenaltp2m.errors import (
     DomainNotFoundError,
@@ -20,7 +22,8 @@ from xenaltp2m.errors import (
     UnsupportedError,
     XenError,
 )
-from xenaltp2m.types import DomainInfo, DomId, PodTarget, VcpuInfo
+from xenaltp2m.memory import AddressSpace, MappedPages
+from xenaltp2m.types import PAGE_SIZE, DomainInfo, DomId, PodTarget, VcpuInfo
 
 from . import fake as fakexc
 from .cases import DOMID
@@ -467,3 +470,12 @@ def test_esrch_with_and_without_a_gfn(backend: LibxcBackend, fake: Fake) -> None
     fake.fail("xc_altp2m_create_view", errno.EOPNOTSUPP)
     with pytest.raises(UnsupportedError):
         backend.altp2m_create_view(1, 7)
+
+
+def test_more_is_read_than_stays_mapped(backend: LibxcBackend, fake: Fake) -> None:
+    """The library refuses to unmap a page while a slice of it is alive."""
+    fake.answer("xc_domain_getinfolist", 1, data=info(DOMID))
+    with xa.connect(backend) as xen, xen.domain(DOMID) as dom, MappedPages(dom, most=2) as mapped:
+        unpaged = Paging(0, 0, 0, 0, user=False)
+        found = AddressSpace(dom.memory, unpaged, mapped).read(PAGE_SIZE, 5 * PAGE_SIZE)
+    assert found == b"".join(gfn.to_bytes(PAGE_SIZE, "little") for gfn in range(1, 6))
