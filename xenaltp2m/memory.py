@@ -104,7 +104,7 @@ class Memory:
 
         Args:
             registers: An event's, or what :meth:`Vcpu.registers` returned; by default vCPU 0's now.
-            cr3: Other page tables, of the same kind.
+            cr3: Another process's page tables, of the same kind.
             mapped: Where pages that are read stay mapped, for who reads much in a short time.
         """
         if registers is None:
@@ -118,16 +118,6 @@ class Memory:
             physical_bits=_PHYSICAL_BITS,
         )
         return AddressSpace(self, paging, mapped)
-
-    def read_va(self, cr3: int, address: int, length: int) -> bytes:
-        """Read from a linear address by the page tables at ``cr3``, in the mode vCPU 0 is in.
-
-        :meth:`address_space` does this for many reads.
-
-        Raises:
-            NotMappedError: The page tables lead nowhere.
-        """
-        return self.address_space(cr3=cr3).read(address, length)
 
     def _spans(self, address: int, length: int) -> Iterator[tuple[range, int, int]]:
         """Yield what to map at once: (gfns, offset in the first page, bytes)."""
