@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno as _errno
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 
@@ -59,7 +60,7 @@ class XenError(OSError):
         return f"{self.message}\n  likely causes:\n{causes}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.message, self.context() | {"hint": self.hint})
+        return partial(type(self), self.message, errno=self.errno), (), vars(self)
 
     def context(self) -> dict[str, Any]:
         """What the error is about: op, errno, domid, view, gfn and vcpu, as keyword arguments."""
@@ -71,14 +72,6 @@ class XenError(OSError):
             "gfn": self.gfn,
             "vcpu": self.vcpu,
         }
-
-
-def _rebuild_replay(message: str, line: int, expected: str | None, came: str) -> ReplayError:
-    return ReplayError(message, line=line, expected=expected, came=came)
-
-
-def _rebuild(kind: type[XenError], message: str, keywords: dict[str, Any]) -> XenError:
-    return kind(message, **keywords)
 
 
 class AccessDeniedError(XenError, PermissionError):
@@ -144,10 +137,6 @@ class HazardError(XenError):
         super().__init__(message, **keywords)
         self.hazards = tuple(hazards)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        keywords = self.context() | {"hint": self.hint, "hazards": self.hazards}
-        return _rebuild, (type(self), self.message, keywords)
-
 
 class RecordingError(XenError, ValueError):
     """A recording cannot be made or read: it is there already, damaged, or not known."""
@@ -169,7 +158,10 @@ class ReplayError(AssertionError):
         self.line, self.expected, self.came = line, expected, came
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild_replay, (str(self), self.line, self.expected, self.came)
+        made = partial(
+            type(self), str(self), line=self.line, expected=self.expected, came=self.came
+        )
+        return made, (), vars(self)
 
 
 class RingError(XenError):
@@ -190,10 +182,6 @@ class LeftoverError(XenError):
     def __str__(self) -> str:
         lines = [super().__str__(), *(f"  still in place: {thing}" for thing in self.left)]
         return "\n".join(lines)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        keywords = self.context() | {"hint": self.hint, "left": self.left}
-        return _rebuild, (type(self), self.message, keywords)
 
 
 class LibraryMismatchWarning(UserWarning):

@@ -141,6 +141,7 @@ def test_errors_travel_between_processes(kind: type[XenError], again: object) ->
     error = kind("it failed", op="op", errno=5, domid=1, view=2, gfn=3, vcpu=4, hint=("rain",))
     if isinstance(error, LeftoverError):
         error.left = ("view 1",)
+    error.add_note("still in place: a page")
     copied = again(error)
     assert type(copied) is kind
     assert (str(copied), copied.context()) == (str(error), error.context())
