@@ -762,8 +762,8 @@ EVENTS: Mapping[int, type[Event]] = MappingProxyType(
 
 SINGLESTEP_ON = Subscription(Singlestep, "monitor_singlestep")
 
-InguestPagefault = Subscription(None, "monitor_inguest_pagefault", {})
+InguestPagefault = Subscription(None, "monitor_inguest_pagefault")
 """No event for what the CPU's page walk does: Xen emulates the instruction instead."""
 
-EmulateEachRep = Subscription(None, "monitor_emulate_each_rep", {})
+EmulateEachRep = Subscription(None, "monitor_emulate_each_rep")
 """Emulate each repetition of a string instruction by itself."""

@@ -37,6 +37,7 @@ _SIGNED = frozenset((0x05, 0x06, 0x0D))
 _FLOATING = frozenset((0x03, 0x04, 0x09, 0x0F))
 """DW_ATE_complex_float, float, imaginary_float, decimal_float."""
 _STRUCTURES = frozenset(f"DW_TAG_{kind}_type" for kind in ("structure", "union", "class", "array"))
+_ORIGINS = "DW_AT_abstract_origin", "DW_AT_specification"
 _QUALIFIERS = {
     "DW_TAG_const_type": "const", "DW_TAG_volatile_type": "volatile",
     "DW_TAG_restrict_type": "restrict", "DW_TAG_atomic_type": "_Atomic",
@@ -181,7 +182,7 @@ class Prototypes:
             with self._reading():
                 for entry in self._functions(unit):
                     low, high = _bounds(entry)
-                    name = _text(self._attribute(entry, "DW_AT_name"))
+                    name = self._name_of(entry)
                     if low is not None and name:
                         found.append(Function(name, low, max(high - low, 0)))
             yield from found
@@ -252,24 +253,25 @@ class Prototypes:
             raise SymbolError(f"{self.name}: more than {MAX_ENTRIES} entries to search")
         return entry
 
-    def _attribute(self, entry: Any, name: str) -> Any:
-        """An attribute, of the entry or what it is made from."""
+    def _owner(self, entry: Any, name: str) -> Any:
+        """What has an attribute: the entry, or what that is made from; None if neither has."""
         for _ in range(_DEEPEST):
-            found = entry.attributes.get(name)
-            if found is not None:
-                return found
-            for link in ("DW_AT_abstract_origin", "DW_AT_specification"):
-                if link in entry.attributes:
-                    entry = self._take(entry.get_DIE_from_attribute(link))
-                    break
-            else:
+            if name in entry.attributes:
+                return entry
+            link = next((link for link in _ORIGINS if link in entry.attributes), None)
+            if link is None:
                 return None
+            entry = self._take(entry.get_DIE_from_attribute(link))
         return None
+
+    def _name_of(self, entry: Any) -> str:
+        owner = self._owner(entry, "DW_AT_name")
+        return "" if owner is None else _name(owner)
 
     # What they say.
 
     def _prototype(self, entry: Any) -> Prototype:
-        name = _text(self._attribute(entry, "DW_AT_name"))
+        name = self._name_of(entry)
         taken: list[tuple[str, Type]] = []
         variadic = False
         for child in entry.iter_children():
@@ -278,7 +280,7 @@ class Prototypes:
             if child.tag == "DW_TAG_formal_parameter":
                 if len(taken) == _MOST_PARAMETERS:
                     raise SymbolError(f"{self.name}: {name} has more than {len(taken)} parameters")
-                taken.append((_text(self._attribute(child, "DW_AT_name")), self._type_of(child)))
+                taken.append((self._name_of(child), self._type_of(child)))
         result = self._type_of(entry)
         place = _places_64 if self._is_64_bit else _places_32
         words = place([of for _, of in taken], result)
@@ -287,49 +289,32 @@ class Prototypes:
         )
         return Prototype(name, parameters, result, variadic)
 
-    def _type_of(self, entry: Any) -> Type:
+    def _type_of(self, entry: Any, depth: int = 0) -> Type:
         """The type that an entry refers to."""
-        for _ in range(_DEEPEST):
-            if "DW_AT_type" in entry.attributes:
-                return self._type(entry.get_DIE_from_attribute("DW_AT_type"))
-            origin = next(
-                (
-                    link
-                    for link in ("DW_AT_abstract_origin", "DW_AT_specification")
-                    if link in entry.attributes
-                ),
-                None,
-            )
-            if origin is None:
-                return VOID
-            entry = self._take(entry.get_DIE_from_attribute(origin))
-        return VOID
+        owner = self._owner(entry, "DW_AT_type")
+        if owner is None:
+            return VOID
+        return self._type(owner.get_DIE_from_attribute("DW_AT_type"), depth)
 
-    def _type(self, entry: Any, depth: int = 0) -> Type:
+    def _type(self, entry: Any, depth: int) -> Type:
         self._take(entry)
         if depth == _DEEPEST:
             raise SymbolError(f"{self.name}: a type refers to more than {_DEEPEST} others")
-
-        def below() -> Type:
-            if "DW_AT_type" not in entry.attributes:
-                return VOID
-            return self._type(entry.get_DIE_from_attribute("DW_AT_type"), depth + 1)
-
-        tag, name = entry.tag, _text(entry.attributes.get("DW_AT_name"))
+        tag, name = entry.tag, _name(entry)
         size = _number(entry, "DW_AT_byte_size") or 0
         if tag in ("DW_TAG_pointer_type", "DW_TAG_reference_type", "DW_TAG_rvalue_reference_type"):
-            target = below()
+            target = self._type_of(entry, depth + 1)
             star = "*" if tag == "DW_TAG_pointer_type" else "&"
             text = target.name + ("" if target.name.endswith(("*", "&")) else " ") + star
             is_text = target.name.removeprefix("const ") == "char"
             return Type(text, _WORD if self._is_64_bit else 4, "string" if is_text else "pointer")
         if tag in _QUALIFIERS:
-            target = below()
+            target = self._type_of(entry, depth + 1)
             if target.name.endswith("*"):
                 return target._replace(name=f"{target.name}{_QUALIFIERS[tag]}")
             return target._replace(name=f"{_QUALIFIERS[tag]} {target.name}")
         if tag == "DW_TAG_typedef":
-            target = below()
+            target = self._type_of(entry, depth + 1)
             return target._replace(name=name or target.name)
         if tag == "DW_TAG_base_type":
             encoding = _number(entry, "DW_AT_encoding")
@@ -395,7 +380,8 @@ def _number(entry: Any, name: str) -> int | None:
     return found.value if found is not None and isinstance(found.value, int) else None
 
 
-def _text(attribute: Any) -> str:
-    if attribute is None or not isinstance(attribute.value, bytes):
+def _name(entry: Any) -> str:
+    found = entry.attributes.get("DW_AT_name")
+    if found is None or not isinstance(found.value, bytes):
         return ""
-    return attribute.value.decode("utf-8", "backslashreplace")
+    return found.value.decode("utf-8", "backslashreplace")

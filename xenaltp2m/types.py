@@ -71,10 +71,7 @@ class Access(enum.Flag):
     """The host p2m's default access at the time of the call."""
 
     def __str__(self) -> str:
-        name = _ACCESS_NAMES.get(self)
-        if name is None:
-            return repr(self)
-        return name
+        return _ACCESS_NAMES.get(self) or repr(self)
 
 
 _ACCESS_NAMES = {

@@ -89,8 +89,7 @@ class Vcpu:
                 )
             start = starts[int(self.number)]
             for name, value in values.items():
-                offset, width = HVM_CPU.fields[name]
-                stream[start + offset : start + offset + width] = value.to_bytes(width, "little")
+                HVM_CPU.put(stream, name, value, start)
             try:
                 self._backend.domain_hvm_setcontext(domid, stream)
             except InvalidArgumentError:

@@ -72,9 +72,13 @@ class Layout(NamedTuple):
         """Make the structure with these unsigned values; the rest is zeros."""
         made = bytearray(self.size)
         for name, value in values.items():
-            offset, width = self.fields[name]
-            made[offset : offset + width] = value.to_bytes(width, "little")
+            self.put(made, name, value)
         return made
+
+    def put(self, buffer: bytearray, name: str, value: int, base: int = 0) -> None:
+        """Write an unsigned field of the structure that starts at ``base``."""
+        offset, width = self.fields[name]
+        buffer[base + offset : base + offset + width] = value.to_bytes(width, "little")
 
 
 class Steps(Generic[T]):

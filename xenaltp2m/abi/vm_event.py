@@ -161,9 +161,9 @@ def encode_request(
     request = bytearray(shape.size)
     HEAD.pack_into(request, 0, version, flags, reason, vcpu, view)
     for name, value in (fields or {}).items():
-        _put(shape, request, f"u.{name}", value)
+        shape.put(request, f"u.{name}", value)
     for name, value in (registers or {}).items():
-        _put(shape, request, REGISTER_PREFIX + name, value)
+        shape.put(request, REGISTER_PREFIX + name, value)
     return request
 
 
@@ -173,10 +173,5 @@ def patch_registers(version: int, raw: bytes, values: Mapping[str, int]) -> byte
     start = shape.fields["data"].offset
     patched = bytearray(raw)
     for name, value in values.items():
-        _put(shape, patched, REGISTER_PREFIX + name, value)
+        shape.put(patched, REGISTER_PREFIX + name, value)
     return patched[start : shape.fields[f"{REGISTER_PREFIX}rip"].offset + 8]
-
-
-def _put(shape: Layout, buffer: bytearray, name: str, value: int) -> None:
-    offset, width = shape.fields[name]
-    buffer[offset : offset + width] = value.to_bytes(width, "little")
