@@ -105,6 +105,10 @@ class Segment:
         """Tell whether ``size`` bytes from a virtual address on lie within."""
         return self.virtual <= address and address + size <= self.virtual + self.size
 
+    def physical(self, address: int) -> int:
+        """Return where a virtual address is, guest-physical."""
+        return address - self.virtual + self.address
+
 
 class Symbols:
     """Names for addresses, of an ELF image (:class:`Image`) or a kernel's list of its own.
@@ -251,8 +255,7 @@ class Image(Symbols):
         found = super().locate(address)
         if found is None:
             return None
-        within = address - self.slide
-        segment = next((segment for segment in self.segments if segment.holds(within)), None)
+        segment = self._segment_with(address - self.slide)
         if segment is None or found.symbol.address < segment.virtual:
             return None
         return found
@@ -263,13 +266,16 @@ class Image(Symbols):
         Raises:
             SymbolError: It lies in none: it is a number rather than a place, or reaches too far.
         """
-        for segment in self.segments:
-            if segment.holds(symbol.address, max(symbol.size, 1)):
-                return segment
-        raise SymbolError(
-            f"{self.name}: {symbol.name!r}, {symbol.size} bytes at {symbol.address:#x}, "
-            "is not in memory that the image loads"
-        )
+        segment = self._segment_with(symbol.address, max(symbol.size, 1))
+        if segment is None:
+            raise SymbolError(
+                f"{self.name}: {symbol.name!r}, {symbol.size} bytes at {symbol.address:#x}, "
+                "is not in memory that the image loads"
+            )
+        return segment
+
+    def _segment_with(self, address: int, size: int = 1) -> Segment | None:
+        return next((one for one in self.segments if one.holds(address, size)), None)
 
     def physical(self, symbol: Symbol) -> int:
         """Return the guest-physical address a symbol is loaded at.
@@ -277,8 +283,7 @@ class Image(Symbols):
         Raises:
             SymbolError: As :meth:`segment`.
         """
-        segment = self.segment(symbol)
-        return symbol.address - segment.virtual + segment.address
+        return self.segment(symbol).physical(symbol.address)
 
     def physical_of(self, address: int) -> int:
         """Return the guest-physical address that an address, slide included, is loaded at.
@@ -286,10 +291,10 @@ class Image(Symbols):
         Raises:
             SymbolError: The image has nothing there.
         """
-        for segment in self.segments:
-            if segment.holds(address - self.slide):
-                return address - self.slide - segment.virtual + segment.address
-        raise SymbolError(f"{self.name} loads nothing to {address:#x}")
+        segment = self._segment_with(address - self.slide)
+        if segment is None:
+            raise SymbolError(f"{self.name} loads nothing to {address:#x}")
+        return segment.physical(address - self.slide)
 
     def gfns(self, name: str) -> range:
         """Return the gfns a symbol lies in: one, unless it crosses a page boundary.

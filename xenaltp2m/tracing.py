@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
-from xenaltp2m.abi.x86 import CR0_PG, EFER_LMA
+from xenaltp2m.abi.x86 import CR0_PG, EFER_LMA, FRAME
 from xenaltp2m.breakpoints import Breakpoints
 from xenaltp2m.errors import InvalidArgumentError, NotMappedError
 from xenaltp2m.events import DomainEnded, Registers
@@ -31,13 +31,14 @@ if TYPE_CHECKING:
     from xenaltp2m.responses import Response
     from xenaltp2m.types import VcpuId
 
+_Place: TypeAlias = "int | tuple[AddressSpace, int]"
 _MOST_WAITING = 1 << 16
 """Calls whose return is waited for: some never come back."""
 _MOST_PLACES = 1 << 10
 """Places that traced functions come back to."""
 _IN_REGISTERS = "rdi", "rsi", "rdx", "rcx", "r8", "r9"
 """The first six arguments (System V ABI, AMD64)."""
-_CR3_ADDRESS = 0x000F_FFFF_FFFF_F000
+_CR3_ADDRESS = FRAME
 """The rest is a PCID, which changes as a kernel sees fit, and how to cache."""
 
 
@@ -140,20 +141,7 @@ class Trace(Handle):
         self._return_places: set[int] = set()
         """Where breakpoints are for these: they stay, for it will be called from there again."""
         try:
-            altp2m = domain.altp2m(accept=accept)
-            self._undo.push("", altp2m.close)
-            self._monitor = domain.monitor()
-            self._undo.push("", self._monitor.close)
-            self._breakpoints = Breakpoints(altp2m, self._monitor, fast=fast)
-            self._undo.push("", self._breakpoints.close)
-            self._mapped = MappedPages(domain)
-            self._undo.push("", self._mapped.close)
-            for name, place in places.items():
-                called = partial(self._called, name)
-                if isinstance(place, int):
-                    self._breakpoints.insert(place, called)
-                else:
-                    self._breakpoints.insert_linear(*place, called)
+            self._open(places, fast, accept)
         except BaseException as error:
             self._roll_back(self._undo, error, heir=domain._undo)
             super().abandon()
@@ -162,7 +150,24 @@ class Trace(Handle):
     def __repr__(self) -> str:
         return f"<Trace of {', '.join(self.hits)} in domain {self._domain.domid}>"
 
-    def _place(self, name: str) -> int | tuple[AddressSpace, int]:
+    def _open(self, places: Mapping[str, _Place], fast: bool, accept: Collection[str]) -> None:
+        """Open what is needed, and insert the breakpoints."""
+        altp2m = self._domain.altp2m(accept=accept)
+        self._undo.push("", altp2m.close)
+        self._monitor = self._domain.monitor()
+        self._undo.push("", self._monitor.close)
+        self._breakpoints = Breakpoints(altp2m, self._monitor, fast=fast)
+        self._undo.push("", self._breakpoints.close)
+        self._mapped = MappedPages(self._domain)
+        self._undo.push("", self._mapped.close)
+        for name, place in places.items():
+            called = partial(self._called, name)
+            if isinstance(place, int):
+                self._breakpoints.insert(place, called)
+            else:
+                self._breakpoints.insert_linear(*place, called)
+
+    def _place(self, name: str) -> _Place:
         """Where a function is: physical; or linear, if the page tables lead nowhere there yet."""
         linear = self._symbols.address(name)
         registers = self._domain.vcpu(0).registers()

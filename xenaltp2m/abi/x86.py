@@ -34,7 +34,8 @@ FLAG_RF, FLAG_VM, FLAG_AC = 1 << 16, 1 << 17, 1 << 18
 PTE_PRESENT, PTE_ACCESSED, PTE_DIRTY = 1, 1 << 5, 1 << 6
 _WRITABLE, _USER, _LARGE = 2, 4, 1 << 7
 _NO_EXECUTE = 1 << 63
-_FRAME = 0x000F_FFFF_FFFF_F000
+FRAME = 0x000F_FFFF_FFFF_F000
+"""The address in an entry of page tables, and in CR3 in long mode."""
 _U32 = (1 << 32) - 1
 _PDPTE_RESERVED = 0x1E6
 _READ, _WRITE, _FETCH = "r", "w", "x"
@@ -159,7 +160,7 @@ class Paging:
         long = bool(self.efer & EFER_LMA)
         if long and not canonical(address, 57 if len(levels) == 5 else 48):
             raise Fault(GP, 0)
-        base = self.cr3 & (_FRAME if long else 0xFFFF_FFE0 if self.cr4 & CR4_PAE else 0xFFFF_F000)
+        base = self.cr3 & (FRAME if long else 0xFFFF_FFE0 if self.cr4 & CR4_PAE else 0xFFFF_F000)
         writable = user = executable = True
         entries: list[Entry] = []
         for shift, bits, size in levels:
@@ -168,7 +169,7 @@ class Paging:
             entries.append(Entry(where, size, value))
             if not value & PTE_PRESENT:
                 raise self._fault(address, kind, 0)
-            base = value & _FRAME
+            base = value & FRAME
             if shift == 30 and not long:  # its rights are those of the tables below
                 if value & _PDPTE_RESERVED:
                     raise self._fault(address, kind, _ERROR_PRESENT | _ERROR_RESERVED)
