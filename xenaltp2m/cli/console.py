@@ -110,11 +110,9 @@ class Console:
     def error(self, error: xa.XenError) -> None:
         """Print an error in one line, and what may help below it."""
         headline = error.message.partition("\n")[0].removesuffix("; tried:")
-        lines: list[str] = []
-        hints = list(error.hint)
+        lines = [f"  hint: {hint}" for hint in error.hint]
         if isinstance(error, xa.LibraryError):
-            hints = [hint.replace('connect("mock")', "--connect mock") for hint in hints]
-        lines += [f"  hint: {hint}" for hint in hints]
+            lines = [line.replace('connect("mock")', "--connect mock") for line in lines]
         left = error.left if isinstance(error, xa.LeftoverError) else ()
         lines += [f"  still in place: {thing}" for thing in left]
         for note in getattr(error, "__notes__", ()):

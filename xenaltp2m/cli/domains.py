@@ -20,7 +20,6 @@ KEYS = """\
   altp2m_active (null where Xen or the domain has no altp2m)
 """
 
-_MIB = 1 << 20
 _SHUTDOWN_CRASH = 3
 
 
@@ -45,7 +44,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
                         facts["name"] or "",
                         facts["type"],
                         facts["state"],
-                        f"{facts['memory_kib'] * 1024 // _MIB} MiB",
+                        f"{facts['memory_kib'] // 1024} MiB",
                         _of(facts["vcpus"], facts["max_vcpus"]),
                         facts["altp2m_mode"] or "",
                         {True: "yes", False: "no", None: ""}[facts["altp2m_active"]],

@@ -59,10 +59,12 @@ def run(options: argparse.Namespace, console: Console) -> None:
                 left=[step.what for step in outcome.failed],
                 hint=[str(step.error) for step in outcome.failed],
             )
-        if not (options.dry_run or diagnose(xen, info.domid).healthy):
+        if options.dry_run:
+            return
+        after = diagnose(xen, info.domid)
+        if not after.healthy:
             raise xa.LeftoverError(
-                f"something is still wrong with domain {info.domid}",
-                left=diagnose(xen, info.domid).lines(),
+                f"something is still wrong with domain {info.domid}", left=after.lines()
             )
 
 
