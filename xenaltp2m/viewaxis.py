@@ -206,6 +206,14 @@ def size(pages: int) -> str:
     return f"{size:.4g} {unit}"
 
 
+def totals(runs: Iterable[tuple[Place, int, Any]]) -> Counts:
+    """Count the gfns and added pages of runs by value."""
+    found: Counts = Counter()
+    for _, count, value in runs:
+        found[value] += count
+    return found
+
+
 def vcpus_in(state: State, number: int | None) -> list[int]:
     """List the vCPUs in a view; with None those in none of the state's."""
     return [vcpu for vcpu, where in enumerate(state.vcpus) if where == number]

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from xml.etree import ElementTree as ET
 
 from xenaltp2m.types import Access
@@ -26,6 +26,7 @@ from xenaltp2m.viewaxis import (
     place_name,
     position,
     size,
+    totals,
     vcpus_in,
     view_name,
 )
@@ -74,7 +75,7 @@ def html(state: State) -> str:
                 str(view.default_access),
                 "yes" if view.visible else "no",
                 ", ".join(map(str, vcpus_in(state, number))),
-                _counted(_totals(view.access)),
+                _counted(totals(view.access)),
                 str(len(view.remaps)),
             )
             for number, view in enumerate(state.views[:_MOST_ROWS])
@@ -91,13 +92,6 @@ def html(state: State) -> str:
     # HTML knows no empty tags that end themselves.
     text = ET.tostring(page, encoding="unicode", short_empty_elements=False)
     return f"<!DOCTYPE html>\n{text}\n"
-
-
-def _totals(runs: Iterable[tuple[Place, int, Any]]) -> Counts:
-    found: Counts = Counter()
-    for _, count, value in runs:
-        found[value] += count
-    return found
 
 
 def _counted(counts: Counts) -> str:

@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 import xenaltp2m as xa
 from xenaltp2m.abi.releases import SUPPORTED
@@ -16,9 +16,6 @@ from xenaltp2m.backend import REPLAY
 from xenaltp2m.cli import demo, doctor, domains, lab, protect, rescue, state, trace, views, watch
 from xenaltp2m.cli.console import Console
 from xenaltp2m.cli.host import MOCK_DOMAIN
-from xenaltp2m.hazards import NAMES
-
-_OPENING_ALTP2M = "protect", "watch", "state", "trace"
 
 DONE, REFUSED, USAGE, LEFTOVER, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -95,30 +92,9 @@ def parser() -> argparse.ArgumentParser:
     _add_common(parser)
     parser.set_defaults(connect=None, record=None, xen=None, json=False, quiet=False)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_command(commands, "doctor", doctor)
-    _add_command(commands, "list", domains)
-    _add_command(commands, "views", views)
-    _add_command(commands, "watch", watch)
-    _add_command(commands, "trace", trace)
-    _add_command(commands, "protect", protect)
-    _add_command(commands, "state", state)
-    _add_command(commands, "rescue", rescue)
-    _add_command(commands, "demo", demo)
-    _add_command(commands, "lab", lab)
-    for name in _OPENING_ALTP2M:
-        _add_accept(commands.choices[name])
+    for name, module in _COMMANDS.items():
+        _add_command(commands, name, module)
     return parser
-
-
-def _add_accept(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--accept",
-        action="append",
-        default=[],
-        choices=NAMES,
-        metavar="HAZARD",
-        help="go on although the domain has this hazard, such as passthrough; may be given again",
-    )
 
 
 class Command(Protocol):
@@ -134,6 +110,20 @@ class Command(Protocol):
 
     def run(self, options: argparse.Namespace, console: Console) -> None:
         """Run it."""
+
+
+_COMMANDS: Final[dict[str, Command]] = {
+    "doctor": doctor,
+    "list": domains,
+    "views": views,
+    "watch": watch,
+    "trace": trace,
+    "protect": protect,
+    "state": state,
+    "rescue": rescue,
+    "demo": demo,
+    "lab": lab,
+}
 
 
 def _add_command(

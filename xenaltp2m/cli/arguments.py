@@ -5,27 +5,18 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import xenaltp2m as xa
+from xenaltp2m.cli.pages import counted
+from xenaltp2m.hazards import NAMES
 
 _ACCESSES = {
     name: xa.Access[name.upper()]
     for name in ("n", "r", "x", "rw", "rx", "rwx", "rx2rw", "n2rwx", "r_pw")
 }
-
-
-def access_among(names: Iterable[str]) -> Callable[[str], xa.Access]:
-    """Return what turns an argument into one of these accesses."""
-    known = list(names)
-
-    def access(text: str) -> xa.Access:
-        if text not in known:
-            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(known)}")
-        return _ACCESSES[text]
-
-    return access
 
 
 def seconds(text: str) -> float:
@@ -50,9 +41,55 @@ def number_among(text: str, among: range, what: str) -> int:
     return number
 
 
+def add_repeated(
+    parser: argparse.ArgumentParser, option: str, dest: str, metavar: str, what: str, **others: Any
+) -> None:
+    """Declare an option that may be given again."""
+    help_text = f"{what}; may be given again"
+    parser.add_argument(
+        option, action="append", default=[], dest=dest, metavar=metavar, help=help_text, **others
+    )
+
+
 def add_domain(parser: argparse.ArgumentParser) -> None:
     """Declare the domain that a command is about."""
     parser.add_argument("domain", metavar="DOMAIN", help="a domid, a name or a uuid")
+
+
+def add_image(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Declare the guest's image."""
+    parser.add_argument(
+        "--image",
+        required=required,
+        metavar="ELF",
+        help="the guest's image, for its symbols; the mock's guest executes it",
+    )
+
+
+def add_access(
+    parser: argparse.ArgumentParser, default: str, what: str, without: Iterable[str] = ()
+) -> None:
+    """Declare the access that a view gives."""
+    known = [name for name in _ACCESSES if name not in without]
+
+    def access(text: str) -> xa.Access:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(known)}")
+        return _ACCESSES[text]
+
+    parser.add_argument(
+        "--access",
+        type=access,
+        default=_ACCESSES[default],
+        metavar="ACCESS",
+        help=f"{what}: {', '.join(known)} (default: {default})",
+    )
+
+
+def add_accept(parser: argparse.ArgumentParser) -> None:
+    """Declare what hazards are accepted, of a command that opens altp2m."""
+    what = "go on although the domain has this hazard, such as passthrough"
+    add_repeated(parser, "--accept", "accept", "HAZARD", what, choices=NAMES)
 
 
 def add_duration(parser: argparse.ArgumentParser, what: str = "end") -> None:
@@ -75,3 +112,11 @@ def add_count(parser: argparse.ArgumentParser, noun: str, default: int | None = 
         metavar="N",
         help=f"end after so many {noun}{shown}",
     )
+
+
+def until(options: argparse.Namespace, noun: str | None = None) -> str:
+    """Say when a command ends by its duration, and by how many of ``noun``."""
+    text = "until Ctrl-C" if options.duration is None else f"for {options.duration:g} s"
+    if noun is None or options.count is None:
+        return text
+    return f"{text}, or {counted(options.count, noun)}"

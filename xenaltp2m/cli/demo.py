@@ -13,9 +13,9 @@ from typing import Any
 import xenaltp2m as xa
 from xenaltp2m.cli.arguments import add_count
 from xenaltp2m.cli.console import Console, Table
-from xenaltp2m.cli.host import MOCK_DOMAIN, Stop, connect, is_altp2m_active
+from xenaltp2m.cli.host import MOCK_DOMAIN, Stop, connect, is_altp2m_active, note_undone
 from xenaltp2m.cli.pages import counted
-from xenaltp2m.symbols import Image, Symbol
+from xenaltp2m.symbols import Image
 from xenaltp2m.tracing import Call, Seen, Trace
 
 SUMMARY = "trace a function of a guest that looks for observers, in vain"
@@ -84,19 +84,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         stop.wake = trace.stop
         if domain.info().paused:
             xen.backend.domain_unpause(domain.domid)
-        clock = xen.backend.clock
-        patience = clock.monotonic() + _PATIENCE
-        while not (stop.came or demo.enough or trace.ended):
-            seen = len(demo.calls)
-            trace.run(partial(demo.take, trace), _TICK_SECONDS)
-            if len(demo.calls) > seen:
-                patience = clock.monotonic() + _PATIENCE
-            elif clock.monotonic() > patience:
-                raise xa.UnsupportedError(
-                    f"{_FUNCTION} was not called in {_PATIENCE:g} s",
-                    domid=domain.domid,
-                    hint=(f"is it the demo's guest? start that: {_START}",),
-                )
+        demo.listen(trace, stop)
         noticed, passes = demo.self_check()
         document = {
             "xen": str(xen.release),
@@ -109,8 +97,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
             "noticed": noticed,
             "passes": passes,
         }
-    undone = ["breakpoint removed", "vCPUs moved back", "monitor closed"]
-    console.note(f"Undone: {', '.join(undone if was_active else [*undone, 'altp2m off'])}.")
+    undone = "breakpoint removed", "vCPUs moved back", "monitor closed"
+    note_undone(console, *undone, was_active=was_active)
     console.result(document, demo.table())
     if not console.as_json:
         if more := demo.calls[_SHOWN:]:
@@ -137,12 +125,32 @@ class _Demo:
         self._checked: tuple[int, int] | None = None
 
     @property
-    def enough(self) -> bool:
+    def _enough(self) -> bool:
         return len(self.calls) >= self._count
 
-    def take(self, trace: Trace, seen: Seen) -> None:
+    def listen(self, trace: Trace, stop: Stop) -> None:
+        """Collect calls until there are enough, a signal has come, or the domain has gone.
+
+        Raises:
+            UnsupportedError: None comes.
+        """
+        clock = self._domain.xen.backend.clock
+        patience = clock.monotonic() + _PATIENCE
+        while not (stop.came or self._enough or trace.ended):
+            seen = len(self.calls)
+            trace.run(partial(self._take, trace), _TICK_SECONDS)
+            if len(self.calls) > seen:
+                patience = clock.monotonic() + _PATIENCE
+            elif clock.monotonic() > patience:
+                raise xa.UnsupportedError(
+                    f"{_FUNCTION} was not called in {_PATIENCE:g} s",
+                    domid=self._domain.domid,
+                    hint=(f"is it the demo's guest? start that: {_START}",),
+                )
+
+    def _take(self, trace: Trace, seen: Seen) -> None:
         """Note a call, while its vCPU waits; with the last, end the trace."""
-        if isinstance(seen, Call) and not self.enough:
+        if isinstance(seen, Call) and not self._enough:
             symbol = None if seen.caller is None else self._image.locate(seen.caller)
             self.calls.append(
                 {
@@ -153,7 +161,7 @@ class _Demo:
                     "caller_symbol": None if symbol is None else str(symbol),
                 }
             )
-        if self.enough:
+        if self._enough:
             self._checked = self._checked or self._read()
             trace.stop()
 
@@ -163,8 +171,7 @@ class _Demo:
 
     def _read(self) -> tuple[int, int]:
         symbol = self._image.symbol("noticed")
-        place = self._image.physical(Symbol("", symbol.address, symbol.size))
-        raw = self._domain.memory.read(place, symbol.size)
+        raw = self._domain.memory.read(self._image.physical(symbol), symbol.size)
         *counters, passes = (
             int.from_bytes(raw[at : at + 4], "little") for at in range(0, len(raw), 4)
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -106,6 +107,12 @@ def is_altp2m_active(domain: xa.Domain, console: Console) -> bool:
     return active
 
 
+def note_undone(console: Console, *undone: str, was_active: bool) -> None:
+    """Say what was undone, altp2m with it, unless it was on before."""
+    done = undone if was_active else (*undone, "altp2m off")
+    console.note(f"Undone: {', '.join(done)}.")
+
+
 def _load(backend: MockBackend, domain: xa.Domain, image: Image, progress: Progress) -> bool:
     """Put the image into the guest's memory; tell whether the guest executes it."""
     with contextlib.suppress(ImportError, xa.InvalidArgumentError):
@@ -144,6 +151,13 @@ class Signals:
     def arrived(self, seconds: float) -> bool:
         """Wait for one to come, so long at most."""
         return signal.sigtimedwait(self._ALL, seconds) is not None
+
+    def awaited(self, duration: float | None) -> Iterator[None]:
+        """Yield each second until one comes, or so many seconds are over; None waits for ever."""
+        rest = math.inf if duration is None else duration
+        while rest > 0 and not self.arrived(min(rest, 1.0)):
+            rest -= 1.0
+            yield
 
     def __exit__(self, *_: object) -> None:
         if self._before is not None:

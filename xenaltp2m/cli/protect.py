@@ -5,15 +5,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import xenaltp2m as xa
-from xenaltp2m.cli.arguments import access_among, add_domain, add_duration
+from xenaltp2m.cli.arguments import (
+    add_accept,
+    add_access,
+    add_domain,
+    add_duration,
+    add_image,
+    add_repeated,
+    until,
+)
 from xenaltp2m.cli.console import Console, Table
-from xenaltp2m.cli.host import Signals, connect, is_altp2m_active
+from xenaltp2m.cli.host import Signals, connect, is_altp2m_active, note_undone
 from xenaltp2m.cli.pages import (
     check_loaded,
     counted,
@@ -38,34 +45,14 @@ page, for Xen makes it rwx when no monitor listens (or crashes the domain where 
                which the view differs from the host p2m; remapped_to is the first's, or null
 """
 
-_ACCESSES = ("n", "r", "x", "rw", "rx", "rwx", "rx2rw", "n2rwx", "r_pw")
-_WATCH_SECONDS = 1.0
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Say what the command takes."""
+    """Declare the arguments."""
     add_domain(parser)
-    parser.add_argument(
-        "--image",
-        required=True,
-        metavar="ELF",
-        help="the guest's image, for its symbols; the mock's guest executes it",
-    )
-    parser.add_argument(
-        "--symbol",
-        required=True,
-        action="append",
-        dest="symbols",
-        metavar="NAME",
-        help="what to protect, all pages of it; may be given again",
-    )
-    parser.add_argument(
-        "--access",
-        type=access_among(_ACCESSES),
-        default=xa.Access.RX,
-        metavar="ACCESS",
-        help=f"what the guest may do there: {', '.join(_ACCESSES)} (default: rx)",
-    )
+    add_image(parser, required=True)
+    what = "what to protect, all pages of it"
+    add_repeated(parser, "--symbol", "symbols", "NAME", what, required=True)
+    add_access(parser, "rx", "what the guest may do there")
     parser.add_argument(
         "--shadow",
         action=argparse.BooleanOptionalAction,
@@ -73,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="let the view show a copy of each page (default: --shadow)",
     )
     add_duration(parser)
+    add_accept(parser)
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
@@ -97,22 +85,16 @@ def run(options: argparse.Namespace, console: Console) -> None:
                 f"{xen.release} ({xen.backend.name}): what differs from the host p2m",
             ),
         )
-        if options.duration is None:
-            console.note(f"The guest runs in view {view.id} until Ctrl-C.")
-        elif options.duration:
-            console.note(f"The guest runs in view {view.id} for {options.duration:g} s.")
-        rest = math.inf if options.duration is None else options.duration
+        if options.duration != 0:
+            console.note(f"The guest runs in view {view.id} {until(options)}.")
         told: set[int] = set()
-        while rest > 0 and not signals.arrived(min(rest, _WATCH_SECONDS)):
-            rest -= _WATCH_SECONDS
+        for _ in signals.awaited(options.duration):
             _watch(view, told, console)
         _watch(view, told, console)
     undone = ["vCPUs moved back", f"view {view.id} destroyed"]
     if options.shadow:
         undone.append(f"{counted(len(gfns), 'page')} taken back")
-    if not was_active:
-        undone.append("altp2m off")
-    console.note(f"Undone: {', '.join(undone)}.")
+    note_undone(console, *undone, was_active=was_active)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Callable
@@ -16,11 +15,12 @@ import xenaltp2m as xa
 from xenaltp2m.capturing import compare, obstacles, restore, scan
 from xenaltp2m.carrying import import_views, imported_views, take_out_views
 from xenaltp2m.cli import picture
-from xenaltp2m.cli.arguments import add_duration, number_among
+from xenaltp2m.cli.arguments import add_accept, add_duration, number_among
 from xenaltp2m.cli.console import Console, Table
-from xenaltp2m.cli.host import Signals, connect, is_altp2m_active
+from xenaltp2m.cli.host import Signals, connect, is_altp2m_active, note_undone
 from xenaltp2m.cli.pages import counted
 from xenaltp2m.signals import guard
+from xenaltp2m.viewaxis import totals, vcpus_in
 from xenaltp2m.viewstate import MAX_FILE, State, ViewState, diff
 
 SUMMARY = "views as files: look at them, compare them, save them, make them in a domain"
@@ -67,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     picture.add_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="restore: tell what is in the way")
     add_duration(parser, "restore: end")
+    add_accept(parser)
 
 
 def _sample(text: str) -> int:
@@ -121,9 +122,12 @@ def _write(state: State, name: str) -> None:
 
 
 def _tell_of(state: State, name: str, what: str, console: Console) -> None:
-    views, pages = counted(len(state.views), "view"), counted(len(state.pages), "added page")
     document = {"file": name, "views": len(state.views), "pages": len(state.pages)}
-    console.result(document, Table((f"{what}: {views}, {pages}",), []))
+    console.result(document, Table((f"{what}: {_size(state)}",), []))
+
+
+def _size(state: State) -> str:
+    return f"{counted(len(state.views), 'view')}, {counted(len(state.pages), 'added page')}"
 
 
 def _show(options: argparse.Namespace, console: Console) -> None:
@@ -141,25 +145,20 @@ def _show(options: argparse.Namespace, console: Console) -> None:
             str(view.default_access) + ("" if view.visible else ", hidden"),
             ", ".join(f"{gfns} {access}" for access, gfns in _counts(view).items()),
             str(len(view.remaps)),
-            ", ".join(str(vcpu) for vcpu, where in enumerate(state.vcpus) if where == number),
+            ", ".join(map(str, vcpus_in(state, number))),
         )
         for number, view in enumerate(state.views)
     ]
     told = {key: state.origin.get(key) for key in ("domain", "name", "xen")}
     origin = ", ".join(f"{key} {value}" for key, value in told.items() if value)
-    title = (
-        f"{name}: {counted(len(state.views), 'view')}, {counted(len(state.pages), 'added page')}"
-    )
+    title = f"{name}: {_size(state)}"
     head = ("view", "label", "default", "gfns with access of their own", "remaps", "vCPUs")
     console.result(document, Table(head, rows, title=f"{title} ({origin})" if origin else title))
     picture.show(state, options, console)
 
 
 def _counts(view: ViewState) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for _, count, access in view.access:
-        found[str(access)] = found.get(str(access), 0) + count
-    return found
+    return {str(access): count for access, count in totals(view.access).items()}
 
 
 def _view(view: ViewState) -> dict[str, Any]:
@@ -251,10 +250,9 @@ def _restore(options: argparse.Namespace, console: Console) -> None:
             "Ctrl-C" if options.duration is None else f"{options.duration:g} s are over, or Ctrl-C"
         )
         console.note(f"Restored; kept until {until}.")
-        rest = math.inf if options.duration is None else options.duration
-        while rest > 0 and not signals.arrived(min(rest, 1.0)):
-            rest -= 1.0
-    console.note("Undone: views destroyed" + ("." if was_active else ", altp2m off."))
+        for _ in signals.awaited(options.duration):
+            pass
+    note_undone(console, "views destroyed", was_active=was_active)
 
 
 _ACTIONS: dict[str, Callable[[argparse.Namespace, Console], None]] = {

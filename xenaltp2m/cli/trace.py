@@ -5,17 +5,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import xenaltp2m as xa
-from xenaltp2m.cli.arguments import add_count, add_domain, add_duration, number_among, seconds
+from xenaltp2m.cli.arguments import (
+    add_accept,
+    add_count,
+    add_domain,
+    add_duration,
+    add_repeated,
+    number_among,
+    seconds,
+    until,
+)
 from xenaltp2m.cli.console import Console, Table, printable
-from xenaltp2m.cli.host import Stop, connect, is_altp2m_active
+from xenaltp2m.cli.course import Course
+from xenaltp2m.cli.host import Stop, connect, is_altp2m_active, note_undone
 from xenaltp2m.cli.pages import counted
 from xenaltp2m.memory import AddressSpace
 from xenaltp2m.prototypes import Parameter, Prototype, Prototypes, Type
@@ -72,14 +81,6 @@ _WORD = Type("", 8, "word")
 """Of which nothing is known: a small negative number is shown as one."""
 
 
-class _Wanted:
-    """A function, and what is known of what it takes."""
-
-    def __init__(self, name: str, prototype: Prototype | None) -> None:
-        self.name = name
-        self.prototype = prototype
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.set_defaults(usage_error=parser.error)
@@ -96,10 +97,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--slide", type=_slide, metavar="N", help="how far KASLR has moved the kernel, in bytes"
     )
     parser.add_argument("--returns", action="store_true", help="tell of returns, too")
-    parser.add_argument(
-        "--only-cr3", type=_cr3, action="append", dest="cr3", metavar="N",
-        help="tell only of calls with these page tables; may be given again",
-    )  # fmt: skip
+    what = "tell only of calls with these page tables"
+    add_repeated(parser, "--only-cr3", "cr3", "N", what, type=_cr3)
     parser.add_argument(
         "--rate",
         type=seconds,
@@ -115,12 +114,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_duration(parser)
     add_count(parser, "calls")
+    add_accept(parser)
 
 
-def _wanted(text: str) -> _Wanted:
+def _wanted(text: str) -> tuple[str, Prototype | None]:
+    """A function, and what it takes as far as the argument tells."""
     name, colon, kinds = text.rpartition(":")
     if not colon:
-        return _Wanted(text, None)
+        return text, None
     letters = kinds.split(",")
     if kinds.isdecimal():
         letters = ["x"] * min(int(kinds), _MOST_WORDS + 1)
@@ -132,7 +133,7 @@ def _wanted(text: str) -> _Wanted:
     parameters = tuple(
         Parameter("", Type("", 8, _KINDS[letter]), word) for word, letter in enumerate(letters)
     )
-    return _Wanted(name, Prototype(name, parameters, _WORD))
+    return name, Prototype(name, parameters, _WORD)
 
 
 def _slide(text: str) -> int:
@@ -167,20 +168,19 @@ def run(options: argparse.Namespace, console: Console) -> None:
                 symbols=symbols,
                 arguments={name: one.words for name, one in prototypes.items() if one is not None},
                 returns=options.returns,
-                cr3=options.cr3,
+                cr3=options.cr3 or None,
                 most_per_second=options.rate,
                 fast=not options.toggle,
                 accept=options.accept,
             )
         )
         stop.wake = trace.stop
-        teller = _Teller(options, console, domain, symbols, prototypes, trace)
-        teller.tell_start()
-        teller.listen(stop)
-    undone = ["breakpoints removed", "vCPUs moved back", "monitor closed"]
-    if not was_active:
-        undone.append("altp2m off")
-    console.note(f"Undone: {', '.join(undone)}.")
+        _tell_start(options, console, domain, symbols, prototypes)
+        course = Course(options, domain.xen.backend.clock, "call")
+        teller = _Teller(options, console, course, symbols, prototypes, trace, stop)
+        teller.listen()
+    undone = "breakpoints removed", "vCPUs moved back", "monitor closed"
+    note_undone(console, *undone, was_active=was_active)
     teller.sum_up()
 
 
@@ -188,7 +188,7 @@ def _prototypes(
     options: argparse.Namespace, symbols: Symbols, console: Console
 ) -> dict[str, Prototype | None]:
     """What each function takes, as the arguments or the file have it."""
-    found = {one.name: one.prototype for one in options.functions}
+    found: dict[str, Prototype | None] = dict(options.functions)
     unknown = [name for name, prototype in found.items() if prototype is None]
     if isinstance(symbols, Image) and unknown:
         try:
@@ -214,6 +214,24 @@ def _slid(options: argparse.Namespace, domain: xa.Domain, symbols: Symbols) -> S
     return symbols.slid(symbols.find_slide(registers))
 
 
+def _tell_start(
+    options: argparse.Namespace,
+    console: Console,
+    domain: xa.Domain,
+    symbols: Symbols,
+    prototypes: dict[str, Prototype | None],
+) -> None:
+    shown = [
+        name if prototype is None or prototype.result is _WORD else str(prototype)
+        for name, prototype in prototypes.items()
+    ]
+    slide = f", moved by {symbols.slide:#x}" if symbols.slide else ""
+    console.note(
+        f"Tracing domain {domain.domid} ({domain.name}) {until(options, 'call')}{slide}: "
+        f"{'; '.join(shown)}"
+    )
+
+
 class _Teller:
     """Tells and counts calls."""
 
@@ -221,81 +239,55 @@ class _Teller:
         self,
         options: argparse.Namespace,
         console: Console,
-        domain: xa.Domain,
+        course: Course,
         symbols: Symbols,
         prototypes: dict[str, Prototype | None],
         trace: Trace,
+        stop: Stop,
     ) -> None:
         self._console = console
-        self._domain = domain
         self._symbols = symbols
         self._prototypes = prototypes
         self._trace = trace
+        self._stop = stop
+        self._course = course
         self._top = options.top
-        self._duration: float | None = options.duration
-        self._most = math.inf if options.count is None else options.count
-        self._clock = domain.xen.backend.clock
-        self._start = self._end = self._clock.monotonic()
-        self._deadline = self._start + (math.inf if options.duration is None else options.duration)
-        self._told = 0
         self._lines: list[str] = []
-        self._next_tick = self._next_check = self._start
+        self._next_tick = 0.0
+        self._next_check = _VERIFY_SECONDS
         self._rates: dict[str, tuple[float, int]] = {}
-        self._stop: Stop | None = None
-
-    def tell_start(self) -> None:
-        """Say what goes on."""
-        until = "until Ctrl-C"
-        if self._duration is not None:
-            until = f"for {self._duration:g} s"
-        if self._most < math.inf:
-            until += f", or {counted(int(self._most), 'call')}"
-        shown = [
-            name if prototype is None or prototype.result is _WORD else str(prototype)
-            for name, prototype in self._prototypes.items()
-        ]
-        slide = f", moved by {self._symbols.slide:#x}" if self._symbols.slide else ""
-        self._console.note(
-            f"Tracing domain {self._domain.domid} ({self._domain.name}) {until}{slide}: "
-            f"{'; '.join(shown)}"
-        )
 
     # Listening.
 
-    def listen(self, stop: Stop) -> None:
+    def listen(self) -> None:
         """Tell what happens until something says that it is enough."""
-        self._stop = stop
-        self._next_check = self._start + _VERIFY_SECONDS
         trace = self._trace
-        while not stop.came and trace.ended is None and (left := self._left()) > 0:
+        while not self._stop.came and trace.ended is None and (left := self._course.left) > 0:
             tick = min(left, _TICK_SECONDS)
             trace.run(self._take, tick, seconds=tick)
             self._tick()
-        self._end = self._clock.monotonic()
+        self._course.end()
         if trace.ended is not None:
             self._lines.append(self._of_end(trace.ended))
         self._flush()
         self._console.status("")
 
-    def _left(self) -> float:
-        return 0 if self._told >= self._most else self._deadline - self._clock.monotonic()
-
     def _take(self, seen: Seen) -> None:
-        if self._left() <= 0:
+        if self._course.left <= 0:
             self._trace.stop()
             return
         if isinstance(seen, Call):
-            self._told += 1
+            self._course.told += 1
         if not self._top:
             line = self._document(seen) if self._console.as_json else self._text(seen)
             self._lines.append(line)
-        if self._left() <= 0:
+        if self._course.left <= 0:
             self._trace.stop()
         if len(self._lines) >= _LINES_AT_ONCE:
             self._flush()
 
     def _tick(self) -> None:
-        now = self._clock.monotonic()
+        now = self._course.passed
         self._flush()
         if now < self._next_tick:
             return
@@ -303,9 +295,7 @@ class _Teller:
         if self._top:
             self._print(partial(self._console.in_place, self._table(rates=True)))
         else:
-            calls, passed = self._trace.hits.total(), now - self._start
-            rate = calls / passed if passed else 0.0
-            status = f"{counted(calls, 'call')}, {rate:.0f} per second, {passed:.0f} s"
+            status = self._course.status(self._trace.hits.total())
             self._print(partial(self._console.status, status))
         if now >= self._next_check:
             self._next_check = now + _VERIFY_SECONDS
@@ -323,8 +313,7 @@ class _Teller:
             self._lines.clear()
             self._print(partial(self._console.line, text))
 
-    def _print(self, act: Any) -> None:
-        assert self._stop is not None
+    def _print(self, act: Callable[[], None]) -> None:
         self._stop.printing(act)
         if self._stop.came:
             self._trace.stop()
@@ -366,19 +355,19 @@ class _Teller:
 
     def _of_end(self, ended: xa.DomainEnded) -> str:
         if not self._console.as_json:
-            return f"{self._end - self._start:11.6f}  {ended}"
+            return f"{self._course.passed:11.6f}  {ended}"
         told = {"time": round(time.time(), 6), "event": "DomainEnded"}
         return json.dumps(told | {"shutdown_reason": ended.shutdown_reason})
 
     def _parameters(self, call: Call) -> Iterator[tuple[Parameter, int | None]]:
         prototype = self._prototypes[call.name]
         for one in () if prototype is None else prototype.parameters:
-            known = one.word is not None and one.word < len(call.arguments)
-            yield one, call.arguments[one.word] if known and one.word is not None else None
+            word, told = one.word, call.arguments
+            yield one, told[word] if word is not None and word < len(told) else None
 
     def _values(self, call: Call) -> Iterator[tuple[str, int | str | None]]:
         """What JSON has."""
-        space = self._space(call)
+        space = self._trace.address_space(call)
         for one, word in self._parameters(call):
             value: int | str | None = word
             if word is not None and one.type.kind == "string":
@@ -390,7 +379,7 @@ class _Teller:
 
     def _shown(self, call: Call) -> Iterator[tuple[str, str]]:
         """What people read."""
-        space = self._space(call)
+        space = self._trace.address_space(call)
         for one, word in self._parameters(call):
             shown = "?"
             if word is not None and one.type.kind == "structure":
@@ -399,9 +388,6 @@ class _Teller:
                 text = _read_text(space, word) if one.type.kind == "string" else None
                 shown = self._number(word, one.type) if text is None else _quoted(text)
             yield printable(one.name), shown
-
-    def _space(self, call: Call) -> AddressSpace:
-        return self._trace.address_space(call)
 
     def _number(self, word: int, of: Type) -> str:
         value = _number(word, of)
@@ -419,35 +405,30 @@ class _Teller:
     # Counting.
 
     def _table(self, *, rates: bool = False) -> Table:
-        passed = (self._clock.monotonic() if rates else self._end) - self._start
-        total = self._trace.hits.total()
         rows = []
         for name, calls in self._trace.hits.most_common():
-            rate = calls / passed if passed > 0 else 0.0
-            if rates:
-                rate = self._rate(name, calls)
+            rate = self._rate(name, calls) if rates else self._course.rate(calls)
             rows.append((name, str(calls), f"{rate:.0f}"))
-        rate = total / passed if passed > 0 else 0.0
-        title = f"{counted(total, 'call')} in {passed:.1f} s, {rate:.0f} per second"
+        title = self._course.title(self._trace.hits.total())
         return Table(("function", "calls", "per second"), rows, title=title)
 
     def _rate(self, name: str, calls: int) -> float:
         """How often it was called since the last look."""
-        now = self._clock.monotonic()
-        then, before = self._rates.get(name, (self._start, 0))
+        now = self._course.passed
+        then, before = self._rates.get(name, (0.0, 0))
         self._rates[name] = now, calls
         return (calls - before) / (now - then) if now > then else 0.0
 
     def sum_up(self) -> None:
         """Print how many calls there were, and of what."""
-        trace, passed = self._trace, self._end - self._start
+        trace, passed = self._trace, self._course.passed
         total = trace.hits.total()
         busy = min(trace.busy / passed, 1.0) if passed > 0 else 0.0
         if self._console.as_json:
             document = {
                 "calls": total,
                 "seconds": round(passed, 6),
-                "rate": round(total / passed if passed > 0 else 0.0, 3),
+                "rate": round(self._course.rate(total), 3),
                 "busy": round(busy, 6),
                 "dropped": trace.dropped,
                 "unfinished": trace.unfinished,

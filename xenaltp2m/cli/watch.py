@@ -6,26 +6,29 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import xenaltp2m as xa
-from xenaltp2m.backend.clock import Clock
 from xenaltp2m.cli.arguments import (
-    access_among,
+    add_accept,
+    add_access,
     add_count,
     add_domain,
     add_duration,
+    add_image,
+    add_repeated,
     number_among,
+    until,
 )
 from xenaltp2m.cli.console import Console, Table, printable
-from xenaltp2m.cli.host import Stop, connect, is_altp2m_active
+from xenaltp2m.cli.course import Course
+from xenaltp2m.cli.host import Stop, connect, is_altp2m_active, note_undone
 from xenaltp2m.cli.pages import (
     check_loaded,
     counted,
@@ -74,8 +77,8 @@ and a last line {"summary": {...}}:
   passed                 with --bytes or --exact: how often something else in the pages was used
 """
 
+_Kind: TypeAlias = xa.Subscription | type[xa.Event]
 _OF_BYTES = (xa.Access.R, xa.Access.N)
-_ACCESSES = ("n", "r", "x", "rw", "rx", "n2rwx", "r_pw")
 _MOST_PAGES = 1 << 20
 _MOST_BYTES = 1 << 20
 _MOST_VERIFIED = 1 << 12
@@ -84,69 +87,28 @@ _TICK_SECONDS = 0.25
 _VERIFY_SECONDS = 5.0
 _REGISTERS_IN_A_ROW = 6
 _MSR_LIMIT = 1 << 32
-_R, _W, _X = xa.AccessFlag.R, xa.AccessFlag.W, xa.AccessFlag.X
-_TRIED = [
-    "".join(letter if bits & bit else "-" for letter, bit in (("r", _R), ("w", _W), ("x", _X)))
-    for bits in range(8)
-]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Say what the command takes."""
+    """Declare the arguments."""
     parser.set_defaults(usage_error=parser.error)
     add_domain(parser)
-    parser.add_argument(
-        "--gfn",
-        type=_gfns,
-        action="append",
-        default=[],
-        dest="gfns",
-        metavar="N|A-B",
-        help="watch a page, or those from A to B; 0x for hexadecimal; may be given again",
-    )
-    parser.add_argument(
-        "--symbol",
-        action="append",
-        default=[],
-        dest="symbols",
-        metavar="NAME",
-        help="watch all pages of a symbol of the image; may be given again",
-    )
+    what = "watch a page, or those from A to B; 0x for hexadecimal"
+    add_repeated(parser, "--gfn", "gfns", "N|A-B", what, type=_gfns)
+    what = "watch all pages of a symbol of the image"
+    add_repeated(parser, "--symbol", "symbols", "NAME", what)
     parser.add_argument(
         "--exact",
         action="store_true",
         help="of a symbol, only its own bytes; what else its pages are used for is counted",
     )
-    parser.add_argument(
-        "--bytes",
-        type=_bytes,
-        action="append",
-        default=[],
-        metavar="ADDRESS:LENGTH",
-        help="watch bytes by their guest-physical address; may be given again",
-    )
-    parser.add_argument(
-        "--image",
-        metavar="ELF",
-        help="the guest's image, for its symbols; the mock's guest executes it",
-    )
-    parser.add_argument(
-        "--access",
-        type=access_among(_ACCESSES),
-        default=xa.Access.R,
-        metavar="ACCESS",
-        help=f"what the guest may do there unseen: {', '.join(_ACCESSES)} (default: r)",
-    )
+    what = "watch bytes by their guest-physical address"
+    add_repeated(parser, "--bytes", "bytes", "ADDRESS:LENGTH", what, type=_bytes)
+    add_image(parser)
+    add_access(parser, "r", "what the guest may do there unseen", without=("rwx", "rx2rw"))
     parser.add_argument("--cr3", action="store_true", help="tell of new values of CR3")
-    parser.add_argument(
-        "--msr",
-        type=_msr,
-        action="append",
-        default=[],
-        dest="msrs",
-        metavar="N",
-        help="tell of new values of a model-specific register; may be given again",
-    )
+    what = "tell of new values of a model-specific register"
+    add_repeated(parser, "--msr", "msrs", "N", what, type=_msr)
     parser.add_argument("--cpuid", action="store_true", help="tell of CPUID")
     parser.add_argument(
         "--breakpoints",
@@ -158,6 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_duration(parser)
     add_count(parser, "hits")
+    add_accept(parser)
 
 
 def _gfns(text: str) -> range:
@@ -192,20 +155,7 @@ def _msr(text: str) -> int:
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """Run the command."""
-    if options.symbols and options.image is None:
-        options.usage_error("--symbol needs --image")
-    kinds = _kinds(options)
-    if not (options.gfns or options.symbols or options.bytes or len(kinds) > 1):
-        options.usage_error(
-            "say what to watch: --gfn, --symbol, --bytes, --cr3, --msr, --cpuid, --breakpoints"
-        )
-    image = None if options.image is None else Image.open(options.image)
-    ranges = _ranges(options, image)
-    gfns = _pages(options, image)
-    if ranges and gfns:
-        options.usage_error("watch either bytes or whole pages")
-    if ranges and options.access not in _OF_BYTES:
-        options.usage_error("of bytes either writes are told, --access r, or all, --access n")
+    kinds, image, ranges, gfns = _wanted(options)
     with ExitStack() as stack:
         stop = stack.enter_context(Stop())
         xen = stack.enter_context(
@@ -230,8 +180,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
                 view = altp2m.create_view(label="watch")
                 view.set_access(gfns, options.access, progress=console.progress("protecting"))
                 altp2m.switch_to_view(view)
-            clock = xen.backend.clock
-            watch = _Watch(options, console, clock, image, view, breakpoints)
+            course = Course(options, xen.backend.clock, "hit")
+            watch = _Watch(options, console, course, image, view, breakpoints)
             watch.watch_bytes(ranges)
         _tell_start(domain, gfns, ranges, options, console, view)
         watch.check_view()
@@ -241,14 +191,40 @@ def run(options: argparse.Namespace, console: Console) -> None:
         undone += ["vCPUs moved back", f"view {view.id} destroyed"]
     if breakpoints is not None:
         undone += ["vCPUs moved back", "views destroyed"]
-    if not was_active:
-        undone.append("altp2m off")
-    console.note(f"Undone: {', '.join(undone)}.")
+    note_undone(console, *undone, was_active=was_active)
     watch.sum_up()
 
 
-def _kinds(options: argparse.Namespace) -> list[xa.Subscription | type[xa.Event]]:
-    kinds: list[xa.Subscription | type[xa.Event]] = [xa.MemAccess]
+class _Wanted(NamedTuple):
+    """What is watched."""
+
+    kinds: list[_Kind]
+    image: Image | None
+    ranges: list[tuple[int, int]]
+    """Of bytes: address, length."""
+    gfns: list[int]
+
+
+def _wanted(options: argparse.Namespace) -> _Wanted:
+    if options.symbols and options.image is None:
+        options.usage_error("--symbol needs --image")
+    kinds = _kinds(options)
+    if not (options.gfns or options.symbols or options.bytes or len(kinds) > 1):
+        options.usage_error(
+            "say what to watch: --gfn, --symbol, --bytes, --cr3, --msr, --cpuid, --breakpoints"
+        )
+    image = None if options.image is None else Image.open(options.image)
+    ranges = _ranges(options, image)
+    gfns = _pages(options, image)
+    if ranges and gfns:
+        options.usage_error("watch either bytes or whole pages")
+    if ranges and options.access not in _OF_BYTES:
+        options.usage_error("of bytes either writes are told, --access r, or all, --access n")
+    return _Wanted(kinds, image, ranges, gfns)
+
+
+def _kinds(options: argparse.Namespace) -> list[_Kind]:
+    kinds: list[_Kind] = [xa.MemAccess]
     if options.cr3:
         kinds.append(xa.WriteCtrlreg.on(xa.ControlRegister.CR3))
     kinds += [xa.MovToMsr.on(msr) for msr in dict.fromkeys(options.msrs)]
@@ -291,16 +267,12 @@ def _tell_start(
     console: Console,
     view: xa.View | None,
 ) -> None:
-    until = "until Ctrl-C"
-    if options.duration is not None:
-        until = f"for {options.duration:g} s"
-    if options.count is not None:
-        until += f", or {counted(options.count, 'hit')}"
+    end = until(options, "hit")
     if view is None:
         parts = [f"{counted(length, 'byte')} at {address:#x}" for address, length in ranges[:4]]
         parts += ["..."] if len(ranges) > 4 else []
         what = f"{', '.join(parts)} of " if parts else ""
-        console.note(f"Watching {what}domain {domain.domid} ({domain.name}) {until}.")
+        console.note(f"Watching {what}domain {domain.domid} ({domain.name}) {end}.")
         return
     runs = [
         [gfn for _, gfn in run]
@@ -311,7 +283,7 @@ def _tell_start(
         shown += ", ..."
     console.note(
         f"Watching gfn {shown} of domain {domain.domid} ({domain.name}) in view {view.id}, "
-        f"where it is {options.access}, {until}."
+        f"where it is {options.access}, {end}."
     )
 
 
@@ -322,7 +294,7 @@ class _Watch:
         self,
         options: argparse.Namespace,
         console: Console,
-        clock: Clock,
+        course: Course,
         image: Image | None,
         view: xa.View | None,
         breakpoints: xa.Breakpoints | None,
@@ -336,14 +308,10 @@ class _Watch:
         self._view = view
         self._access = options.access
         self._registers = options.registers
-        self._most = math.inf if options.count is None else options.count
         self._once_in_view_0 = None
         if view is not None:
             self._once_in_view_0 = xa.Response.fast_singlestep(through=0, back_to=view)
-        self._clock = clock
-        self._start = self._end = clock.monotonic()
-        self._deadline = self._start + (math.inf if options.duration is None else options.duration)
-        self._hits = 0
+        self._course = course
         self._counted: Counter[tuple[str, int | None, str, int]] = Counter()
         """By event, gfn, what was tried, and vCPU."""
         self._told: set[int] = set()
@@ -367,7 +335,7 @@ class _Watch:
         """Answer what happens until something says that it is enough."""
         view_id = -1 if self._view is None else self._view.id
         going_on = True
-        while going_on and not stop.came and (left := self._left()) > 0:
+        while going_on and not stop.came and (left := self._course.left) > 0:
             # Closed here, for the garbage collector would swallow what ending it raises.
             with contextlib.closing(monitor.events(min(left, _TICK_SECONDS))) as events:
                 for event in events:
@@ -377,13 +345,13 @@ class _Watch:
                     if self._is_told(event):
                         stop.printing(partial(self._take, event))
                     going_on = not isinstance(event, xa.DomainEnded)
-                    if stop.came or not going_on or self._left() <= 0:
+                    if stop.came or not going_on or self._course.left <= 0:
                         break
-                    if self._clock.monotonic() >= self._next_tick:
+                    if self._course.passed >= self._next_tick:
                         self._tick(stop)
             if going_on:
                 self._tick(stop)
-        self._end = self._clock.monotonic()
+        self._course.end()
         self._console.status("")
 
     def _is_told(self, event: xa.Event) -> bool:
@@ -397,13 +365,9 @@ class _Watch:
         event.reply(response)
         return self._touched or (self._tells_int3 and isinstance(event, xa.SoftwareBreakpoint))
 
-    def _left(self) -> float:
-        """How many seconds are left; none once there were hits enough."""
-        return 0 if self._hits >= self._most else self._deadline - self._clock.monotonic()
-
     def _take(self, event: xa.Event) -> None:
         if not isinstance(event, xa.DomainEnded):
-            self._hits += 1
+            self._course.told += 1
             what: tuple[str, int | None, str] = (type(event).__name__, None, "")
             if isinstance(event, xa.MemAccess):
                 what = (what[0], event.gfn, _tried(event))
@@ -411,14 +375,12 @@ class _Watch:
         if self._console.as_json:
             self._console.line(json.dumps(self._document(event)))
         else:
-            self._console.line(self._text(event, self._clock.monotonic() - self._start))
+            self._console.line(self._text(event, self._course.passed))
 
     def _tick(self, stop: Stop) -> None:
-        now = self._clock.monotonic()
+        now = self._course.passed
         self._next_tick = now + _TICK_SECONDS
-        passed = now - self._start
-        rate = self._hits / passed if passed else 0.0
-        status = f"{counted(self._hits, 'hit')}, {rate:.0f} per second, {passed:.0f} s"
+        status = self._course.status(self._course.told)
         stop.printing(partial(self._console.status, status))
         if now >= self._next_check:
             self.check_view()
@@ -428,7 +390,7 @@ class _Watch:
 
         With many pages that would take too long; those stay as they were set.
         """
-        self._next_check = self._clock.monotonic() + _VERIFY_SECONDS
+        self._next_check = self._course.passed + _VERIFY_SECONDS
         if self._breakpoints is not None:
             for gfn in self._breakpoints.verify():
                 self._warn_of(gfn)
@@ -509,13 +471,12 @@ class _Watch:
 
     def sum_up(self) -> None:
         """Print how many hits there were, and of what."""
-        passed = self._end - self._start
-        rate = self._hits / passed if passed > 0 else 0.0
+        course = self._course
         if self._console.as_json:
             document = {
-                "hits": self._hits,
-                "seconds": round(passed, 6),
-                "rate": round(rate, 3),
+                "hits": course.told,
+                "seconds": round(course.passed, 6),
+                "rate": round(course.rate(course.told), 3),
                 "by_event": self._by(0),
                 "by_vcpu": self._by(3),
                 "by_gfn": self._by_gfn(),
@@ -524,8 +485,8 @@ class _Watch:
                 document["passed"] = sum(watch.passed for watch in self._watches)
             self._console.line(json.dumps({"summary": document}))
             return
-        title = f"{counted(self._hits, 'hit')} in {passed:.1f} s, {rate:.0f} per second"
-        if self._hits:
+        title = course.title(course.told)
+        if course.told:
             self._console.line("")
             self._console.table(
                 Table(("what", "hits", "tried", "vCPUs"), self._rows(), title=title)
@@ -573,7 +534,7 @@ class _Watch:
 
 
 def _tried(event: xa.MemAccess) -> str:
-    return _TRIED[event.access_flags & (_R | _W | _X)]
+    return str(xa.Access(event.access_flags & xa.Access.RWX.value))  # they have the same bits
 
 
 def _linear(event: xa.MemAccess) -> int | None:
