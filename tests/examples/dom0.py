@@ -22,7 +22,7 @@ from xenaltp2m import cli, xen
 from xenaltp2m.backend import Backend, open_backend
 from xenaltp2m.backend.mock import Instruction, MockBackend, WriteControlRegister
 from xenaltp2m.carrying import import_views
-from xenaltp2m.doctor import Finding, examine_xen
+from xenaltp2m.doctor import Finding, Machine, examine_xen
 from xenaltp2m.types import PAGE_SIZE
 from xenaltp2m.viewstate import State
 
@@ -84,8 +84,8 @@ def main() -> int:
     def opened(name: str) -> Backend:
         return mock if name == "libxc" else open_backend(name)
 
-    def examined(which: str | None) -> list[Finding]:
-        with xen.connect(mock) as connection:
+    def examined(which: str | None, machine: Machine) -> list[Finding]:
+        with machine.connect() as connection:
             return examine_xen(connection, which)
 
     with (

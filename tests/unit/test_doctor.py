@@ -581,7 +581,8 @@ def test_the_command_looks_at_this_machine(
 ) -> None:
     asked: list[object] = []
 
-    def look(which: object) -> list[Finding]:
+    def look(which: object, machine: doctor.Machine) -> list[Finding]:
+        assert machine.sysfs == Path("/sys/hypervisor")
         asked.append(which)
         return [Finding("hypervisor", Grade.OK, "a name\x1b[2J\nand more")]
 

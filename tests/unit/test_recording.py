@@ -32,6 +32,7 @@ from xenaltp2m.backend.mock import Access, Instruction, MockBackend
 from xenaltp2m.backend.recording import RecordingBackend
 from xenaltp2m.backend.replay import ReplayBackend
 from xenaltp2m.breakpoints import Breakpoints
+from xenaltp2m.doctor import Finding, Machine, examine_xen
 from xenaltp2m.symbols import Image
 
 GUESTS = HELLO.parent
@@ -676,7 +677,9 @@ WATCH = ["watch", "guest", "--image", str(HELLO), "--symbol", "counter", "--coun
 TRACE = ["trace", "guest", "--symbols", str(HELLO), "target", "--returns", "--count", "6"]
 
 
-@pytest.mark.parametrize("command", [["list"], WATCH, TRACE], ids=lambda command: command[0])
+@pytest.mark.parametrize(
+    "command", [["list"], ["doctor", "guest"], WATCH, TRACE], ids=lambda command: command[0]
+)
 def test_a_command_says_the_same(
     command: list[str], path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -690,6 +693,24 @@ def test_a_command_says_the_same(
     assert "guest" in "".join(first[0]) + first[1]
     assert cli.main([*command, "--connect", f"replay:{path}"]) == cli.DONE
     assert told() == first
+
+
+def test_what_doctor_asks_of_a_host_is_recorded(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def examine(which: str, machine: Machine) -> list[Finding]:
+        with machine.connect() as xen:
+            return examine_xen(xen, which)
+
+    with monkeypatch.context() as patch:
+        mock = MockBackend()
+        mock.add_domain("guest")
+        patch.setattr("xenaltp2m.xen.open_backend", {"libxc": mock}.__getitem__)
+        patch.setattr("xenaltp2m.cli.doctor.examine", examine)
+        assert cli.main(["--json", "--record", str(path), "doctor", "guest"]) == cli.DONE
+    first = capsys.readouterr().out
+    assert cli.main(["--json", "--connect", f"replay:{path}", "doctor", "guest"]) == cli.DONE
+    assert capsys.readouterr().out.replace("through replay", "through mock") == first
 
 
 def test_another_command_is_told_apart(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

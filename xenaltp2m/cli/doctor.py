@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from functools import partial
 
+import xenaltp2m as xa
 from xenaltp2m.cli.console import Console, Table, printable
 from xenaltp2m.cli.host import connect
-from xenaltp2m.doctor import Finding, Grade, examine, examine_xen, healthy
+from xenaltp2m.doctor import Finding, Grade, Machine, examine, examine_xen, healthy
 
 SUMMARY = "find out what keeps altp2m from working, here and on a domain"
 
@@ -18,7 +20,7 @@ problem, altp2m cannot be used so. What is not ok has its cause and its cure. Th
 where there is a problem.
 
 Without DOMAIN the machine and its Xen are looked at. With --connect mock it is the mock and its
-domain. --quiet leaves out what is ok.
+domain, with --connect replay:FILE what Xen told then. --quiet leaves out what is ok.
 
 --json prints {"healthy": true or false, "findings": [...]}, each finding with
   check, severity ("ok", "note", "warning", "problem"), evidence, cause, cure, link
@@ -34,11 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """Run the command."""
-    if options.connect == "mock":
+    if options.connect == "libxc":
+        machine = Machine(connect=partial(xa.connect, record=options.record))
+        found = examine(options.domain, machine)
+    else:
         with connect(options, console) as xen:
             found = examine_xen(xen, options.domain)
-    else:
-        found = examine(options.domain)
     if console.as_json:
         findings = [asdict(finding) for finding in found]
         console.result({"healthy": healthy(found), "findings": findings}, Table((), ()))
