@@ -56,7 +56,7 @@ _MAP_LINE = re.compile(rb"[0-9A-Fa-f]{1,16} [A-Za-z?] ")
 _ELSEWHERE = b"ffffffffffffffff B The"
 """Debian's System.map is a sentence that says which package has it."""
 _LONGEST_LINE = 1024
-_WITH_OFFSET = re.compile(r"(.+)\+(0x[0-9a-fA-F]+|[0-9]+)")
+_WITH_OFFSET = re.compile(r"(.+)\+(0x[0-9a-fA-F]{1,16}|0|[1-9][0-9]{0,18})")
 SYSTEM_CALL = "entry_SYSCALL_64"
 """Where a Linux kernel's system calls enter: MSR_LSTAR has its address."""
 _SLIDE_STEP, _SLIDE_LIMIT = 2 << 20, 1 << 30

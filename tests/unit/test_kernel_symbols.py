@@ -50,6 +50,9 @@ def registers(lstar: int) -> Registers:
 def test_names_and_addresses(kernel: Symbols) -> None:
     assert kernel.address("do_sys_openat2") == 0xFFFFFFFF81200100
     assert kernel.address("do_sys_openat2+0x10") == 0xFFFFFFFF81200110
+    for offset in ("08", "9" * 5000, "0x" + "f" * 17):
+        with pytest.raises(SymbolError, match="has no symbol 'do_sys_openat2"):
+            kernel.address(f"do_sys_openat2+{offset}")
     assert kernel.address("do_sys_openat2+16") == 0xFFFFFFFF81200110
     assert kernel.address("a+0x10") == 0xFFFFFFFF81200180  # a name like that
     assert str(kernel.locate(0xFFFFFFFF81200105)) == "do_sys_openat2+0x5"
