@@ -622,7 +622,8 @@ class Cpuid(Event):
     @property
     def default_response(self) -> Response:
         """The guest gets Xen's results."""
-        return RESUME.with_registers(rip=self.registers.rip + self.insn_length)
+        after = self.registers.rip + self.insn_length  # at the end of the address space: 0
+        return RESUME.with_registers(rip=after & (1 << 64) - 1)
 
 
 class PrivilegedCall(Event):

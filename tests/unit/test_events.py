@@ -231,10 +231,10 @@ def test_registers_that_are_not_named_keep_the_event_s_values(version: int) -> N
 
 
 def test_the_defaults_let_the_guest_go_on() -> None:
-    def default(reason: int, **request: int) -> xa.Response:
+    def default(reason: int, rip: int = 0x100, **request: int) -> xa.Response:
         fields = {"cpuid.insn_length": 2} if reason == xa.Reason.CPUID else None
         return xa.Event.of(
-            encode_request(7, reason, 0, fields=fields, registers={"rip": 0x100}, **request)
+            encode_request(7, reason, 0, fields=fields, registers={"rip": rip}, **request)
         ).default_response
 
     step = xa.Response.fast_singlestep(through=0, back_to=3)
@@ -245,6 +245,7 @@ def test_the_defaults_let_the_guest_go_on() -> None:
     assert default(xa.Reason.DEBUG_EXCEPTION) == xa.Response.reinject()
     assert default(xa.Reason.DESCRIPTOR_ACCESS) == xa.Response.emulate()
     assert default(xa.Reason.CPUID).registers == {"rip": 0x102}
+    assert default(xa.Reason.CPUID, (1 << 64) - 2).registers == {"rip": 0}, "the CPU's own sum"
     assert default(xa.Reason.WRITE_CTRLREG) == xa.Response.resume()
 
 
