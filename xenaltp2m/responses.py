@@ -41,7 +41,7 @@ class Action(enum.Enum):
     """The vCPU executes one instruction with the event's switch off for the whole domain."""
 
 
-INSTRUCTION_BYTES = 16
+_INSTRUCTION_BYTES = 16
 _NOP = b"\x90"
 _READ_DATA_ROOM = min(map(read_data_room, layouts.VM_EVENT))
 _REGISTER_LIMIT = 1 << 64
@@ -178,9 +178,9 @@ class Response:
             raise InvalidArgumentError(
                 f"{len(self.read_data)} bytes of read_data: at most {_READ_DATA_ROOM} fit"
             )
-        if len(self.instruction) > INSTRUCTION_BYTES:
+        if len(self.instruction) > _INSTRUCTION_BYTES:
             raise InvalidArgumentError(
-                f"{len(self.instruction)} bytes of instruction: at most {INSTRUCTION_BYTES} fit"
+                f"{len(self.instruction)} bytes of instruction: at most {_INSTRUCTION_BYTES} fit"
             )
         if self.action is Action.FAST_SINGLESTEP:
             _check_live(self.back_to)
@@ -205,7 +205,7 @@ class Response:
     def _data(self) -> bytes:
         if self.read_data:
             return len(self.read_data).to_bytes(4, "little") + self.read_data
-        return self.instruction and self.instruction.ljust(INSTRUCTION_BYTES, _NOP)
+        return self.instruction and self.instruction.ljust(_INSTRUCTION_BYTES, _NOP)
 
 
 _ACTION_FLAGS = {

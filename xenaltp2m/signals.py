@@ -10,6 +10,9 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+ENDING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+"""Those that somebody ends a process with who waits for it to end in order."""
+
 
 class SignalGuard:
     """Makes signals that would kill the process raise SystemExit while a monitor is open."""
@@ -46,7 +49,7 @@ class SignalGuard:
         came: list[int] = []
         before = {}
         try:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for number in ENDING:
                 if callable(handler := signal.getsignal(number)):
                     before[number] = handler
                     signal.signal(number, lambda which, _: came.append(which))

@@ -275,7 +275,7 @@ class Trace(Handle):
         if now < self._next:
             self.dropped += 1
             return
-        self._next = max(now, self._next) + self._interval
+        self._next = now + self._interval
         width = 8 if registers.msr_efer & EFER_LMA else 4
         count = (
             self._arguments if isinstance(self._arguments, int) else self._arguments.get(name, 0)

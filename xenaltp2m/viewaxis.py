@@ -186,6 +186,11 @@ def view_name(number: int, view: ViewState) -> str:
     return f"view {number}" + (f" {shown(view.label)}" if view.label else "")
 
 
+def view_words(view: ViewState) -> list[str]:
+    """Say what a view is like."""
+    return [f"default {view.default_access}", *([] if view.visible else ["hidden"])]
+
+
 def place_name(first: int, count: int = 1) -> str:
     """Name positions."""
     noun, start, number = ("gfn", first, hex)

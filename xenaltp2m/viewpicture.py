@@ -29,6 +29,7 @@ from xenaltp2m.viewaxis import (
     totals,
     vcpus_in,
     view_name,
+    view_words,
 )
 from xenaltp2m.viewstate import Place, State, ViewState
 
@@ -246,8 +247,7 @@ class _Drawing:
         name = view_name(number, view)
         if view.remaps:
             y += _ARCS
-        words = [f"default {view.default_access}"] + ([] if view.visible else ["hidden"])
-        self._label(y, name, ", ".join(words), vcpus_in(self._state, number))
+        self._label(y, name, ", ".join(view_words(view)), vcpus_in(self._state, number))
         self._rests(group, name, y)
         self._cells(group, name, self._axis.spread(view.access), y)
         if not view.visible and self._axis.columns:
@@ -372,7 +372,7 @@ class _Drawing:
             _text(box, "title", f"{name}: {where}: suppress #VE {words}")
             self._shown.add(kind)
 
-    def _arc(self, group: ET.Element, name: str, remap: Remap, y: float) -> None:
+    def _arc(self, group: ET.Element, name: str, remap: _Remap, y: float) -> None:
         """Draw an arc from what is remapped to what is shown."""
         source, target = self._middle(remap.source), self._middle(remap.target)
         part = min(1.0, abs(target - source) / max(self._edges[-1], 1.0))
@@ -535,7 +535,7 @@ def _number(value: float) -> str:
     return f"{round(value, 2):.10g}"
 
 
-class Remap(NamedTuple):
+class _Remap(NamedTuple):
     """Remaps between the same two columns."""
 
     source: int
@@ -543,15 +543,15 @@ class Remap(NamedTuple):
     pairs: list[tuple[Place, Place]]
 
 
-def _remaps(view: ViewState, axis: Axis, most: int, bundles: int) -> list[Remap]:
+def _remaps(view: ViewState, axis: Axis, most: int, bundles: int) -> list[_Remap]:
     """Return a view's remaps, joined to bundles where they are too many to be told apart."""
     coarse = 1
     while True:
-        found: dict[tuple[int, int], Remap] = {}
+        found: dict[tuple[int, int], _Remap] = {}
         for pair in view.remaps:
             source, target = (axis.column(position(place)) for place in pair)
             key = source // coarse, target // coarse
-            found.setdefault(key, Remap(source, target, [])).pairs.append(pair)
+            found.setdefault(key, _Remap(source, target, [])).pairs.append(pair)
         if len(found) <= (most if coarse == 1 else bundles):
             return list(found.values())
         coarse *= 2

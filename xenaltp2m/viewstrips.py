@@ -21,6 +21,7 @@ from xenaltp2m.viewaxis import (
     size,
     vcpus_in,
     view_name,
+    view_words,
 )
 from xenaltp2m.viewstate import State, ViewState
 
@@ -94,8 +95,7 @@ class _Strips:
         if elsewhere:
             self._head(ELSEWHERE, [], elsewhere, width)
         for number, view in enumerate(state.views):
-            words = [f"default {view.default_access}"] + ([] if view.visible else ["hidden"])
-            self._head(view_name(number, view), words, vcpus_in(state, number), width)
+            self._head(view_name(number, view), view_words(view), vcpus_in(state, number), width)
             self._draw(view)
         self._draw_axis({self._axis.column(gfn) for _, gfn in state.notify})
         legend = [f"{mark} {words}" for mark, words in _LEGEND.items() if mark in self._used]

@@ -19,6 +19,7 @@ from xenaltp2m.cli.host import MOCK_DOMAIN
 
 DONE, REFUSED, USAGE, LEFTOVER, INTERRUPTED = 0, 1, 2, 3, 130
 
+_RELEASES = "{}.{} to {}.{}".format(*SUPPORTED[0], *SUPPORTED[-1])
 _EXIT_CODES = """\
 exit codes:
   0    done; what was to be undone is undone, after Ctrl-C and SIGTERM, too
@@ -166,7 +167,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         type=_release,
         default=absent,
         metavar="RELEASE",
-        help="the mock's release, 4.14 to 4.22 (default: 4.17)",
+        help=f"the mock's release, {_RELEASES} (default: 4.17)",
     )
     parser.add_argument("--json", action="store_true", default=absent, help="print JSON")
     parser.add_argument(
@@ -184,4 +185,4 @@ def _release(text: str) -> tuple[int, int]:
     for version in SUPPORTED:
         if text == f"{version[0]}.{version[1]}":
             return version
-    raise argparse.ArgumentTypeError(f"{text!r} is not one of 4.14 to 4.22")
+    raise argparse.ArgumentTypeError(f"{text!r} is not one of {_RELEASES}")

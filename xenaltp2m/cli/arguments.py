@@ -51,9 +51,10 @@ def add_repeated(
     )
 
 
-def add_domain(parser: argparse.ArgumentParser) -> None:
+def add_domain(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     """Declare the domain that a command is about."""
-    parser.add_argument("domain", metavar="DOMAIN", help="a domid, a name or a uuid")
+    count = "?" if optional else None
+    parser.add_argument("domain", metavar="DOMAIN", nargs=count, help="a domid, a name or a uuid")
 
 
 def add_image(parser: argparse.ArgumentParser, *, required: bool = False) -> None:

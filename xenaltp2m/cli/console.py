@@ -56,11 +56,11 @@ class Console:
         self._status = ""
         self._rows_in_place = 0
 
-    def result(self, document: dict[str, Any], table: Table) -> None:
-        """Print the result, as JSON or as a table."""
+    def result(self, document: dict[str, Any], table: Table | None = None) -> None:
+        """Print the result, as JSON or as a table, if it is one for those who read."""
         if self.as_json:
             print(json.dumps(document, indent=2), flush=True)
-        else:
+        elif table is not None:
             self.table(table)
 
     def table(self, table: Table) -> None:

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from functools import partial
 
 import xenaltp2m as xa
-from xenaltp2m.cli.console import Console, Table, printable
+from xenaltp2m.cli.arguments import add_domain
+from xenaltp2m.cli.console import Console, printable
 from xenaltp2m.cli.host import connect
 from xenaltp2m.doctor import Finding, Grade, Machine, examine, examine_xen, healthy
 
@@ -31,7 +32,7 @@ _WIDTH = max(map(len, Grade))
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("domain", metavar="DOMAIN", nargs="?", help="domid, name or uuid")
+    add_domain(parser, optional=True)
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
             found = examine_xen(xen, options.domain)
     if console.as_json:
         findings = [asdict(finding) for finding in found]
-        console.result({"healthy": healthy(found), "findings": findings}, Table((), ()))
+        console.result({"healthy": healthy(found), "findings": findings})
     else:
         for finding in found:
             if not (options.quiet and finding.severity is Grade.OK):

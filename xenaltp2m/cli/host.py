@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self, TypeAlias
 
 import xenaltp2m as xa
 from xenaltp2m.cli.console import Console
-from xenaltp2m.signals import guard
+from xenaltp2m.signals import ENDING, guard
 from xenaltp2m.symbols import Image
 from xenaltp2m.view import Progress
 
@@ -134,8 +134,6 @@ class Signals:
     Nothing is held back before :meth:`hold_back`; those that came meanwhile end with the context.
     """
 
-    _ALL = frozenset((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
-
     def __init__(self) -> None:
         self._before: set[int | signal.Signals] | None = None
 
@@ -146,11 +144,11 @@ class Signals:
         """Keep them waiting from now on."""
         # Asked for first: the call that blocks them raises what is on its way already.
         self._before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        signal.pthread_sigmask(signal.SIG_BLOCK, self._ALL)
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
 
     def arrived(self, seconds: float) -> bool:
         """Wait for one to come, so long at most."""
-        return signal.sigtimedwait(self._ALL, seconds) is not None
+        return signal.sigtimedwait(ENDING, seconds) is not None
 
     def awaited(self, duration: float | None) -> Iterator[None]:
         """Yield each second until one comes, or so many seconds are over; None waits for ever."""
@@ -191,7 +189,7 @@ class Stop:
 
     def hold_back(self) -> None:
         """Note them from now on; one that is ignored stays so."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in ENDING:
             before = signal.getsignal(number)
             if before is not None and before is not signal.SIG_IGN:
                 assert not isinstance(before, int) or before is signal.SIG_DFL

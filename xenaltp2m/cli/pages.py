@@ -9,7 +9,7 @@ import xenaltp2m as xa
 from xenaltp2m.cli.console import Console
 from xenaltp2m.symbols import Image, Segment, Symbol
 
-MOST_PAGES_OF_A_SYMBOL = 1 << 16
+_MOST_PAGES_OF_A_SYMBOL = 1 << 16
 
 
 def pages(image: Image, symbols: Sequence[Symbol]) -> list[int]:
@@ -17,10 +17,10 @@ def pages(image: Image, symbols: Sequence[Symbol]) -> list[int]:
     gfns: set[int] = set()
     for symbol in symbols:
         own = image.gfns(symbol.name)
-        if len(own) > MOST_PAGES_OF_A_SYMBOL:
+        if len(own) > _MOST_PAGES_OF_A_SYMBOL:
             raise xa.SymbolError(
                 f"{image.name}: {symbol.name!r} has {len(own)} pages; "
-                f"at most {MOST_PAGES_OF_A_SYMBOL} can be protected"
+                f"at most {_MOST_PAGES_OF_A_SYMBOL} can be protected"
             )
         gfns.update(own)
     return sorted(gfns)

@@ -8,7 +8,7 @@ from typing import Any
 
 import xenaltp2m as xa
 from xenaltp2m.cli.arguments import add_domain
-from xenaltp2m.cli.console import Console, Table
+from xenaltp2m.cli.console import Console
 from xenaltp2m.cli.host import Signals, connect
 from xenaltp2m.rescue import Outcome, diagnose, rescue
 
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         info = outcome.before.domain
         name = xen.backend.domid_to_name(int(info.domid))
         if console.as_json:
-            console.result(_document(options, outcome, name), Table((), ()))
+            console.result(_document(options, outcome, name))
         else:
             _tell(options, console, outcome, name)
         if outcome.failed:

@@ -36,7 +36,7 @@ from xenaltp2m.cli.pages import (
     run_of_gfns,
 )
 from xenaltp2m.symbols import Image
-from xenaltp2m.types import GFN_LIMIT
+from xenaltp2m.types import GFN_LIMIT, PAGE_SHIFT
 
 SUMMARY = "watch pages and registers of a guest: a line for each hit, then undo everything"
 
@@ -142,7 +142,7 @@ def _bytes(text: str) -> tuple[int, int]:
     address, _, length = text.partition(":")
     with contextlib.suppress(ValueError):
         found = int(address, 0), int(length, 0)
-        if 0 <= found[0] < GFN_LIMIT << 12 and 0 < found[1] <= _MOST_BYTES:
+        if 0 <= found[0] < GFN_LIMIT << PAGE_SHIFT and 0 < found[1] <= _MOST_BYTES:
             return found
     raise argparse.ArgumentTypeError(
         f"{text!r} is not ADDRESS:LENGTH, with 1 to {_MOST_BYTES} bytes"
