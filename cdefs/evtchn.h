@@ -12,7 +12,6 @@ int xenevtchn_close(xenevtchn_handle *xce);
 int xenevtchn_fd(xenevtchn_handle *xce);
 xenevtchn_port_or_error_t xenevtchn_bind_interdomain(
     xenevtchn_handle *xce, uint32_t domid, evtchn_port_t remote_port);
-int xenevtchn_unbind(xenevtchn_handle *xce, evtchn_port_t port);
 int xenevtchn_notify(xenevtchn_handle *xce, evtchn_port_t port);
 /* Blocks, whatever the fd's flags say (Linux): poll the fd first. */
 xenevtchn_port_or_error_t xenevtchn_pending(xenevtchn_handle *xce);

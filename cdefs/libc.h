@@ -6,7 +6,6 @@
  */
 
 FILE *fdopen(int fd, const char *mode);
-int fflush(FILE *stream);
 int fclose(FILE *stream);
 void free(void *ptr);
 /* What unmaps the ring page that xc_monitor_enable returns (tools/misc/xen-access.c does so). */

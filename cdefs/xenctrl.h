@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later
  *
- * libxenctrl.so.4.N: the handle, errors, versions, domain control, memory, HVM state.
+ * libxenctrl.so.4.N: the handle, versions, domain control, memory, HVM state.
  * Origin: tools/include/xenctrl.h (tools/libxc/include/xenctrl.h in 4.14), RELEASE-4.14.0 ..
  * RELEASE-4.22.0 (LGPL-2.1-only), and xenctrl_compat.h beside it; constants from
  * xen/include/public/{domctl,version,sched,hvm/dm_op,hvm/params}.h (MIT).
@@ -16,25 +16,6 @@ enum xc_open_flags {
 xc_interface *xc_interface_open(
     xentoollog_logger *logger, xentoollog_logger *dombuild_logger, unsigned open_flags);
 int xc_interface_close(xc_interface *xch);
-
-/* Errors. Calls return -1 and set errno; the last error adds text, nothing else. */
-
-enum xc_error_code {
-    XC_ERROR_NONE      = 0,
-    XC_INTERNAL_ERROR  = 1,
-    XC_INVALID_KERNEL  = 2,
-    XC_INVALID_PARAM   = 3,
-    XC_OUT_OF_MEMORY   = 4
-};
-
-typedef struct xc_error {
-    enum xc_error_code code;
-    char message[1024];
-} xc_error;
-
-const xc_error *xc_get_last_error(xc_interface *handle);
-void xc_clear_last_error(xc_interface *xch);
-const char *xc_error_code_to_desc(int code);
 
 /* Versions. XENVER_version is the return value (major << 16 | minor) and takes a NULL arg; the
  * others fill char[16] (extraversion), char[1024] (capabilities, commandline), char[64]

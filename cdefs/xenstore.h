@@ -11,7 +11,5 @@ enum { XBT_NULL = 0 };
 
 struct xs_handle *xs_open(unsigned long flags);
 void xs_close(struct xs_handle *xsh);
-/* Both results are one malloc()ed block each: free(). */
+/* malloc()ed: free(). */
 void *xs_read(struct xs_handle *h, xs_transaction_t t, const char *path, unsigned int *len);
-char **xs_directory(
-    struct xs_handle *h, xs_transaction_t t, const char *path, unsigned int *num);

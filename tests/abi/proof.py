@@ -32,7 +32,7 @@ Version: TypeAlias = tuple[int, int]
 _HEADERS: Final = (
     *("stdbool.h", "stddef.h", "stdint.h", "stdio.h", "stdlib.h", "sys/mman.h"),
     *("xencall.h", "xenctrl.h", "xenevtchn.h", "xenforeignmemory.h", "xenstore.h", "xentoollog.h"),
-    *("libxl.h", "libxl_utils.h"),
+    "libxl.h",
     *("xen/domctl.h", "xen/memory.h", "xen/sched.h", "xen/version.h", "xen/vm_event.h"),
     *("xen/hvm/dm_op.h", "xen/hvm/hvm_op.h", "xen/hvm/params.h", "xen/hvm/save.h"),
 )
@@ -104,6 +104,7 @@ def claims(version: Version, directory: Path = build.HERE) -> Iterator[Claim]:
 def table_claims(version: Version) -> Iterator[Claim]:
     """Yield what ``layouts.py`` and ``releases.py`` say about a release."""
     newer = build.other_marks()
+    facts = releases.release(*version)
     structures = {
         "struct xen_domctl_getdomaininfo": layouts.DOMAIN_INFO.at(version),
         "struct xen_domctl_getvcpuinfo": layouts.VCPU_INFO,
@@ -112,7 +113,7 @@ def table_claims(version: Version) -> Iterator[Claim]:
         "struct xen_hvm_get_mem_type": layouts.GET_MEM_TYPE,
         "struct hvm_hw_cpu": layouts.HVM_CPU,
         "struct hvm_save_descriptor": layouts.HVM_DESCRIPTOR,
-        "struct vm_event_st": layouts.VM_EVENT[layouts.VM_EVENT_VERSION.at(version)],
+        "struct vm_event_st": layouts.VM_EVENT[facts.vm_event_version],
         "struct vm_event_sring": layouts.VM_EVENT_RING,
     }
     for structure, layout in structures.items():
@@ -130,22 +131,15 @@ def table_claims(version: Version) -> Iterator[Claim]:
         c_name = str(flag.name).lower()
         holds = f"XEN_DOMINF_{c_name} == {flag.value}"
         yield _claim("table of domain flags", f"tabled {flag.name}", holds)
-    facts = releases.release(*version)
     numbers = {
         "HVM_SAVE_CODE(CPU)": layouts.HVM_CPU_TYPECODE,
-        "VM_EVENT_INTERFACE_VERSION": layouts.VM_EVENT_VERSION.at(version),
-        "VM_EVENT_INTERFACE_VERSION + 0": facts.vm_event_version,
+        "VM_EVENT_INTERFACE_VERSION": facts.vm_event_version,
         "XEN_DOMCTL_INTERFACE_VERSION": facts.domctl_version,
         "XEN_SYSCTL_INTERFACE_VERSION": facts.sysctl_version,
         "XENMEM_access_default": facts.default_access_number,
     }
     for expression, number in numbers.items():
         yield _claim("tabled numbers", f"tabled {expression}", f"{expression} == {number}")
-    yield _claim(
-        "tabled numbers",
-        "room for libxl_domain_config",
-        f"sizeof(libxl_domain_config) * 4 <= {layouts.LIBXL_DOMAIN_CONFIG_ROOM}",
-    )
 
 
 def absences(version: Version, directory: Path = build.HERE) -> Iterator[Claim]:
@@ -246,7 +240,7 @@ def _their_name(ours: str, version: Version) -> str | None:
     match = re.fullmatch(r"struct vm_event_v(\d+)(_\w+)?", ours)
     if match is None:
         return ours
-    if int(match[1]) != layouts.VM_EVENT_VERSION.at(version):
+    if int(match[1]) != releases.release(*version).vm_event_version:
         return None
     return f"struct vm_event{match[2] or '_st'}"
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from cdefs import build
-from xenaltp2m.abi import layouts
+from xenaltp2m.abi import layouts, releases
 
 from . import proof, sites
 from .proof import Claim, Headers
@@ -131,10 +131,10 @@ LIES = {
         {"function xc_hvm_inject_trap"},
     ),
     "const lost": Lie(
-        "xenctrl.h",
-        "const xc_error *xc_get_last_error",
-        "xc_error *xc_get_last_error",
-        {"function xc_get_last_error"},
+        "xenstore.h",
+        "xs_transaction_t t, const char *path",
+        "xs_transaction_t t, char *path",
+        {"function xs_read"},
     ),
     "another library's handle": Lie(
         "foreignmemory.h",
@@ -171,12 +171,6 @@ LIES = {
         "VM_EVENT_FLAG_DENY               = 1 << 6",
         "VM_EVENT_FLAG_DENY               = 1 << 5",
         {"constant VM_EVENT_FLAG_DENY"},
-    ),
-    "negative constant": Lie(
-        "libxl.h",
-        "ERROR_DOMAIN_NOTFOUND = -21",
-        "ERROR_DOMAIN_NOTFOUND = -22",
-        {"constant ERROR_DOMAIN_NOTFOUND"},
     ),
     "members swapped": Lie(
         "vm_event.h",
@@ -226,7 +220,7 @@ LIES = {
 @pytest.fixture
 def headers() -> Headers:
     """The first headers that have the vm_event version most releases have."""
-    found = [each for each in HEADERS if layouts.VM_EVENT_VERSION.at(each.version) == 7]
+    found = [each for each in HEADERS if releases.release(*each.version).vm_event_version == 7]
     if not found:
         sites.missing("no Xen headers (Debian: libxen-dev)")
     return found[0]

@@ -61,9 +61,7 @@ def test_flags_are_the_ffi_s() -> None:
 
 @pytest.mark.parametrize("version", releases.SUPPORTED)
 def test_tables_and_releases_agree(version: tuple[int, int]) -> None:
-    number = layouts.VM_EVENT_VERSION.at(version)
-    assert number == releases.release(*version).vm_event_version
-    assert number in layouts.VM_EVENT
+    assert releases.release(*version).vm_event_version in layouts.VM_EVENT
 
 
 TABLES = [

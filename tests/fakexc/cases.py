@@ -361,7 +361,6 @@ EVTCHN = [
         result=0x7EDC_BA98,
         value=0x7EDC_BA98,
     ),
-    Case("xenevtchn_unbind", on_channel("evtchn_unbind", PORT), (PORT,), about=()),
     Case("xenevtchn_pending", on_channel("evtchn_pending"), (), result=43, value=43, about=()),
     Case("xenevtchn_unmask", on_channel("evtchn_unmask", PORT), (PORT,), about=()),
     Case("xenevtchn_notify", on_channel("evtchn_notify", PORT), (PORT,), about=()),
@@ -402,17 +401,3 @@ ELSEWHERE = {
     "libxl_userdata_retrieve",
 }
 """Functions whose shape is their own: the other test files have them by name."""
-
-NOT_CALLED = {
-    "xc_clear_last_error",
-    "xc_error_code_to_desc",
-    "xc_get_last_error",
-    "xs_directory",
-    "libxl_domain_config_dispose",
-    "libxl_domain_config_init",
-    "libxl_domain_config_to_json",
-    "libxl_domid_to_name",
-    "libxl_name_to_domid",
-    "libxl_retrieve_domain_configuration",
-}
-"""Declared in ``cdefs``, but not called by the backend."""

@@ -21,11 +21,9 @@ __all__ = [
     "HVM_CPU",
     "HVM_CPU_TYPECODE",
     "HVM_DESCRIPTOR",
-    "LIBXL_DOMAIN_CONFIG_ROOM",
     "VCPU_INFO",
     "VM_EVENT",
     "VM_EVENT_RING",
-    "VM_EVENT_VERSION",
     "DomainFlag",
     "Field",
     "Layout",
@@ -256,9 +254,6 @@ HVM_CPU: Final = Layout(
 
 # --- vm_event ------------------------------------------------------------------------------
 
-#: ``VM_EVENT_INTERFACE_VERSION`` (public/vm_event.h).
-VM_EVENT_VERSION: Final = Steps(((4, 14), 6), ((4, 15), 7))
-
 #: ``struct vm_event_sring`` up to its entries (public/io/ring.h).
 VM_EVENT_RING: Final = Layout(
     64, MappingProxyType(_run(0, 4, "req_prod req_event rsp_prod rsp_event"))
@@ -343,9 +338,3 @@ VM_EVENT: Final[Mapping[int, Layout]] = MappingProxyType(
         ),
     }
 )
-
-
-# --- libxl ---------------------------------------------------------------------------------
-
-#: What to allocate for a ``libxl_domain_config``: 1264 bytes in 4.14, 1400 in 4.22, and growing.
-LIBXL_DOMAIN_CONFIG_ROOM: Final = 16384

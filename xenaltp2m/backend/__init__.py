@@ -313,9 +313,6 @@ class Backend(Protocol):
     def evtchn_bind_interdomain(self, channel: int, domid: int, remote_port: int) -> int:
         """``xenevtchn_bind_interdomain``: the local port."""
 
-    def evtchn_unbind(self, channel: int, port: int) -> None:
-        """``xenevtchn_unbind``."""
-
     def evtchn_pending(self, channel: int) -> int:
         """``xenevtchn_pending``: the next port with an event; blocks, so poll the fd first."""
 

@@ -874,9 +874,6 @@ class LibxcBackend:
         function, remote = "xenevtchn_bind_interdomain", _number("remote_port", remote_port)
         return self._channel_call(function, channel, _domid(domid), remote, domid=domid)
 
-    def evtchn_unbind(self, channel: int, port: int) -> None:
-        self._channel_call("xenevtchn_unbind", channel, _number("port", port))
-
     def evtchn_pending(self, channel: int) -> int:
         """``xenevtchn_pending``; goes on waiting after a signal whose handler returned."""
         while True:

@@ -1023,11 +1023,6 @@ class MockBackend:
         return bound.bind(monitor)
 
     @_operation
-    def evtchn_unbind(self, channel: int, port: int) -> None:
-        self._port(channel, port)
-        self._channels[channel].unbind(port)
-
-    @_operation
     def evtchn_pending(self, channel: int) -> int:
         return self._channel(channel).pending()
 
