@@ -12,9 +12,7 @@ prototype, and takes whatever has an ``__int__``.
 
 from __future__ import annotations
 
-import contextlib
 import errno as _errno
-import functools
 import itertools
 import os
 import sys
@@ -22,6 +20,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -155,8 +154,7 @@ class LibxcBackend:
         self._channels: dict[int, Any] = {}
         self._channel_numbers = itertools.count(1)
         self._mappings: dict[int, Mapping] = {}
-        self._fmem: Any = None
-        self._xcall: Any = None
+        self._handles: dict[str, Any] = {}
         self._rooms: list[clib.Room] = []  # those that no call is using
         self._store: Any = None
         self._libxl: Any = None
@@ -173,7 +171,8 @@ class LibxcBackend:
 
         try:
             self._log = clib.Log(self._toollog, self._libc, self._undo)
-            self._xch = self._open_interface()
+            loggers = self._log.logger, self._log.logger
+            self._xch = self._open(self._c, "xc_interface_open", "xc_interface_close", *loggers, 0)
             self._release = self._running_release()
             if difference := mismatch(self._library.version, self._release.version):
                 warnings.warn(difference, errors.LibraryMismatchWarning, stacklevel=2)
@@ -185,12 +184,28 @@ class LibxcBackend:
     def _companion(self, prefix: str, which: str) -> clib.Functions:
         return clib.Functions(prefix, lambda: self._loader.companion(which, self._library))
 
-    def _open_interface(self) -> Any:
-        handle = self._c.xc_interface_open(self._log.logger, self._log.logger, 0)
+    def _open(self, library: Any, opens: str, closes: str, *args: Any) -> Any:
+        """Open a library's handle, to be closed at the end."""
+        handle = getattr(library, opens)(*args)
         if handle == NULL:
-            raise self._log.annotate(refusal("xc_interface_open"))
-        self._close_at_end("xc_interface_close", self._c.xc_interface_close, handle)
+            raise self._log.annotate(refusal(opens))
+        self._undo.append(partial(checked, closes, getattr(library, closes), handle))
         return handle
+
+    def _handle(self, library: Any, opens: str, closes: str) -> Any:
+        """Return a library's handle, opened when it is first needed."""
+        with self._lock:
+            if opens not in self._handles or self._closed:
+                logger = self._log.logger
+                self._handles[opens] = self._open(library, opens, closes, logger, 0)
+            return self._handles[opens]
+
+    def _xencall_handle(self) -> Any:
+        return self._handle(self._xencall, "xencall_open", "xencall_close")
+
+    def _foreignmemory_handle(self) -> Any:
+        library = self._foreignmemory
+        return self._handle(library, "xenforeignmemory_open", "xenforeignmemory_close")
 
     def _running_release(self) -> Release:
         version = self._c.xc_version(self._xch, constant("XENVER_version"), NULL)
@@ -227,10 +242,10 @@ class LibxcBackend:
             if self._closed is not None:
                 return
             undo = [*self._undo]
-            undo += [functools.partial(m.close, "close") for m in self._mappings.values()]
+            undo += [partial(m.close, "close") for m in self._mappings.values()]
             if self._channels:
-                close = functools.partial(checked, "xenevtchn_close", self._evtchn.xenevtchn_close)
-                undo += [functools.partial(close, handle) for handle in self._channels.values()]
+                close = partial(checked, "xenevtchn_close", self._evtchn.xenevtchn_close)
+                undo += [partial(close, handle) for handle in self._channels.values()]
             self._shut(_CLOSED)
         failures = []
         for give_back in reversed(undo):
@@ -262,9 +277,6 @@ class LibxcBackend:
         self._mappings.clear()
         self._rooms.clear()
         _opened.discard(self)
-
-    def _close_at_end(self, function: str, call: Any, handle: Any) -> None:
-        self._undo.append(functools.partial(checked, function, call, handle))
 
     def _call(
         self,
@@ -358,10 +370,9 @@ class LibxcBackend:
         return self._stored("xs_read", path)
 
     def _stored(self, op: str, path: str, domid: int | None = None) -> bytes | None:
-        length = new(clib.UINT)
+        length, no_transaction = new(clib.UINT), constant("XBT_NULL")
         store = self._xenstore_handle()
-        # 0: XBT_NULL, no transaction
-        data = self._xenstore.xs_read(store, 0, os.fsencode(path), length)
+        data = self._xenstore.xs_read(store, no_transaction, os.fsencode(path), length)
         if data == NULL:
             error = refusal("xs_read", domid=domid)
             if error.errno == _errno.ENOENT:
@@ -379,7 +390,7 @@ class LibxcBackend:
                 handle = self._xenstore.xs_open(0)
                 if handle == NULL:
                     raise refusal("xs_open")
-                self._undo.append(functools.partial(self._xenstore.xs_close, handle))
+                self._undo.append(partial(self._xenstore.xs_close, handle))
                 self._store = handle
         return self._store
 
@@ -423,7 +434,7 @@ class LibxcBackend:
                 if code:
                     op = "libxl_ctx_alloc"
                     raise self._log.annotate(XenError(f"{op}: libxl error {code}", op=op))
-                self._undo.append(functools.partial(self._light.libxl_ctx_free, context[0]))
+                self._undo.append(partial(self._light.libxl_ctx_free, context[0]))
                 self._libxl = context[0]
         return self._libxl
 
@@ -445,11 +456,9 @@ class LibxcBackend:
 
     def hvm_get_mem_type(self, domid: int, gfn: int) -> MemoryType:
         asked = layouts.GET_MEM_TYPE.filled({"domid": _domid(domid), "pfn": _gfn(gfn)})
-        with self._hypercall_buffer(asked, domid) as (address, answer):
-            hypercall, op = constant("__HYPERVISOR_hvm_op"), constant("HVMOP_get_mem_type")
-            if self._xencall.xencall2(self._xcall, hypercall, op, address) < 0:
-                raise refusal("hvm_get_mem_type", domid=domid)
-            return MemoryType(layouts.GET_MEM_TYPE.number(bytes(answer), "mem_type"))
+        numbers = "__HYPERVISOR_hvm_op", "HVMOP_get_mem_type"
+        answer = self._hypercall("hvm_get_mem_type", domid, numbers, asked)
+        return MemoryType(layouts.GET_MEM_TYPE.number(answer, "mem_type"))
 
     def domain_setmaxmem(self, domid: int, max_kib: int) -> None:
         self._call("xc_domain_setmaxmem", _domid(domid), _number("max_kib", max_kib))
@@ -513,7 +522,7 @@ class LibxcBackend:
         room = new("char[]", 2 * layout.size)  # the library copies its own structure's size
         info = ffi.cast("xc_vcpuinfo_t *", room)
         self._call("xc_vcpu_getinfo", _domid(domid), which, info, vcpu=vcpu)
-        number = functools.partial(layout.number, memoryview(ffi.buffer(room)))
+        number = partial(layout.number, memoryview(ffi.buffer(room)))
         return VcpuInfo(
             online=bool(number("online")),
             blocked=bool(number("blocked")),
@@ -630,8 +639,8 @@ class LibxcBackend:
             return
         try:
             hypercall, op = constant("__HYPERVISOR_hvm_op"), constant("HVMOP_altp2m")
-            arguments_at = room.fill(domid, view, *bulk)
-            if self._xencall.xencall2(self._xcall, hypercall, op, arguments_at) < 0:
+            arguments_at, handle = room.fill(domid, view, *bulk), self._xencall_handle()
+            if self._xencall.xencall2(handle, hypercall, op, arguments_at) < 0:
                 raise refusal(function, domid=domid, view=view)
         finally:
             self._rooms.append(room)
@@ -654,7 +663,7 @@ class LibxcBackend:
             return None
         if memory == NULL:
             return None
-        self._undo.append(functools.partial(calls.xencall_free_buffer, handle, memory))
+        self._undo.append(partial(calls.xencall_free_buffer, handle, memory))
         return clib.Room(memory)
 
     def altp2m_get_mem_access(self, domid: int, view: int, gfn: int) -> int:
@@ -732,7 +741,7 @@ class LibxcBackend:
         page = enable(self._xch, _domid(domid), port)
         if page == NULL:
             raise self._log.annotate(refusal("xc_monitor_enable", domid=domid))
-        unmap = functools.partial(checked, "monitor_unmap_ring", self._libc.munmap, page, PAGE_SIZE)
+        unmap = partial(checked, "monitor_unmap_ring", self._libc.munmap, page, PAGE_SIZE)
         mapping = Mapping(ffi.buffer(page, PAGE_SIZE), writable=True, unmap=unmap)
         self._mappings[id(mapping.whole)] = mapping
         return int(port[0]), mapping.whole
@@ -823,34 +832,24 @@ class LibxcBackend:
             "domain": _domid(domid),
             "u.monitor_op.op": constant("XEN_DOMCTL_MONITOR_OP_CONTROL_REGISTERS"),
         }
-        with self._hypercall_buffer(layouts.DOMCTL.filled(values), domid) as (address, _):
-            hypercall = constant("__HYPERVISOR_domctl")
-            if self._xencall.xencall1(self._xcall, hypercall, address) < 0:
-                raise refusal("monitor_control_registers", domid=domid)
+        asked = layouts.DOMCTL.filled(values)
+        self._hypercall("monitor_control_registers", domid, ("__HYPERVISOR_domctl",), asked)
 
-    @contextlib.contextmanager
-    def _hypercall_buffer(self, content: bytearray, domid: int) -> Iterator[tuple[int, Any]]:
-        """Lend memory that Xen can reach, with a content: its address, and what is there then."""
+    def _hypercall(self, op: str, domid: int, numbers: Sequence[str], asked: bytearray) -> bytes:
+        """Make one that libxenctrl has no function for: what its argument is afterwards."""
         handle, calls = self._xencall_handle(), self._xencall
-        room = calls.xencall_alloc_buffer(handle, len(content))
+        room = calls.xencall_alloc_buffer(handle, len(asked))  # memory that Xen can reach
         if room == NULL:
             raise refusal("xencall_alloc_buffer", domid=domid)
         try:
-            lent = ffi.buffer(room, len(content))
-            lent[:] = content
-            yield int(ffi.cast("uintptr_t", room)), lent
+            argument = ffi.buffer(room, len(asked))
+            argument[:] = asked
+            call = calls.xencall1 if len(numbers) == 1 else calls.xencall2
+            if call(handle, *map(constant, numbers), int(ffi.cast("uintptr_t", room))) < 0:
+                raise refusal(op, domid=domid)
+            return bytes(argument)
         finally:
             calls.xencall_free_buffer(handle, room)
-
-    def _xencall_handle(self) -> Any:
-        with self._lock:
-            if self._xcall is None or self._closed:
-                handle = self._xencall.xencall_open(self._log.logger, 0)
-                if handle == NULL:
-                    raise self._log.annotate(refusal("xencall_open"))
-                self._close_at_end("xencall_close", self._xencall.xencall_close, handle)
-                self._xcall = handle
-        return self._xcall
 
     # Event channels.
 
@@ -898,9 +897,9 @@ class LibxcBackend:
         descriptor = self.evtchn_fd(channel)
         word = number.to_bytes(4, sys.byteorder)
         return PortCalls(
-            functools.partial(os.read, descriptor, len(word)),
-            functools.partial(os.write, descriptor, word),
-            functools.partial(self._evtchn.xenevtchn_notify, handle, number),
+            partial(os.read, descriptor, len(word)),
+            partial(os.write, descriptor, word),
+            partial(self._evtchn.xenevtchn_notify, handle, number),
         )
 
     def _channel(self, op: str, channel: int) -> Any:
@@ -936,7 +935,7 @@ class LibxcBackend:
             raise refusal("xenforeignmemory_map", domid=domid)
         function = "xenforeignmemory_unmap"
         call = self._foreignmemory.xenforeignmemory_unmap
-        unmap = functools.partial(checked, function, call, handle, address, count)
+        unmap = partial(checked, function, call, handle, address, count)
         mapping = Mapping(ffi.buffer(address, count * PAGE_SIZE), writable=writable, unmap=unmap)
         self._mappings[id(mapping.pages)] = mapping
         return mapping.pages
@@ -949,17 +948,6 @@ class LibxcBackend:
         """
         self._unmap("foreignmemory_unmap", pages)
 
-    def _foreignmemory_handle(self) -> Any:
-        with self._lock:
-            if self._fmem is None or self._closed:
-                handle = self._foreignmemory.xenforeignmemory_open(self._log.logger, 0)
-                if handle == NULL:
-                    raise self._log.annotate(refusal("xenforeignmemory_open"))
-                close = self._foreignmemory.xenforeignmemory_close
-                self._close_at_end("xenforeignmemory_close", close, handle)
-                self._fmem = handle
-        return self._fmem
-
     def _unmap(self, op: str, handed: object) -> None:
         if self._closed is not None:
             raise ClosedError(self._closed, op=op)
@@ -971,7 +959,7 @@ class LibxcBackend:
 
 
 def _domain_info(layout: layouts.Layout, raw: memoryview, base: int) -> DomainInfo:
-    number = functools.partial(layout.number, raw, base=base)
+    number = partial(layout.number, raw, base=base)
     flags = number("flags")
     return DomainInfo(
         domid=DomId(number("domain")),
