@@ -97,17 +97,16 @@ class Loader:
             LibraryError: None could be opened; it lists each and why.
         """
         candidates = self.xenctrl_candidates()
-        hint = []
         if self._environ.get(ENVIRONMENT):
-            hint.append(f"{ENVIRONMENT} names one library, and no other is tried")
+            hint = f"{ENVIRONMENT} names one library, and no other is tried"
         elif (running := self.hypervisor_version()) is not None:
             xen = f"{running[0]}.{running[1]}"
-            hint.append(
+            hint = (
                 f"install the libraries of Xen {xen} (Debian: libxenmisc{xen}), "
                 f"or name libxenctrl in {ENVIRONMENT}"
             )
         else:
-            hint.append('this machine does not run Xen: use the mock backend, connect("mock")')
+            hint = 'this machine does not run Xen: use the mock backend, connect("mock")'
         return self._first("libxenctrl", candidates, hint)
 
     def companion(self, which: str, xenctrl: Library) -> Library:
@@ -128,9 +127,9 @@ class Loader:
         if "/" in xenctrl.name:
             beside = Path(xenctrl.name).parent
             names = [str(beside / name) for name in names] + names
-        return self._first(which, names, [f"install the package that has {names[-1]}"])
+        return self._first(which, names, f"install the package that has {names[-1]}")
 
-    def _first(self, what: str, candidates: Iterable[str], hint: list[str]) -> Library:
+    def _first(self, what: str, candidates: Iterable[str], hint: str) -> Library:
         failures = []
         for name in candidates:
             version = _version_of(name) if what == "libxenctrl" else None
@@ -145,7 +144,7 @@ class Loader:
         raise LibraryError(
             f"no usable {what}; tried:\n" + "\n".join(f"  {failure}" for failure in failures),
             op="connect",
-            hint=hint,
+            hint=(hint,),
         )
 
 
