@@ -30,7 +30,7 @@ from xenaltp2m.abi.x86 import (
     Segment,
     exiting_starts,
 )
-from xenaltp2m.backend.mock.vcpu import REGISTERS, Vcpu
+from xenaltp2m.backend.mock.vcpu import EFER, GENERAL_REGISTERS, MSR_REGISTERS, REGISTERS, Vcpu
 from xenaltp2m.types import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ _INVALIDATED = _HIDDEN + len(_INVALIDATE)
 _LIST = 0x100
 """Where in the frame the addresses for that are."""
 _MOST_FORGOTTEN = (PAGE_SIZE - _LIST) // 8
-_LONGEST_INSTRUCTION = 15
+LONGEST_INSTRUCTION = 15
 _LAST_ADDRESS = (1 << 64) - 1
 _INVALID_INSTRUCTION, _EXCEPTION = 10, 21
 """``UC_ERR_*``."""
@@ -57,21 +57,15 @@ _KINDS = {16: "r", 17: "w", 18: "x"}
 _PERMISSIONS = {"r": 1, "w": 2, "x": 4}
 _ALL = 7
 _GENERAL = slice(HVM_CPU.fields["rax"].offset, HVM_CPU.fields["rip"].offset + 8)
-_MSRS = {
-    "sysenter_cs": 0x174, "sysenter_esp": 0x175, "sysenter_eip": 0x176, "msr_star": 0xC0000081,
-    "msr_lstar": 0xC0000082, "msr_cstar": 0xC0000083, "msr_syscall_mask": 0xC0000084,
-    "shadow_gs": 0xC0000102, "msr_tsc_aux": 0xC0000103,
-}  # fmt: skip
-_EFER, _FS_BASE, _SHADOW_GS = 0xC0000080, 0xC0000100, 0xC0000102
+_ELSEWHERE = {"tsc", "msr_efer", "fs_base", "gs_base"}
+_MSRS = {name: msr for msr, name in MSR_REGISTERS.items() if name not in _ELSEWHERE}
+"""MSRs that neither the segments nor the mode have, by their registers."""
+_FS_BASE, _SHADOW_GS = 0xC0000100, 0xC0000102
 SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs")
 """As QEMU numbers them."""
 _SEGMENT = struct.Struct("<I4xQII")
 """``SegmentCache``: selector, base, limit, flags."""
 _WORDS = struct.Struct("<16Q")
-_NAMES = (
-    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
-    "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
-)  # fmt: skip
 _HF_CPL, _HF_CS32, _HF_SS32, _HF_ADDSEG, _HF_PE, _HF_LMA, _HF_CS64 = (
     3, 1 << 4, 1 << 5, 1 << 6, 1 << 7, 1 << 14, 1 << 15,
 )  # fmt: skip
@@ -155,6 +149,8 @@ class Engine:
         self.uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
         x86, const = unicorn.x86_const, unicorn.unicorn_const
         self._x86 = x86
+        self._descriptor_tables = {"gdtr": x86.UC_X86_REG_GDTR, "idtr": x86.UC_X86_REG_IDTR}
+        self._system_segments = {"tr": x86.UC_X86_REG_TR, "ldtr": x86.UC_X86_REG_LDTR}
         memory = ctypes.addressof(ctypes.c_char.from_buffer(frames.memory))
         self.uc.mem_map_ptr(0, len(frames.memory), unicorn.UC_PROT_ALL, memory)
         self.uc.ctl_set_tlb_mode(const.UC_TLB_VIRTUAL)
@@ -180,7 +176,7 @@ class Engine:
         # Unicorn begins in long mode; a PC begins without.
         self.uc.reg_write(x86.UC_X86_REG_CR0, CR0_PG | CR0_PE | 0x10)
         self.uc.reg_write(x86.UC_X86_REG_CR0, CR0_PE | 0x10)
-        self.uc.msr_write(_EFER, 0)
+        self.uc.msr_write(EFER, 0)
         self.uc.reg_write(x86.UC_X86_REG_CR4, 0)
         self.initial = self.uc.context_save()
         self._places = self._find_places()
@@ -355,9 +351,8 @@ class Engine:
         if changed("cr0", "cr3", "cr4", "msr_efer"):
             efer = vcpu.register("msr_efer")
             uc.reg_write(x86.UC_X86_REG_CR4, vcpu.register("cr4"))
-            uc.msr_write(_EFER, efer & ~EFER_LMA)
-            if efer & EFER_LMA:
-                assert efer & EFER_LME
+            uc.msr_write(EFER, efer & ~EFER_LMA)
+            assert efer & EFER_LME or not efer & EFER_LMA
             uc.reg_write(x86.UC_X86_REG_CR0, vcpu.register("cr0"))
             uc.reg_write(x86.UC_X86_REG_CR3, vcpu.register("cr3"))
             uc.context_update(state.saved)
@@ -365,11 +360,11 @@ class Engine:
             uc.context_restore(state.saved)
         if changed("cr2"):
             uc.reg_write(x86.UC_X86_REG_CR2, vcpu.register("cr2"))
-        for name, register in (("gdtr", x86.UC_X86_REG_GDTR), ("idtr", x86.UC_X86_REG_IDTR)):
+        for name, register in self._descriptor_tables.items():
             if changed(f"{name}_base", f"{name}_limit"):
                 base, limit = vcpu.register(f"{name}_base"), vcpu.register(f"{name}_limit")
                 uc.reg_write(register, (0, base, limit, 0))
-        for name, register in (("tr", x86.UC_X86_REG_TR), ("ldtr", x86.UC_X86_REG_LDTR)):
+        for name, register in self._system_segments.items():
             if changed(*(f"{name}_{part}" for part in ("sel", "base", "limit", "arbytes"))):
                 parts = [vcpu.register(f"{name}_{part}") for part in ("sel", "base", "limit")]
                 uc.reg_write(register, (*parts, vcpu.register(f"{name}_arbytes") << 8))
@@ -391,21 +386,21 @@ class Engine:
 
     def save_tables(self, vcpu: Vcpu, state: State) -> None:
         """Take back what only rare instructions change: cr2, descriptor tables, MSRs."""
-        uc, x86 = self.uc, self._x86
-        vcpu.set_register("cr2", self._register(x86.UC_X86_REG_CR2))
+        uc = self.uc
+        vcpu.set_register("cr2", self._register(self._x86.UC_X86_REG_CR2))
         if vcpu.register("msr_efer") & EFER_LMA:
             vcpu.set_register("shadow_gs", uc.msr_read(_SHADOW_GS))
         if not state.tables_changed():
             return
-        for name, register in (("gdtr", x86.UC_X86_REG_GDTR), ("idtr", x86.UC_X86_REG_IDTR)):
+        for name, register in self._descriptor_tables.items():
             _, base, limit, _ = uc.reg_read(register)
             vcpu.set_register(f"{name}_base", base)
             vcpu.set_register(f"{name}_limit", limit)
-        for name, register in (("tr", x86.UC_X86_REG_TR), ("ldtr", x86.UC_X86_REG_LDTR)):
+        for name, register in self._system_segments.items():
             selector, base, limit, flags = uc.reg_read(register)
             if selector != vcpu.register(f"{name}_sel"):
                 vcpu.set_register(f"{name}_sel", selector)
-                put_segment(vcpu, name, Segment(base, limit, _attributes(flags)))
+                vcpu.set_segment(name, Segment(base, limit, _attributes(flags)))
 
 
 class Places(NamedTuple):
@@ -429,10 +424,11 @@ class State:
         )
         self._raw = memoryview(room).cast("B")
         self._segments: list[tuple[int, ...]] = [()] * len(SEGMENTS)
+        self._tables = b""
 
     def put_general(self, vcpu: Vcpu) -> None:
         """Set the general registers and rip."""
-        _WORDS.pack_into(self._raw, self._places.general, *map(vcpu.register, _NAMES))
+        _WORDS.pack_into(self._raw, self._places.general, *map(vcpu.register, GENERAL_REGISTERS))
         struct.pack_into("<Q", self._raw, self._places.rip, vcpu.register("rip"))
 
     def put_segments(self, vcpu: Vcpu) -> None:
@@ -441,7 +437,7 @@ class State:
         flags = {}
         bases = 0
         for number, name in enumerate(SEGMENTS):
-            base, limit, attributes = segment_in(vcpu, name)
+            base, limit, attributes = vcpu.segment(name)
             flags[name] = (attributes & 0xFF) << 8 | (attributes & 0xF00) << 12
             _SEGMENT.pack_into(
                 self._raw, at, vcpu.register(f"{name}_sel"), base, limit, flags[name]
@@ -452,7 +448,7 @@ class State:
                 bases |= base
         [hflags] = struct.unpack_from("<I", self._raw, self._places.hflags)
         hflags &= ~(_HF_CPL | _HF_CS32 | _HF_SS32 | _HF_ADDSEG | _HF_CS64)
-        hflags |= segment_in(vcpu, "ss").privilege
+        hflags |= vcpu.segment("ss").privilege
         if hflags & _HF_LMA and flags["cs"] & _LONG:  # cpu_x86_load_seg_cache
             hflags |= _HF_CS32 | _HF_SS32 | _HF_CS64
         else:
@@ -491,13 +487,11 @@ class State:
             if name == "ss" and not selector & ~3 and vcpu.register("msr_efer") & EFER_LMA:
                 segment = null_stack(selector & 3)  # QEMU takes it for a flat one
             elif not selector and not flags:  # null: the CPU keeps the rest, and forbids its use
-                kept = segment_in(vcpu, name)
+                kept = vcpu.segment(name)
                 segment = kept._replace(attributes=kept.attributes & ~_USABLE)
             vcpu.set_register(f"{name}_sel", selector)
-            put_segment(vcpu, name, segment)
+            vcpu.set_segment(name, segment)
         self._segments = now
-
-    _tables = b""
 
     def tables_changed(self) -> bool:
         """Whether LDTR, TR, GDTR or IDTR, which follow the segments, did since this was asked."""
@@ -524,22 +518,10 @@ def null_stack(privilege: int) -> Segment:
     return Segment(0, 0, _CODE_OR_DATA | privilege << 5)
 
 
-def segment_in(vcpu: Vcpu, name: str) -> Segment:
-    """Return the hidden part of a segment register."""
-    return Segment(*(vcpu.register(f"{name}_{part}") for part in ("base", "limit", "arbytes")))
-
-
-def put_segment(vcpu: Vcpu, name: str, segment: Segment) -> None:
-    """Set the hidden part of a segment register."""
-    for part, value in zip(("base", "limit", "arbytes"), segment, strict=True):
-        vcpu.set_register(f"{name}_{part}", value)
-
-
 _SEGMENT_FIELDS = [
     f"{name}_{part}" for name in SEGMENTS for part in ("sel", "base", "limit", "arbytes")
 ]
-_ORDER = [_NAMES.index(name) for name in ("rax", "rbx", "rcx", "rdx", "rbp", "rsi", "rdi", "rsp")]
-_ORDER += range(8, 16)
+_ORDER = sorted(range(16), key=lambda number: REGISTERS[GENERAL_REGISTERS[number]].start)
 """Of the context's registers, where the CPU numbers them."""
 _RIP = REGISTERS["rip"]
 _REST = slice(REGISTERS["rflags"].stop, HVM_CPU.size)
@@ -663,7 +645,7 @@ class Core:
         self.stepper.forget_code()
         self.stepper.forget_pages()
         # Nothing behind the instruction is looked at.
-        ends = range(linear + 1, linear + _LONGEST_INSTRUCTION + 1)
+        ends = range(linear + 1, linear + LONGEST_INSTRUCTION + 1)
         self.stepper.uc.ctl_set_exits([_UNTIL, *(end & _LAST_ADDRESS for end in ends)])
         self._on_access = on_access
         try:

@@ -177,15 +177,11 @@ def vm_exit(monitor: Monitor, vcpu: Vcpu, reason: int, qualification: int = 0) -
 
     The beginning of ``vmx_vmexit_handler``, and ``hvm_monitor_vmexit``.
     """
-    options = monitor.switches.get("vmexit")
-    if options is None:
-        return False
     fields = {
         "vmexit.arch.vmx.reason": reason,
         "vmexit.arch.vmx.qualification": qualification,
     }
-    sync = bool(options["sync"])
-    return (yield from monitor.traps(vcpu, Reason.VMEXIT, fields, sync=sync))
+    return (yield from monitor.report("vmexit", vcpu, Reason.VMEXIT, fields))
 
 
 def _shatter(domain: Domain, table: P2m, gfn: int, found: Lookup) -> Outcome:

@@ -12,9 +12,19 @@ from errno import EEXIST, EINVAL, ENOENT, ENOSYS, EOPNOTSUPP, EPERM
 from typing import Any, NamedTuple, Protocol
 
 from xenaltp2m.abi.vm_event import Reason
+from xenaltp2m.abi.x86 import Segment
 from xenaltp2m.backend.mock.machine import Domain, Refused
 from xenaltp2m.backend.mock.monitor import Monitor
-from xenaltp2m.backend.mock.vcpu import DR6_DEFAULT, Vcpu, Waits
+from xenaltp2m.backend.mock.vcpu import (
+    DR6_DEFAULT,
+    DR7_DEFAULT,
+    FLAT_CODE_64,
+    FLAT_DATA,
+    FLAT_LIMIT,
+    GENERAL_REGISTERS,
+    Vcpu,
+    Waits,
+)
 from xenaltp2m.types import Altp2mMode
 
 _XEN_VERSION, _VCPU_OP, _SCHED_OP, _HVM_OP = 17, 24, 29, 34
@@ -24,18 +34,11 @@ _GET_PARAM, _GUEST_REQUEST, _ALTP2M = 1, 24, 25
 _SELF = 0x7FF0
 _U64 = (1 << 64) - 1
 _MODE_32, _MODE_64 = 0, 1
-_CONTEXT_32 = struct.Struct("<14IQ10I5H")
+_CONTEXT_32 = struct.Struct("<13I4xQ10I5H")
 """``struct vcpu_hvm_x86_32``."""
 _CONTEXT_64 = struct.Struct("<14Q")
-_ORDER_32 = (
-    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "rip", "rflags", "cr0", "cr3", "cr4",
-)  # fmt: skip
-_ORDER_64 = (
-    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "rip", "rflags", "cr0", "cr3", "cr4",
-    "msr_efer",
-)  # fmt: skip
+_ORDER = (*GENERAL_REGISTERS[:8], "rip", "rflags", "cr0", "cr3", "cr4", "msr_efer")
 _SEGMENTS = ("cs", "ds", "ss", "es", "tr")
-_FLAT_CODE_64, _FLAT_DATA, _TSS = 0xA9B, 0xC93, 0x8B
 _ALTP2M_OP = struct.Struct("<IIHHI")
 _ALTP2M_VERSION = 1
 _ALTP2M_ARGUMENTS = 64
@@ -75,11 +78,7 @@ def hypercall(caller: Caller) -> Waits[None]:
         result = -EPERM
     elif number == _HVM_OP and first == _GUEST_REQUEST:
         result = 0
-        options = caller.monitor.switches.get("guest_request")
-        if options is not None:
-            yield from caller.monitor.traps(
-                vcpu, Reason.GUEST_REQUEST, {}, sync=bool(options["sync"])
-            )
+        yield from caller.monitor.report("guest_request", vcpu, Reason.GUEST_REQUEST, {})
     else:
         try:
             result = _dispatch(caller, number, first & 0xFFFF_FFFF, second, third)
@@ -131,31 +130,19 @@ def _vcpu_op(caller: Caller, command: int, number: int, pointer: int) -> int:
 def _initialise(vcpu: Vcpu, raw: bytes) -> None:
     """``arch_set_info_hvm_guest``."""
     mode = int.from_bytes(raw[:4], "little")
-    for segment in ("fs", "gs"):  # construct_vmcs
-        vcpu.set_register(f"{segment}_limit", 0xFFFF_FFFF)
-        vcpu.set_register(f"{segment}_arbytes", _FLAT_DATA)
+    for name in ("fs", "gs"):  # construct_vmcs
+        vcpu.set_segment(name, Segment(0, FLAT_LIMIT, FLAT_DATA))
     if mode == _MODE_32:
         values = _CONTEXT_32.unpack_from(raw, 8)
-        for name, value in zip(_ORDER_32, values, strict=False):
-            vcpu.set_register(name, value)
-        vcpu.set_register("msr_efer", values[14])
-        for at, segment in enumerate(_SEGMENTS):
-            vcpu.set_register(f"{segment}_base", values[15 + at])
-            vcpu.set_register(f"{segment}_limit", values[20 + at])
-            vcpu.set_register(f"{segment}_arbytes", values[25 + at])
+        for name, *hidden in zip(_SEGMENTS, values[14:19], values[19:24], values[24:], strict=True):
+            vcpu.set_segment(name, Segment(*hidden))
     elif mode == _MODE_64:
         values = _CONTEXT_64.unpack_from(raw, 8)
-        for name, value in zip(_ORDER_64, values, strict=True):
-            vcpu.set_register(name, value)
-        for segment in _SEGMENTS:
-            kinds = {"cs": _FLAT_CODE_64, "tr": _TSS}
-            vcpu.set_register(f"{segment}_base", 0)
-            vcpu.set_register(f"{segment}_limit", 0x67 if segment == "tr" else 0xFFFF_FFFF)
-            vcpu.set_register(f"{segment}_arbytes", kinds.get(segment, _FLAT_DATA))
+        vcpu.set_flat_segments(FLAT_CODE_64)
     else:
         raise Refused(EINVAL)
-    vcpu.set_register("dr6", DR6_DEFAULT)
-    vcpu.set_register("dr7", 0x400)
+    vcpu.set_registers(dict(zip(_ORDER, values, strict=False)))
+    vcpu.set_registers({"dr6": DR6_DEFAULT, "dr7": DR7_DEFAULT})
     vcpu.initialised = True
 
 

@@ -16,11 +16,10 @@ from elftools.common.exceptions import ELFError
 from elftools.construct import ConstructError
 from elftools.elf.elffile import ELFFile
 
-from xenaltp2m.abi.layouts import HVM_CPU
-from xenaltp2m.abi.x86 import CR0_ET, CR0_PE, EFER_LMA
+from xenaltp2m.abi.x86 import EFER_LMA
 from xenaltp2m.backend.mock.machine import Domain
 from xenaltp2m.backend.mock.p2m import ORDER_4K, RAM_TYPES
-from xenaltp2m.backend.mock.vcpu import DR6_DEFAULT, Vcpu
+from xenaltp2m.backend.mock.vcpu import BEGINNING, FLAT_CODE, FLAT_CODE_64, REGISTERS, Vcpu
 from xenaltp2m.errors import InvalidArgumentError
 from xenaltp2m.types import PAGE_SIZE
 
@@ -34,7 +33,6 @@ _MAP_AT = 0x878
 _RAM, _RESERVED, _ACPI_TABLES = 1, 2, 3
 _ACPI, _SPECIAL_PAGES = 0xFC00_0000, 0xFEFF_8000
 _MOST_SEGMENTS = 256
-_FLAT_CODE, _FLAT_CODE_64, _FLAT_DATA, _TSS = 0xC9B, 0xA9B, 0xC93, 0x8B
 
 
 def load(domain: Domain, content: bytes, name: str) -> None:
@@ -121,19 +119,11 @@ def begin(vcpu: Vcpu, registers: Mapping[str, int]) -> None:
     Raises:
         InvalidArgumentError: There is no such register.
     """
-    long = bool(registers.get("msr_efer", 0) & EFER_LMA)
-    kinds = {"cs": _FLAT_CODE_64 if long else _FLAT_CODE, "tr": _TSS}
-    values = {
-        "rflags": 2, "cr0": CR0_PE | CR0_ET, "dr6": DR6_DEFAULT, "dr7": 0x400,
-    }  # fmt: skip
-    for segment in ("cs", "ds", "es", "ss", "tr"):
-        values[f"{segment}_base"] = 0
-        values[f"{segment}_limit"] = 0x67 if segment == "tr" else 0xFFFF_FFFF
-        values[f"{segment}_arbytes"] = kinds.get(segment, _FLAT_DATA)
     for name in registers:
-        if name not in HVM_CPU.fields:
+        if name not in REGISTERS:
             raise InvalidArgumentError(f"there is no register {name!r}")
-    for name, value in {**values, **registers}.items():
-        vcpu.set_register(name, value)
+    long = bool(registers.get("msr_efer", 0) & EFER_LMA)
+    vcpu.set_flat_segments(FLAT_CODE_64 if long else FLAT_CODE)
+    vcpu.set_registers({**BEGINNING, **registers})
     vcpu.initialised = vcpu.online = True
     vcpu.halted = False

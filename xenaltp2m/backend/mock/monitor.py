@@ -196,6 +196,13 @@ class Monitor:
         self._put(vcpu, request)
         return sync
 
+    def report(self, event: str, vcpu: Vcpu, reason: int, fields: Mapping[str, int]) -> Waits[bool]:
+        """Send a request if such events are switched on. True if the vCPU is paused now."""
+        options = self.switches.get(event)
+        if options is None:
+            return False
+        return (yield from self.traps(vcpu, reason, fields, sync=bool(options.get("sync", 1))))
+
     @property
     def available(self) -> int:
         """``vm_event_ring_available``."""

@@ -27,6 +27,7 @@ from xenaltp2m.backend.mock.p2m import Lookup, P2m, PageType
 from xenaltp2m.backend.mock.vcpu import (
     DR6_DEFAULT,
     HARDWARE_EXCEPTION,
+    MSR_REGISTERS,
     SOFTWARE_EXCEPTION,
     Trap,
     Vcpu,
@@ -52,12 +53,6 @@ _CR4_HOST_MASK = ~_CR4_BITS | 1 << 5 | 1 << 6 | 1 << 13 | 1 << 4 | 1 << 20 | 1 <
 SMEP and SMAP; and all that the guest may not set."""
 DR6_STEP = 1 << 14
 
-_MSR_REGISTERS = {
-    0x10: "tsc", 0x174: "sysenter_cs", 0x175: "sysenter_esp", 0x176: "sysenter_eip",
-    0xC0000080: "msr_efer", 0xC0000081: "msr_star", 0xC0000082: "msr_lstar",
-    0xC0000083: "msr_cstar", 0xC0000084: "msr_syscall_mask", 0xC0000100: "fs_base",
-    0xC0000101: "gs_base", 0xC0000102: "shadow_gs", 0xC0000103: "msr_tsc_aux",
-}  # fmt: skip
 DIRECT_MSRS = {0x174, 0x175, 0x176, 0x277, 0xC0000100, 0xC0000101, 0xC0000102}
 """Written without an exit until they are monitored (``construct_vmcs``)."""
 
@@ -90,6 +85,11 @@ class Cpuid:
     """CPUID of what is in eax and ecx, with the results for eax, ebx, ecx and edx."""
 
     results: tuple[int, int, int, int] = (0xD, 0x756E6547, 0x6C65746E, 0x49656E69)
+
+    @property
+    def registers(self) -> dict[str, int]:
+        """The results by their registers."""
+        return dict(zip(("rax", "rbx", "rcx", "rdx"), self.results, strict=True))
 
 
 @dataclass(frozen=True)
@@ -257,8 +257,7 @@ class Processor(ABC):
             return
         if deferred is not None:
             if deferred.registers is not None:
-                for name, value in deferred.registers.items():
-                    vcpu.set_register(name, value)
+                vcpu.set_registers(deferred.registers)
                 deferred.registers = None
             if deferred.emulate_flags:
                 kind = _emulation_kind(deferred.emulate_flags)
@@ -326,15 +325,13 @@ class Processor(ABC):
             return (yield from self._deliver_natively(trap))
         if (yield from vm_exit(monitor, vcpu, _EXCEPTION)):
             return Done.HELD
-        sent = False
-        if "software_breakpoint" in monitor.switches:
-            fields = {
-                "software_breakpoint.gfn": self._gfn(),
-                "software_breakpoint.insn_length": 1,
-                "software_breakpoint.type": SOFTWARE_EXCEPTION,
-            }
-            sent = yield from monitor.traps(vcpu, Reason.SOFTWARE_BREAKPOINT, fields)
-        if not sent:
+        event = "software_breakpoint"
+        fields = {
+            f"{event}.gfn": self._gfn(),
+            f"{event}.insn_length": 1,
+            f"{event}.type": SOFTWARE_EXCEPTION,
+        }
+        if not (yield from monitor.report(event, vcpu, Reason.SOFTWARE_BREAKPOINT, fields)):
             vcpu.raise_trap(trap)
         return Done.HELD
 
@@ -351,7 +348,7 @@ class Processor(ABC):
             case None:
                 done = Done.NATIVE
             case SetRegisters(values):
-                self._set_registers(values)
+                vcpu.set_registers(values)
                 done = Done.NATIVE
             case WriteControlRegister(index, value):
                 done = yield from self._move_to_control_register(index, value)
@@ -363,7 +360,7 @@ class Processor(ABC):
                     done = Done.HELD
                 else:
                     yield from self._intercept_msr(msr, value)
-            case Cpuid(results):
+            case Cpuid():
                 if (yield from vm_exit(monitor, vcpu, _CPUID)):
                     return Done.HELD
                 fields = {
@@ -371,10 +368,8 @@ class Processor(ABC):
                     "cpuid.leaf": vcpu.register("rax") & 0xFFFF_FFFF,
                     "cpuid.subleaf": vcpu.register("rcx") & 0xFFFF_FFFF,
                 }
-                self._set_registers(dict(zip(("rax", "rbx", "rcx", "rdx"), results, strict=True)))
-                if "cpuid" in monitor.switches and (
-                    yield from monitor.traps(vcpu, Reason.CPUID, fields)
-                ):
+                vcpu.set_registers(effect.registers)
+                if (yield from monitor.report("cpuid", vcpu, Reason.CPUID, fields)):
                     done = Done.HELD
             case DescriptorAccess():
                 done = yield from self._access_descriptor(effect)
@@ -383,10 +378,7 @@ class Processor(ABC):
             case GuestRequest():
                 if (yield from vm_exit(monitor, vcpu, EXIT_VMCALL)):
                     return Done.HELD
-                options = monitor.switches.get("guest_request")
-                if options is not None:
-                    sync = bool(options["sync"])
-                    yield from monitor.traps(vcpu, Reason.GUEST_REQUEST, {}, sync=sync)
+                yield from monitor.report("guest_request", vcpu, Reason.GUEST_REQUEST, {})
                 vcpu.set_register("rax", 0)
             case DebugException(kind):
                 done = yield from self._debug_exception(kind, length)
@@ -395,10 +387,6 @@ class Processor(ABC):
                     return Done.HELD
                 vcpu.halted = True
         return done
-
-    def _set_registers(self, values: Mapping[str, int]) -> None:
-        for name, value in values.items():
-            self.vcpu.set_register(name, value)
 
     def _move_to_control_register(self, index: int, value: int) -> Waits[Done]:
         """``vmx_cr_access`` and ``EXIT_REASON_XSETBV``, where the CPU exits for the write."""
@@ -499,11 +487,11 @@ class Processor(ABC):
         return monitor.gates_writes
 
     def _read_msr(self, msr: int) -> int:
-        name = _MSR_REGISTERS.get(msr)
+        name = MSR_REGISTERS.get(msr)
         return self.vcpu.register(name) if name else self.vcpu.msrs.get(msr, 0)
 
     def _write_msr(self, msr: int, value: int) -> None:
-        name = _MSR_REGISTERS.get(msr)
+        name = MSR_REGISTERS.get(msr)
         if name:
             self.vcpu.set_register(name, value)
         else:
@@ -555,9 +543,7 @@ class Processor(ABC):
             "io.in": effect.is_in,
             "io.str": effect.is_string,
         }
-        if "io" in monitor.switches and (
-            yield from monitor.traps(vcpu, Reason.IO_INSTRUCTION, fields)
-        ):
+        if (yield from monitor.report("io", vcpu, Reason.IO_INSTRUCTION, fields)):
             return Done.HELD
         self._complete_io(effect)
         return Done.EXITED
@@ -578,18 +564,13 @@ class Processor(ABC):
         if (yield from vm_exit(monitor, vcpu, _EXCEPTION, DR6_STEP if traps else 0)):
             return done
         vcpu.set_register("dr6", DR6_DEFAULT | (DR6_STEP if traps else 0))
-        options = monitor.switches.get("debug_exceptions")
-        sent = False
-        if options is not None:
-            fields = {
-                "debug_exception.gfn": self._gfn(),
-                "debug_exception.insn_length": length,
-                "debug_exception.type": kind,
-            }
-            sent = yield from monitor.traps(
-                vcpu, Reason.DEBUG_EXCEPTION, fields, sync=bool(options["sync"])
-            )
-        if not sent:
+        fields = {
+            "debug_exception.gfn": self._gfn(),
+            "debug_exception.insn_length": length,
+            "debug_exception.type": kind,
+        }
+        event = "debug_exceptions"
+        if not (yield from monitor.report(event, vcpu, Reason.DEBUG_EXCEPTION, fields)):
             vcpu.raise_trap(Trap(DB, kind, NO_ERROR_CODE, length, 0))
         return done
 
@@ -599,18 +580,16 @@ class Processor(ABC):
         """What comes of an instruction that the emulator does not know."""
         if not answered:  # hvm_emulate_one_insn: it comes again, and nobody is told
             return
-        if "emul_unimplemented" in self.monitor.switches and (
-            yield from self.monitor.traps(self.vcpu, Reason.EMUL_UNIMPLEMENTED, {})
-        ):
-            return
-        self._fault(UD)
+        event = "emul_unimplemented"
+        if not (yield from self.monitor.report(event, self.vcpu, Reason.EMUL_UNIMPLEMENTED, {})):
+            self._fault(UD)
 
     def _emulate_effect(self, effect: Effect | None, length: int) -> Waits[bool]:
         """False where an exception takes its place; few effects are heard of here."""
         vcpu = self.vcpu
         match effect:
             case SetRegisters(values):
-                self._set_registers(values)
+                vcpu.set_registers(values)
             case WriteControlRegister(index, value):
                 if index == XCR0:
                     written = self._write_control_register(index, value)
@@ -621,8 +600,8 @@ class Processor(ABC):
                 return written
             case WriteMsr(msr, value):
                 yield from self._intercept_msr(msr, value)
-            case Cpuid(results):
-                self._set_registers(dict(zip(("rax", "rbx", "rcx", "rdx"), results, strict=True)))
+            case Cpuid():
+                vcpu.set_registers(effect.registers)
             case PortIo():
                 self._complete_io(effect)
             case DebugException(kind) if kind == HARDWARE_EXCEPTION:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from xenaltp2m.abi.vm_event import Flag
-from xenaltp2m.abi.x86 import BP, CR0_ET, CR0_PE, GP, NO_ERROR_CODE, UD
+from xenaltp2m.abi.x86 import BP, GP, NO_ERROR_CODE, UD, Segment
 from xenaltp2m.backend.mock.guest import Outcome, access
 from xenaltp2m.backend.mock.processor import (
     Done,
@@ -23,7 +23,10 @@ from xenaltp2m.backend.mock.processor import (
     pages,
 )
 from xenaltp2m.backend.mock.vcpu import (
-    DR6_DEFAULT,
+    BEGINNING,
+    FLAT_CODE,
+    FLAT_DATA,
+    FLAT_LIMIT,
     HARDWARE_EXCEPTION,
     SOFTWARE_EXCEPTION,
     SOFTWARE_INTERRUPT,
@@ -32,7 +35,6 @@ from xenaltp2m.backend.mock.vcpu import (
 )
 
 _INT3 = 0xCC
-_FLAT_CODE, _FLAT_DATA = 0xC9B, 0xC93
 
 
 class Access(NamedTuple):
@@ -83,16 +85,12 @@ class Script(Processor):
         """Give the vCPU a program, and registers as they are at its start, paging off."""
         self.program, self.loop, self._at = tuple(program), loop, 0
         vcpu = self.vcpu
-        for segment in ("cs", "ds", "es", "ss", "fs", "gs"):
-            code = segment == "cs"
-            vcpu.set_register(f"{segment}_sel", 8 if code else 16)
-            vcpu.set_register(f"{segment}_limit", 0xFFFF_FFFF)
-            vcpu.set_register(f"{segment}_arbytes", _FLAT_CODE if code else _FLAT_DATA)
+        for name in ("cs", "ds", "es", "ss", "fs", "gs"):
+            code = name == "cs"
+            vcpu.set_register(f"{name}_sel", 8 if code else 16)
+            vcpu.set_segment(name, Segment(0, FLAT_LIMIT, FLAT_CODE if code else FLAT_DATA))
         start = self.program[0].address if self.program else 0
-        for name, value in {
-            "rip": start, "rflags": 2, "cr0": CR0_PE | CR0_ET, "dr6": DR6_DEFAULT, "dr7": 0x400,
-        }.items():  # fmt: skip
-            vcpu.set_register(name, value)
+        vcpu.set_registers({**BEGINNING, "rip": start})
         vcpu.halted = False
 
     @property

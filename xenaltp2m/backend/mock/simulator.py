@@ -45,6 +45,7 @@ from xenaltp2m.abi.x86 import (
     Gate,
     Paging,
     Repeated,
+    Segment,
     decode,
     doubled,
     has_error_code,
@@ -53,6 +54,7 @@ from xenaltp2m.abi.x86 import (
     segment_of,
 )
 from xenaltp2m.backend.mock.core import (
+    LONGEST_INSTRUCTION,
     Core,
     GaveUp,
     Place,
@@ -62,8 +64,6 @@ from xenaltp2m.backend.mock.core import (
     State,
     Where,
     null_stack,
-    put_segment,
-    segment_in,
 )
 from xenaltp2m.backend.mock.guest import AT_PAGE, Outcome, access, vm_exit
 from xenaltp2m.backend.mock.hypercalls import hypercall
@@ -93,6 +93,8 @@ from xenaltp2m.backend.mock.processor import (
     pages,
 )
 from xenaltp2m.backend.mock.vcpu import (
+    EFER,
+    GENERAL_REGISTERS,
     HARDWARE_EXCEPTION,
     SOFTWARE_EXCEPTION,
     SOFTWARE_INTERRUPT,
@@ -101,24 +103,20 @@ from xenaltp2m.backend.mock.vcpu import (
 )
 from xenaltp2m.types import PAGE_SIZE
 
+_SOFTWARE = SOFTWARE_INTERRUPT, SOFTWARE_EXCEPTION
 _RIGHTS = {"r": R, "w": W, "x": X}
 _U16, _U32 = 0xFFFF, 0xFFFF_FFFF
 _IRET, _EMULATED_PREFIXES = b"\xcf", b"\x48\x66"
 _PAGE_OF_32_BITS = _U32 & ~(PAGE_SIZE - 1)
 _LONG, _BIG = 1 << 9, 1 << 10
 _INT3, _INT_N, _INTO, _ICEBP = 0xCC, 0xCD, 0xCE, 0xF1
-_RDMSR, _EFER = 0x0F32, 0xC0000080
+_RDMSR = 0x0F32
 _DEBUG_PORT = 0xE9
 _IN_WALK = AccessFlag.GLA_VALID | AccessFlag.FAULT_IN_GPT
-_INSTRUCTION_BYTES = 15
 _MOST_REPETITIONS = 4096
 """That Xen's emulator does at once."""
 _VM_FUNCTIONS = 64
 """From here on they raise #UD without an exit."""
-_GENERAL = (
-    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
-    "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
-)  # fmt: skip
 _TICKS = 2
 """Of the time stamp counter, in a nanosecond."""
 _CPUID_VENDOR = (0x756E6547, 0x6C65746E, 0x49656E69)
@@ -185,9 +183,11 @@ class MachineCode(Processor):
     @property
     def long(self) -> bool:
         """Whether it is in 64-bit mode."""
-        return bool(self.vcpu.register("msr_efer") & EFER_LMA) and bool(
-            self.vcpu.register("cs_arbytes") & _LONG
-        )
+        return self._long_mode and bool(self.vcpu.register("cs_arbytes") & _LONG)
+
+    @property
+    def _long_mode(self) -> bool:
+        return bool(self.vcpu.register("msr_efer") & EFER_LMA)
 
     @property
     def _paged(self) -> bool:
@@ -312,7 +312,7 @@ class MachineCode(Processor):
         """Fetch as many bytes as an instruction may have, up to the page's end."""
         mfn = self._resolve(linear, "x", self.privilege == 3).mfn
         at = linear % PAGE_SIZE
-        return bytes(self.monitor.domain.machine.frames.peek(mfn)[at : at + _INSTRUCTION_BYTES])
+        return bytes(self.monitor.domain.machine.frames.peek(mfn)[at : at + LONGEST_INSTRUCTION])
 
     def _read(self, linear: int, size: int) -> bytes:
         """Read linear memory as the CPU does for itself, as a supervisor."""
@@ -451,24 +451,15 @@ class MachineCode(Processor):
         except _Denied as denied:
             done = yield from self._violate(denied)
             return done, int(done is not Done.HELD)
-        if isinstance(stopped, Fault):
-            return (yield from self._raise(stopped)), 0
-        if isinstance(stopped, SoftwareInterrupt):
-            return (yield from self._interrupted(stopped.vector)), 0
+        if stopped is not None:
+            return (yield from self._interrupted(stopped)), 0
         if not self.vcpu.monitor_trap_flag and not self.core.exits_at(self._linear_rip):
             self.core.stayed = True
         return Done.NATIVE, max(limit, 1)
 
     def _violate(self, denied: _Denied) -> Waits[Done]:
         """``EXIT_REASON_EPT_VIOLATION``: Xen looks at it, and the instruction comes again."""
-        linear = self._exact(denied.linear, denied.wanted)
-        physical = denied.physical
-        if denied.flags == AT_PAGE:
-            physical = physical & ~(PAGE_SIZE - 1) | linear % PAGE_SIZE
-        self._fault_like()
-        outcome = yield from access(
-            self.monitor, self.vcpu, physical, denied.kind, linear, denied.flags
-        )
+        outcome = yield from self._access(denied, self._exact(denied.linear, denied.wanted))
         if outcome is Outcome.EMULATED:
             if denied.kind == "x":
                 self._fault(GP)
@@ -478,6 +469,15 @@ class MachineCode(Processor):
         if outcome is Outcome.VIRTUALISATION_EXCEPTION:
             return (yield from self._raise(Fault(VE)))
         return Done.HELD
+
+    def _access(self, denied: _Denied, linear: int, *, delivers: bool = False) -> Waits[Outcome]:
+        """Leave guest mode for an access, now that its linear address is known."""
+        physical = denied.physical
+        if denied.flags == AT_PAGE:
+            physical = physical & ~(PAGE_SIZE - 1) | linear % PAGE_SIZE
+        self._fault_like()
+        about = physical, denied.kind, linear, denied.flags
+        return (yield from access(self.monitor, self.vcpu, *about, delivers=delivers))
 
     def _fault_like(self) -> None:
         """Set RF, as the CPU does when the exit is of the kind of a fault (SDM 3C, 28.3.3)."""
@@ -525,11 +525,13 @@ class MachineCode(Processor):
     def _has_breakpoint(self) -> bool:
         return self._fetch(self._linear_rip)[0] == _INT3
 
-    def _interrupted(self, vector: int) -> Waits[Done]:
-        """Unicorn tells of exceptions, with rip at the instruction."""
-        if vector == DB:
+    def _interrupted(self, stopped: Fault | SoftwareInterrupt) -> Waits[Done]:
+        """What stopped the core: Unicorn tells of exceptions, with rip at the instruction."""
+        if isinstance(stopped, Fault):
+            return (yield from self._raise(stopped))
+        if stopped.vector == DB:
             return (yield from self._apply_trap_flag())
-        return (yield from self._raise(Fault(vector, 0)))
+        return (yield from self._raise(Fault(stopped.vector, 0)))
 
     def _apply_trap_flag(self) -> Waits[Done]:
         return (yield from self._debug_exception(HARDWARE_EXCEPTION, 0))
@@ -542,19 +544,7 @@ class MachineCode(Processor):
                 self._through_gate(trap)
             except _Denied as denied:
                 vcpu.pending = first
-                physical = denied.physical
-                if denied.flags == AT_PAGE:
-                    physical |= denied.linear % PAGE_SIZE
-                self._fault_like()
-                outcome = yield from access(
-                    self.monitor,
-                    vcpu,
-                    physical,
-                    denied.kind,
-                    denied.linear,
-                    denied.flags,
-                    delivers=True,
-                )
+                outcome = yield from self._access(denied, denied.linear, delivers=True)
                 if outcome is not Outcome.DONE:
                     return False
             except Fault as fault:
@@ -577,40 +567,12 @@ class MachineCode(Processor):
         vcpu = self.vcpu
         if trap.vector == PF:
             vcpu.set_register("cr2", trap.cr2)
-        register, long = vcpu.register, bool(vcpu.register("msr_efer") & EFER_LMA)
-        size = 16 if long else 8
-        at = trap.vector * size
-        external = int(trap.kind < SOFTWARE_INTERRUPT)
-        software = trap.kind in (SOFTWARE_INTERRUPT, SOFTWARE_EXCEPTION)
-        if not register("cr0") & CR0_PE or at + size - 1 > register("idtr_limit"):
-            raise Fault(GP, trap.vector * 8 + 2 + external)
-        gate = Gate.of(self._read(register("idtr_base") + at, size), trap.vector, external)
-        if software and gate.privilege < self.privilege:
-            raise Fault(GP, trap.vector * 8 + 2)
-        if not gate.selector & ~3 or (gate.selector | 7) > register("gdtr_limit"):
-            raise Fault(GP, gate.selector & ~3 | external)
-        raw = self._read(register("gdtr_base") + (gate.selector & ~7), 8)
-        code = segment_of(int.from_bytes(raw, "little"))
-        if not code.is_code or code.privilege > self.privilege or (long and not code.is_64_bit):
-            raise Fault(GP, gate.selector & ~3 | external)
-        if not code.is_present:
-            raise Fault(NP, gate.selector & ~3 | external)
+        register, long = vcpu.register, self._long_mode
+        gate, code = self._find_gate(trap)
         inner = code.privilege if not code.attributes & 4 else self.privilege
-        stack, stack_selector, top = segment_in(vcpu, "ss"), register("ss_sel"), register("rsp")
         changes = inner < self.privilege
-        if long:
-            if gate.stack or changes:
-                where = 0x24 + 8 * (gate.stack - 1) if gate.stack else 4 + 8 * inner
-                top = int.from_bytes(self._read(register("tr_base") + where, 8), "little")
-            if changes:
-                stack, stack_selector = null_stack(inner), inner
-            top &= ~0xF
-        elif changes:
-            new = self._read(register("tr_base") + 4 + 8 * inner, 8)
-            top = int.from_bytes(new[:4], "little")
-            stack_selector = int.from_bytes(new[4:6], "little")
-            raw = self._read(register("gdtr_base") + (stack_selector & ~7), 8)
-            stack = segment_of(int.from_bytes(raw, "little"))
+        stack_selector, stack, top = self._find_stack(gate, inner)
+        software = trap.kind in _SOFTWARE
         rip = register("rip") + (trap.length if software or trap.kind == 5 else 0)
         flags = register("rflags")
         if trap.kind == HARDWARE_EXCEPTION and trap.vector != DB:
@@ -632,10 +594,53 @@ class MachineCode(Processor):
         vcpu.set_register("rip", gate.offset)
         vcpu.set_register("rsp", top)
         vcpu.set_register("cs_sel", gate.selector & ~3 | inner)
-        put_segment(vcpu, "cs", code._replace(attributes=code.attributes | 1))
+        vcpu.set_segment("cs", code._replace(attributes=code.attributes | 1))
         if changes:
             vcpu.set_register("ss_sel", stack_selector)
-            put_segment(vcpu, "ss", stack)
+            vcpu.set_segment("ss", stack)
+
+    def _find_gate(self, trap: Trap) -> tuple[Gate, Segment]:
+        """The gate of an exception or interrupt, and the code segment it leads to."""
+        register, long = self.vcpu.register, self._long_mode
+        size = 16 if long else 8
+        at = trap.vector * size
+        external = int(trap.kind < SOFTWARE_INTERRUPT)
+        if not register("cr0") & CR0_PE or at + size - 1 > register("idtr_limit"):
+            raise Fault(GP, trap.vector * 8 + 2 + external)
+        gate = Gate.of(self._read(register("idtr_base") + at, size), trap.vector, external)
+        if trap.kind in _SOFTWARE and gate.privilege < self.privilege:
+            raise Fault(GP, trap.vector * 8 + 2)
+        if not gate.selector & ~3 or (gate.selector | 7) > register("gdtr_limit"):
+            raise Fault(GP, gate.selector & ~3 | external)
+        code = self._segment_at(gate.selector)
+        if not code.is_code or code.privilege > self.privilege or (long and not code.is_64_bit):
+            raise Fault(GP, gate.selector & ~3 | external)
+        if not code.is_present:
+            raise Fault(NP, gate.selector & ~3 | external)
+        return gate, code
+
+    def _find_stack(self, gate: Gate, inner: int) -> tuple[int, Segment, int]:
+        """The stack that a gate wants: its selector, its segment, and its top."""
+        vcpu, register = self.vcpu, self.vcpu.register
+        selector, stack, top = register("ss_sel"), vcpu.segment("ss"), register("rsp")
+        changes = inner < self.privilege
+        if self._long_mode:
+            if gate.stack or changes:
+                where = 0x24 + 8 * (gate.stack - 1) if gate.stack else 4 + 8 * inner
+                top = int.from_bytes(self._read(register("tr_base") + where, 8), "little")
+            if changes:
+                selector, stack = inner, null_stack(inner)
+            top &= ~0xF
+        elif changes:
+            new = self._read(register("tr_base") + 4 + 8 * inner, 8)
+            top = int.from_bytes(new[:4], "little")
+            selector = int.from_bytes(new[4:6], "little")
+            stack = self._segment_at(selector)
+        return selector, stack, top
+
+    def _segment_at(self, selector: int) -> Segment:
+        raw = self._read(self.vcpu.register("gdtr_base") + (selector & ~7), 8)
+        return segment_of(int.from_bytes(raw, "little"))
 
     # Instructions that exit.
 
@@ -664,7 +669,7 @@ class MachineCode(Processor):
         room = PAGE_SIZE - linear % PAGE_SIZE
         code = self._fetch(linear)
         found = self._decode(code)
-        if found is None and room < _INSTRUCTION_BYTES:
+        if found is None and room < LONGEST_INSTRUCTION:
             found = self._decode(code + self._fetch(linear + room))
         if found is None:
             return (yield from self._execute_alone())
@@ -682,11 +687,7 @@ class MachineCode(Processor):
 
     def _execute_alone(self) -> Waits[Done]:
         stopped = self._step_once(self._resolve)
-        if isinstance(stopped, Fault):
-            return (yield from self._raise(stopped))
-        if isinstance(stopped, SoftwareInterrupt):
-            return (yield from self._interrupted(stopped.vector))
-        return Done.NATIVE
+        return Done.NATIVE if stopped is None else (yield from self._interrupted(stopped))
 
     def _dispatch(self, found: Decoded) -> Waits[Done]:
         self.vcpu.set_register("rflags", self.vcpu.register("rflags") & ~FLAG_RF)
@@ -736,7 +737,7 @@ class MachineCode(Processor):
         wide = register("rax") & _U32 | (register("rdx") & _U32) << 32
         if opcode == 0x0F22 and number in (0, 3, 4):
             index = {0: CR0, 3: CR3, 4: CR4}[number]
-            return WriteControlRegister(index, register(_GENERAL[operand]) & mask)
+            return WriteControlRegister(index, register(GENERAL_REGISTERS[operand]) & mask)
         if opcode == 0x0F06:  # CLTS
             return WriteControlRegister(CR0, register("cr0") & ~8)
         if opcode == 0x0F30:
@@ -777,7 +778,7 @@ class MachineCode(Processor):
 
     def _read_msr_at_rip(self, length: int) -> Waits[Done]:
         msr = self.vcpu.register("rcx") & _U32
-        if msr in DIRECT_MSRS or msr == _EFER:  # construct_vmcs, vmx_update_guest_efer
+        if msr in DIRECT_MSRS or msr == EFER:  # construct_vmcs, vmx_update_guest_efer
             self._load_msr(msr)
             return (yield from self._complete(length))
         if (yield from vm_exit(self.monitor, self.vcpu, EXIT_MSR_READ)):
@@ -788,7 +789,7 @@ class MachineCode(Processor):
 
     def _load_msr(self, msr: int) -> None:
         value = self._read_msr(msr)
-        self._set_registers({"rax": value & _U32, "rdx": value >> 32})
+        self.vcpu.set_registers({"rax": value & _U32, "rdx": value >> 32})
 
     def _cpuid(self, leaf: int) -> tuple[int, int, int, int]:
         return _CPUID.get(leaf, (0, 0, 0, 0))
@@ -856,7 +857,7 @@ class MachineCode(Processor):
             self.vcpu.set_register("msr_efer", efer | EFER_LMA if paged else efer & ~EFER_LMA)
 
     def _write_msr(self, msr: int, value: int) -> None:
-        if msr == _EFER:
+        if msr == EFER:
             value = value & ~EFER_LMA | self.vcpu.register("msr_efer") & EFER_LMA
         super()._write_msr(msr, value)
 
@@ -868,8 +869,8 @@ class MachineCode(Processor):
     def _emulate_here(self, kind: Flag, data: bytes, *, answered: bool = True) -> Waits[bool]:
         """Execute the instruction at rip against the host p2m; True if it is completed."""
         vcpu = self.vcpu
-        replaced = data[:_INSTRUCTION_BYTES] if kind is Flag.SET_EMUL_INSN_DATA else b""
-        code = replaced or self._host_bytes(self._linear_rip, _INSTRUCTION_BYTES)
+        replaced = data[:LONGEST_INSTRUCTION] if kind is Flag.SET_EMUL_INSN_DATA else b""
+        code = replaced or self._host_bytes(self._linear_rip, LONGEST_INSTRUCTION)
         if code[0] == _INT3:
             vcpu.raise_trap(Trap(BP, SOFTWARE_EXCEPTION, NO_ERROR_CODE, 1, 0))
             return False

@@ -3,22 +3,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias, TypeVar
 
 from xenaltp2m.abi.layouts import HVM_CPU
-from xenaltp2m.abi.x86 import CR0_ET, DF, GP, PF, VE
+from xenaltp2m.abi.x86 import CR0_ET, CR0_PE, DF, GP, PF, VE, Segment
 
 INVALID_VIEW = 0xFFFF
 
 HARDWARE_EXCEPTION, SOFTWARE_INTERRUPT, SOFTWARE_EXCEPTION = 3, 4, 6
 """``X86_ET_*``."""
-DR6_DEFAULT = 0xFFFF0FF0
+DR6_DEFAULT, DR7_DEFAULT = 0xFFFF0FF0, 0x400
+BEGINNING = {"rflags": 2, "cr0": CR0_PE | CR0_ET, "dr6": DR6_DEFAULT, "dr7": DR7_DEFAULT}
+"""Registers of a vCPU in protected mode that has executed nothing."""
+EFER = 0xC0000080
+MSR_REGISTERS = {
+    0x10: "tsc", 0x174: "sysenter_cs", 0x175: "sysenter_esp", 0x176: "sysenter_eip",
+    EFER: "msr_efer", 0xC0000081: "msr_star", 0xC0000082: "msr_lstar",
+    0xC0000083: "msr_cstar", 0xC0000084: "msr_syscall_mask", 0xC0000100: "fs_base",
+    0xC0000101: "gs_base", 0xC0000102: "shadow_gs", 0xC0000103: "msr_tsc_aux",
+}  # fmt: skip
+"""MSRs that a vCPU's context has."""
+GENERAL_REGISTERS = (
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
+    "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+)  # fmt: skip
+"""As instructions number them."""
+FLAT_CODE, FLAT_CODE_64, FLAT_DATA = 0xC9B, 0xA9B, 0xC93
+"""Attributes of segments."""
+FLAT_LIMIT = 0xFFFF_FFFF
+_TASK_STATE = Segment(0, 0x67, 0x8B)
 REGISTERS = {
     name: slice(offset, offset + width) for name, (offset, width) in HVM_CPU.fields.items()
 }
 """Where they lie in a vCPU's context."""
+_HIDDEN = ("base", "limit", "arbytes")
 _T = TypeVar("_T")
 
 Waits: TypeAlias = Generator[None, None, _T]
@@ -123,6 +143,27 @@ class Vcpu:
         width = place.stop - place.start
         mask = (1 << 8 * width) - 1
         self.context[place] = (value & mask).to_bytes(width, "little")
+
+    def set_registers(self, values: Mapping[str, int]) -> None:
+        """Set registers of the context."""
+        for name, value in values.items():
+            self.set_register(name, value)
+
+    def segment(self, name: str) -> Segment:
+        """Return the hidden part of a segment register."""
+        return Segment(*(self.register(f"{name}_{part}") for part in _HIDDEN))
+
+    def set_segment(self, name: str, segment: Segment) -> None:
+        """Set the hidden part of a segment register."""
+        for part, value in zip(_HIDDEN, segment, strict=True):
+            self.set_register(f"{name}_{part}", value)
+
+    def set_flat_segments(self, code: int) -> None:
+        """Set those that a guest begins with, given the attributes of CS."""
+        for name in ("cs", "ds", "es", "ss"):
+            attributes = code if name == "cs" else FLAT_DATA
+            self.set_segment(name, Segment(0, FLAT_LIMIT, attributes))
+        self.set_segment("tr", _TASK_STATE)
 
     def raise_trap(self, trap: Trap) -> None:
         """``vmx_inject_event``: what is pending already gives way, if not to a double fault."""
