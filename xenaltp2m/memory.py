@@ -119,6 +119,16 @@ class Memory:
         )
         return AddressSpace(self, paging, mapped)
 
+    def read_va(self, cr3: int, address: int, length: int) -> bytes:
+        """Read from a linear address by the page tables at ``cr3``, in the mode vCPU 0 is in.
+
+        :meth:`address_space` does this for many reads.
+
+        Raises:
+            NotMappedError: The page tables lead nowhere.
+        """
+        return self.address_space(cr3=cr3).read(address, length)
+
     def _spans(self, address: int, length: int) -> Iterator[tuple[range, int, int]]:
         """Yield what to map at once: (gfns, offset in the first page, bytes)."""
         self._domain._check_open()

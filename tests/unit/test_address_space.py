@@ -206,9 +206,9 @@ def test_by_a_vcpu_s_registers(dom: xa.Domain) -> None:
     vcpu.set_registers(cr0=ON | 0x10, cr4=CR4_PAE, msr_efer=LONG, cr3=ROOT)
     assert dom.memory.address_space().read(address, 4) == b"here"
     assert dom.memory.address_space(vcpu.registers()).read(address, 4) == b"here"
-    assert dom.memory.address_space(cr3=ROOT).read(address, 4) == b"here"
+    assert dom.memory.read_va(ROOT, address, 4) == b"here"
     with pytest.raises(xa.NotMappedError):
-        dom.memory.address_space(cr3=0x40_0000).read(address, 4)
+        dom.memory.read_va(0x40_0000, address, 4)
 
 
 @MODES
