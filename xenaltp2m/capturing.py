@@ -270,10 +270,9 @@ def _compare_view(
             progress(done, len(chosen))
 
 
-def obstacles(altp2m: Altp2m, state: State) -> list[str]:
-    """Say what keeps a state from being restored there; nothing where it can be."""
-    domain, release = altp2m.domain, altp2m.domain.xen.release
-    found = []
+def obstacles(domain: Domain, state: State) -> list[str]:
+    """Say what keeps a state from being restored in a domain; nothing where it can be."""
+    release, found = domain.xen.release, []
     wanted = {access for view in state.views for access in set(view.access.values)}
     wanted |= {view.default_access for view in state.views}
     found += [
@@ -324,7 +323,7 @@ def restore(
         LeftoverError: Taking back what was made has failed, too.
     """
     altp2m._check_open()
-    problems = obstacles(altp2m, state)
+    problems = obstacles(altp2m.domain, state)
     if problems:
         raise UnsupportedError(
             f"the state cannot be restored: {'; '.join(problems)}",

@@ -108,7 +108,7 @@ def test_captured_restored_and_captured_it_is_the_same(seed: int, xen: tuple[int
         assert State.from_bytes(data).to_bytes(origin=False) == data
         jsonschema.validate(json.loads(plain(state)), SCHEMA)
         other = Host(stack, xen)
-        assert obstacles(other.altp2m, state) == []
+        assert obstacles(other.dom, state) == []
         restore(other.altp2m, State.from_bytes(data))
         again = other.altp2m.capture(contents=True, verify=True)
         assert diff(state, again) == []
@@ -170,13 +170,13 @@ def test_what_is_in_the_way() -> None:
     with ExitStack() as stack:
         host = Host(stack, (4, 14))
         bare = replace(state, pages=tuple(replace(page, content=None) for page in state.pages))
-        assert obstacles(host.altp2m, bare) == [
+        assert obstacles(host.dom, bare) == [
             f"the content of {len(state.pages)} added pages was not captured"
         ]
         [first, *rest] = state.views
         access = FrozenRuns.of([(5, 1, xa.Access.R_PW), (1 << 30, 1, xa.Access.R)])
         odd = replace(first, access=access)
-        found = obstacles(host.altp2m, replace(state, views=(odd, *rest), vcpus=(0, 1)))
+        found = obstacles(host.dom, replace(state, views=(odd, *rest), vcpus=(0, 1)))
         assert found == [
             "Xen 4.14 does not know the access r_pw",
             f"it has access for gfn 0x40000000, and the domain ends at {host.dom.maximum_gfn:#x}",
@@ -184,7 +184,7 @@ def test_what_is_in_the_way() -> None:
         ]
         bits = FrozenRuns.of([(0, 1 << 36, True)])
         endless = replace(first, suppress_ve=bits)
-        [past] = obstacles(host.altp2m, replace(state, views=(endless,), vcpus=()))
+        [past] = obstacles(host.dom, replace(state, views=(endless,), vcpus=()))
         assert past.startswith("it has a suppress-#VE bit for gfn 0xfffffffff, and the domain")
         with pytest.raises(xa.UnsupportedError, match="does not know the access r_pw"):
             restore(host.altp2m, replace(state, views=(odd, *rest)))
@@ -420,14 +420,28 @@ def test_diff_of_files(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "is gone" in capsys.readouterr().out
 
 
-def test_restore_for_a_while(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_restore_for_a_while(
+    saved: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = ["--connect", "mock", "state", "restore", str(saved), "guest"]
-    assert cli.main([*command, "--dry-run"]) == cli.DONE
+    with monkeypatch.context() as patch:
+        patch.delattr(MockBackend, "altp2m_set_domain_state")
+        assert cli.main([*command, "--dry-run"]) == cli.DONE
     assert "nothing is in the way" in capsys.readouterr().out
     assert cli.main([*command, "--duration", "0", "--json"]) == cli.DONE
     out, err = capsys.readouterr()
     assert json.loads(out) == {"obstacles": [], "views": list(range(1, len(small().views) + 1))}
     assert "Undone: views destroyed, altp2m off." in err
+
+
+def test_a_dry_run_refuses_what_restoring_would(
+    saved: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mock = MockBackend()
+    mock.add_domain("guest", mode=xa.Altp2mMode.MIXED)
+    monkeypatch.setattr("xenaltp2m.cli.state.connect", lambda *_: xa.connect(mock))
+    assert cli.main(["state", "restore", str(saved), "guest", "--dry-run"]) == cli.REFUSED
+    assert "--accept mixed" in capsys.readouterr().err
 
 
 def test_what_cannot_be_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

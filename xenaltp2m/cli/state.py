@@ -19,6 +19,7 @@ from xenaltp2m.cli.arguments import add_accept, add_duration, number_among
 from xenaltp2m.cli.console import Console, Table
 from xenaltp2m.cli.host import Signals, connect, is_altp2m_active, note_undone
 from xenaltp2m.cli.pages import counted
+from xenaltp2m.hazards import refuse
 from xenaltp2m.signals import guard
 from xenaltp2m.viewaxis import totals, vcpus_in
 from xenaltp2m.viewstate import MAX_FILE, State, ViewState, diff
@@ -231,17 +232,19 @@ def _restore(options: argparse.Namespace, console: Console) -> None:
         xen = stack.enter_context(connect(options, console))
         domain = stack.enter_context(xen.domain(options.other))
         was_active = is_altp2m_active(domain, console)
-        signals.hold_back()
-        altp2m = stack.enter_context(domain.altp2m(accept=options.accept))
-        problems = obstacles(altp2m, state)
+        if options.dry_run:
+            refuse(domain, options.accept)  # as opening altp2m does
+        problems = obstacles(domain, state)
         if options.dry_run or problems:
             rows = [(line,) for line in problems]
             head = "in the way" if problems else "nothing is in the way"
             console.result({"obstacles": problems, "views": []}, Table((head,), rows))
-        if problems and not options.dry_run:
-            raise xa.UnsupportedError("the state cannot be restored there", domid=domain.domid)
         if options.dry_run:
             return
+        if problems:
+            raise xa.UnsupportedError("the state cannot be restored there", domid=domain.domid)
+        signals.hold_back()
+        altp2m = stack.enter_context(domain.altp2m(accept=options.accept))
         views = restore(altp2m, state, progress=console.progress("restoring"))
         made = [(str(view.id), view.label or "") for view in views]
         numbers = [int(view.id) for view in views]
