@@ -28,7 +28,7 @@ from tests.recorded.sessions import NAME, SESSIONS, Session, run, run_calls
 from xenaltp2m import cli
 from xenaltp2m.abi.releases import SUPPORTED
 from xenaltp2m.backend import Backend, open_backend, recording, session
-from xenaltp2m.backend.mock import Access, Instruction, MockBackend
+from xenaltp2m.backend.mock import Access, Cpuid, Instruction, MockBackend, SetRegisters
 from xenaltp2m.backend.recording import RecordingBackend
 from xenaltp2m.backend.replay import ReplayBackend
 from xenaltp2m.breakpoints import Breakpoints
@@ -130,6 +130,46 @@ def test_asynchronous_agents_come_to_the_same(path: Path) -> None:
 
     learned = asyncio.run(listen(xa.connect(simulated(), record=path)))
     assert asyncio.run(listen(replayed(path))) == learned
+
+
+def test_events_of_two_domains_come_to_the_same(path: Path) -> None:
+    """Also where one call finds requests in both rings."""
+    host = MockBackend()
+    for name, leaf in (("one", 1), ("other", 2)):
+        program = [
+            Instruction(0x1000, effect=SetRegisters({"rax": leaf})),
+            *(Instruction(0x1000 + nth, effect=Cpuid()) for nth in range(1, 6)),
+        ]
+        host.load(host.add_domain(name), program)
+
+    def start() -> None:
+        for domid in (1, 2):
+            host.domain(domid).unpause()
+            host.run(domid)
+
+    def listen(xen: xa.Xen, start: Callable[[], None]) -> list[tuple[str, int]]:
+        heard: list[tuple[str, int]] = []
+        with (
+            xen,
+            xen.domain("one") as one,
+            xen.domain("other") as other,
+            one.monitor(xa.Cpuid) as first,
+            other.monitor(xa.Cpuid) as second,
+        ):
+            monitors = {"one": first, "other": second}
+            start()
+            for name in ("one", "other", "other", "one", "one"):
+                for event in monitors[name].events(timeout=0.3):
+                    assert isinstance(event, xa.Cpuid)
+                    heard.append((name, event.leaf))
+                    break
+        return heard
+
+    learned = listen(xa.connect(host, record=path), start)
+    assert dict(learned[:2]) == {"one": 1, "other": 2}
+    assert len(learned) == 5
+    assert max(len(line.get("requests", ())) for line in lines(path)) == 2
+    assert listen(replayed(path), lambda: None) == learned
 
 
 def test_silence_passes_at_once(path: Path) -> None:
@@ -545,6 +585,8 @@ def damaged() -> Iterator[Any]:
         ("short", {"wrote": [[0, 0, session._packed(bytes(5))]]}, "not the size"),
         ("base64", {"wrote": [[0, 0, "%"]]}, "packed is damaged"),
         ("index", {"indices": [[8, 0]]}, "no number"),
+        ("ring", {"requests": {"one": []}}, "told by its number"),
+        ("negative", {"produced": {"-1": 0}}, "no number"),
     ]:
         yield pytest.param(change, why, id=name)
 

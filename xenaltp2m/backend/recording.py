@@ -277,9 +277,7 @@ class RecordingBackend:
 
     def _before(self) -> dict[str, Json]:
         """Look at what the agent has written since the call before."""
-        told: dict[str, Json] = {}
-        for ring in self._rings.values():
-            told |= ring.show_xen()
+        told = self._of_rings(_Ring.show_xen)
         wrote = [
             [number, *change]
             for number, pages in self._mapped.items()
@@ -290,15 +288,24 @@ class RecordingBackend:
 
     def _after(self) -> dict[str, Json]:
         """Look at what others have written meanwhile."""
-        told: dict[str, Json] = {}
-        for ring in self._rings.values():
-            told |= ring.show_agent()
+        told = self._of_rings(_Ring.show_agent)
         memory = [
             [number, *change]
             for number, pages in self._mapped.items()
             for change in pages.changes()
         ]
         return told | {"memory": memory} if memory else told
+
+    def _of_rings(self, show: Callable[[_Ring], dict[str, Json]]) -> dict[str, Json]:
+        """Tell what the only ring does, or of several which one does what."""
+        told: dict[str, Json] = {}
+        for number, ring in self._rings.items():
+            for what, found in show(ring).items():
+                if len(self._rings) == 1:
+                    told[what] = found
+                else:
+                    told.setdefault(what, {})[number] = found
+        return told
 
     # What is more than to pass it on.
 

@@ -39,6 +39,7 @@ from xenaltp2m.backend.session import (
     Runs,
     applied,
     encode,
+    of_ring,
     same,
 )
 from xenaltp2m.errors import (
@@ -249,8 +250,8 @@ class ReplayBackend:
             raise self._difference(None, _words(op, given))
         if call.op != op or not all(map(same, call.arguments, given)):
             raise self._difference(_words(call.op, call.arguments), _words(op, given))
-        for ring in self._rings.values():
-            self._compare_responses(ring, call)
+        for number, ring in self._rings.items():
+            self._compare_responses(number, ring, call)
         for number, pages in self._mapped.items():
             if pages.writable:
                 recorded = {page: runs for at, page, runs in call.wrote if at == number}
@@ -260,11 +261,11 @@ class ReplayBackend:
 
     def _finish(self, call: Call) -> None:
         """Have what Xen and the guest wrote meanwhile, and look at the next call."""
-        for ring in self._rings.values():
+        for number, ring in self._rings.items():
             if ring.agent is not None:
-                produced = ring.agent.produced + len(call.requests)
-                known = call.produced is None
-                ring.agent.put(call.requests, produced & MASK if known else call.produced or 0)
+                requests = of_ring(call.requests, number, ())
+                produced = (ring.agent.produced + len(requests)) & MASK
+                ring.agent.put(requests, of_ring(call.produced, number, produced))
         for number, page, runs in call.memory:
             pages = self._mapped.get(number)
             if pages is None or page >= len(pages.last):
@@ -272,22 +273,21 @@ class ReplayBackend:
             pages.put(page, applied(pages.last[page], runs))
         self._advance()
 
-    def _compare_responses(self, ring: _Ring, call: Call) -> None:
+    def _compare_responses(self, number: int, ring: _Ring, call: Call) -> None:
         if ring.agent is None:
             return
         changed, responses = ring.agent.take()
-        came = [raw for _, raw in responses]
-        for recorded, answer in zip(call.responses, came, strict=False):
-            if recorded != answer:
-                raise self._difference(
-                    _response(recorded, answer, call.op), _response(answer, recorded, call.op)
-                )
-        if len(call.responses) != len(came):
+        recorded, came = of_ring(call.responses, number, ()), [raw for _, raw in responses]
+        for then, now in zip(recorded, came, strict=False):
+            if then != now:
+                raise self._difference(_response(then, now, call.op), _response(now, then, call.op))
+        if len(recorded) != len(came):
             raise self._difference(
-                f"{len(call.responses)} responses before {call.op}", f"{len(came)} responses"
+                f"{len(recorded)} responses before {call.op}", f"{len(came)} responses"
             )
-        if not changed.keys() <= {RSP_PROD} and changed != dict(call.indices or {}):
-            raise self._difference(f"indices {call.indices}", f"indices {changed}")
+        indices = of_ring(call.indices, number, {})
+        if not changed.keys() <= {RSP_PROD} and changed != indices:
+            raise self._difference(f"indices {indices}", f"indices {changed}")
 
     def _compare_memory(self, pages: _Pages, recorded: Mapping[int, Runs]) -> None:
         """Compare what was written; what only the recording has is taken for the guest's."""

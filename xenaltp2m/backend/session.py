@@ -16,9 +16,9 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import partial
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias, TypeVar
 from uuid import UUID
 
 from xenaltp2m import errors
@@ -40,6 +40,10 @@ MAX_FILE = 1 << 30
 Json: TypeAlias = Any
 Runs: TypeAlias = "bytes | tuple[tuple[int, bytes], ...]"
 """A page as it is told: whole, or the parts that differ from what it was, each with its offset."""
+
+T = TypeVar("T")
+OfRings: TypeAlias = Mapping["int | None", T]
+"""By the number of the ring; None is the only one there is."""
 
 _RECORDS = (DomainInfo, PodTarget, VcpuInfo)
 _SHORT = 64
@@ -79,11 +83,11 @@ class Call:
         arguments: As :func:`encode` writes them.
         result: What it gave, decoded; of mappings the pages as they are told.
         error: What it raised instead.
-        indices: Of the ring, those that the agent has changed since the call before, by number.
-        responses: What the agent has written into the ring since then.
+        indices: Of a ring, those that the agent has changed since the call before, by number.
+        responses: What the agent has written into a ring since then.
         wrote: What it has written into pages: number of the mapping, page in it, how it is told.
-        requests: What Xen had written into the ring when the call returned.
-        produced: The ring's number of requests, where it is not just these more.
+        requests: What Xen had written into a ring when the call returned.
+        produced: A ring's number of requests, where it is not just these more.
         memory: What was different then in pages that are mapped.
     """
 
@@ -92,11 +96,11 @@ class Call:
     arguments: list[Json]
     result: Any = None
     error: OSError | None = None
-    indices: Mapping[int, int] | None = None
-    responses: tuple[bytes, ...] = ()
+    indices: OfRings[Mapping[int, int]] = field(default_factory=dict)
+    responses: OfRings[tuple[bytes, ...]] = field(default_factory=dict)
     wrote: tuple[tuple[int, int, Runs], ...] = ()
-    requests: tuple[bytes, ...] = ()
-    produced: int | None = None
+    requests: OfRings[tuple[bytes, ...]] = field(default_factory=dict)
+    produced: OfRings[int] = field(default_factory=dict)
     memory: tuple[tuple[int, int, Runs], ...] = ()
 
 
@@ -421,6 +425,11 @@ class AgentRing:
         self._words[REQ_PROD] = self._known[REQ_PROD] = produced
 
 
+def of_ring(told: OfRings[T], number: int, otherwise: T) -> T:
+    """Return what is told of a ring."""
+    return told.get(number, told.get(None, otherwise))
+
+
 # Lines.
 
 
@@ -539,22 +548,17 @@ def _parsed(found: Json) -> Call | float:
         raise _Unsound(f"there is no call {_shown(op)}, or more beside it")
     error = _error(told["error"]) if "error" in told else None
     result = _decoded(RESULTS[op], told.get("result")) if error is None else None
-    indices = {
-        _number(at, SLOTS): _number(word, 1 << 32)
-        for at, word in (_list(each, 2) for each in _list(told.get("indices", [])))
-    }
-    produced = told.get("produced")
     return Call(
         time=_seconds(told.get("time")),
         op=op,
         arguments=_list(told.get("arguments"), len(OPERATIONS[op].names)),
         result=result,
         error=error,
-        indices=indices,
-        responses=_events(told.get("responses", [])),
+        indices=_of_rings(told.get("indices", {}), _indices),
+        responses=_of_rings(told.get("responses", {}), _events),
         wrote=_pages(told.get("wrote", [])),
-        requests=_events(told.get("requests", [])),
-        produced=None if produced is None else _number(produced, 1 << 32),
+        requests=_of_rings(told.get("requests", {}), _events),
+        produced=_of_rings(told.get("produced", {}), _word),
         memory=_pages(told.get("memory", [])),
     )
 
@@ -565,6 +569,24 @@ def _seconds(value: Json) -> float:
     if not math.isfinite(value) or value < 0:
         raise _Unsound(f"{_shown(value)} is no time")
     return float(value)
+
+
+def _of_rings(value: Json, read: Callable[[Json], T]) -> OfRings[T]:
+    if not isinstance(value, dict):
+        return {None: read(value)}
+    try:
+        return {_number(int(ring)): read(told) for ring, told in value.items()}
+    except ValueError:
+        raise _Unsound("a ring is not told by its number") from None
+
+
+def _indices(value: Json) -> dict[int, int]:
+    pairs = (_list(each, 2) for each in _list(value))
+    return {_number(at, SLOTS): _word(word) for at, word in pairs}
+
+
+def _word(value: Json) -> int:
+    return _number(value, 1 << 32)
 
 
 def _events(value: Json) -> tuple[bytes, ...]:
