@@ -1508,3 +1508,27 @@ def test_calls_for_a_vcpu(xen: tuple[int, int]) -> None:
     assert errno_of(partial(host.hvm_inject_trap, domid, 0, *trap)) == EPERM
     assert errno_of(partial(host.vcpu_getinfo, domid, 0)) == EPERM
     host.close()
+
+
+def test_nothing_that_an_agent_has_done_is_carried() -> None:
+    """Xen saves no monitor, and none of what its vCPUs were told to do (``hvm/save.c``)."""
+    host = MockBackend()
+    domid = host.add_domain()
+    host.load(domid, [Instruction(0x1000, effect=Cpuid()), Instruction(0x1001)])
+    _, ring = host.monitor_enable(domid)
+    host.monitor_cpuid(domid, True)
+    host.domain_unpause(domid)
+    assert host.domain(domid).vcpus[0].event_pauses
+    host.domain_debug_control(domid, 1, 0)
+    host.monitor_disable(domid)
+    host.monitor_unmap_ring(ring)
+    host.monitor_singlestep(domid, True)
+    host.monitor_control_registers(domid)
+    carried = host.carry(domid)
+    assert host.domain(carried).vcpus[0].register("rip") == 0x1002  # it was not kept from running
+    _, ring = host.monitor_enable(carried)
+    host.monitor_singlestep(carried, True)  # which was off
+    host.load(carried, [Instruction(0x1000), Instruction(0x1001)])
+    host.run(carried)
+    assert not int.from_bytes(ring[:4], "little")  # nothing is stepped
+    host.close()

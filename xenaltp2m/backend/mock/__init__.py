@@ -265,7 +265,7 @@ class MockBackend(ModelBackend):
         """
         domain = self.domain(domid)
         new = max(self.machine.domains) + 1
-        self._monitor_of(domid).clean_up()
+        self._monitor_of(domid).carry()
         tables: list[dict[int, Any]] = [self.machine.domains, self._monitors, self._processors]
         for table in tables:
             if domid in table:

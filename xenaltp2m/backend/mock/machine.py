@@ -580,6 +580,8 @@ class Domain:
             self.set_active(False)
         self.domid, self.pauses, self.access_required = domid, 0, False
         self.host_default_access = ACCESS_RWX
+        for vcpu in self.vcpus:
+            vcpu.carry()
         entries = list(self.host.entries())
         self.host.flush()
         self.host.restart()

@@ -143,6 +143,13 @@ class Monitor:
             self._forget_switches()
             self._destroy()
 
+    def carry(self) -> None:
+        """Become that of a domain restored from what was saved of this one: a new one."""
+        self.clean_up()
+        self.switches.clear()
+        self.gates_writes = False
+        self.intercepted_msrs.clear()
+
     def _forget_switches(self) -> None:
         """``arch_monitor_cleanup_domain``."""
         self.switches = {
