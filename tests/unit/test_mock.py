@@ -195,28 +195,33 @@ NUMBERS = [
 
 
 def test_every_number_of_the_protocol_has_a_bound() -> None:
-    others = {
-        "self",
-        "function",
-        "name",
-        "path",
-        "state",
-        "suppress",
-        "visible",
-        "required",
-        "writable",
-    }
-    others |= {"enable", "disable", "sync", "onchangeonly", "allow_userspace"}
-    others |= {"gfns", "accesses", "stream", "pages", "ring"}
+    others = {"self", "function", "name", "path", "gfns", "accesses", "stream", "pages", "ring"}
     for op in OPERATIONS:
-        names = set(inspect.signature(getattr(Backend, op)).parameters)
-        assert names <= others | set(arguments.LIMITS), op
+        parameters = inspect.signature(getattr(Backend, op)).parameters
+        flags = {name for name, one in parameters.items() if one.annotation == "bool"}
+        assert flags == parameters.keys() & arguments.FLAGS, op
+        assert parameters.keys() - flags <= others | set(arguments.LIMITS), op
+
+
+def arguments_of(op: str) -> dict[str, Any]:
+    """What an operation takes, each of its type."""
+    parameters = inspect.signature(getattr(Backend, op)).parameters.keys() - {"self"}
+    return {key: GOOD.get(key, True if key in arguments.FLAGS else 0) for key in parameters}
+
+
+@pytest.mark.parametrize("op", [op for op in CALLS if arguments.FLAGS & arguments_of(op).keys()])
+def test_what_is_no_flag_is_refused_as_by_libxc(host: MockBackend, op: str) -> None:
+    values = arguments_of(op)
+    for name in values.keys() & arguments.FLAGS:
+        for bad in (0, 1, None, "yes"):
+            with pytest.raises(InvalidArgumentError, match=f"^{op}: {name} must be a bool, not "):
+                getattr(host, op)(**values | {name: bad})
+    assert not host.calls
 
 
 @pytest.mark.parametrize(("op", "name"), NUMBERS, ids="-".join)
 def test_a_number_c_would_truncate_is_refused(host: MockBackend, op: str, name: str) -> None:
-    parameters = inspect.signature(getattr(Backend, op)).parameters
-    values = {key: GOOD.get(key, 0) for key in parameters if key != "self"}
+    values = arguments_of(op)
     for bad in (-1, arguments.LIMITS[name], True, 1.0, "1", None):
         with pytest.raises(InvalidArgumentError) as caught:
             getattr(host, op)(**values | {name: bad})

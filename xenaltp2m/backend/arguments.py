@@ -55,6 +55,14 @@ LIMITS: Mapping[str, int] = {
 }
 """The exclusive upper bound of each numeric parameter of the Protocol, by its name."""
 
+FLAGS = frozenset(
+    {
+        *("allow_userspace", "disable", "enable", "onchangeonly", "required", "state", "suppress"),
+        *("sync", "visible", "writable"),
+    }
+)
+"""The parameters of the Protocol that are true or false."""
+
 
 class Parameters:
     """The parameters of a method, but for ``self``.
@@ -91,7 +99,7 @@ def check(op: str, named: Mapping[str, object]) -> None:
         named: Arguments by parameter name; names without a bound are passed over.
 
     Raises:
-        InvalidArgumentError: One is not an integer, out of range, or arrays do not match.
+        InvalidArgumentError: One is of another type, out of range, or arrays do not match.
     """
     for name, value in named.items():
         limit = LIMITS.get(name)
@@ -99,6 +107,8 @@ def check(op: str, named: Mapping[str, object]) -> None:
             number = value if type(value) is int else as_int(op, name, value)
             if not 0 <= number < limit:
                 raise out_of_range(op, name, number, limit)
+        elif name in FLAGS:
+            as_flag(op, name, value)
         elif name == "accesses":
             check_bulk(op, value, named["gfns"])
 
@@ -110,6 +120,13 @@ def as_int(op: str, name: str, value: object) -> int:
     raise InvalidArgumentError(
         f"{op}: {name} must be an integer, not {type(value).__name__}", op=op
     )
+
+
+def as_flag(op: str, name: str, value: object) -> bool:
+    """Return a bool as it is; refuse everything else."""
+    if value is True or value is False:
+        return value
+    raise InvalidArgumentError(f"{op}: {name} must be a bool, not {value!r}", op=op)
 
 
 def out_of_range(op: str, name: str, value: int, limit: int) -> InvalidArgumentError:

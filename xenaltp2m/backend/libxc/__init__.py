@@ -92,8 +92,7 @@ def _number(name: str, value: int, limit: int | None = None) -> int:
 def _flag(name: str, value: bool) -> bool:
     if value is True or value is False:
         return value
-    op = sys._getframe(1).f_code.co_name
-    raise InvalidArgumentError(f"{op}: {name} must be a bool, not {value!r}", op=op)
+    return arguments.as_flag(sys._getframe(1).f_code.co_name, name, value)
 
 
 def _odd(name: str, value: int, limit: int) -> int:
