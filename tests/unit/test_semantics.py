@@ -1581,6 +1581,7 @@ def _(new: New) -> None:
     guest.exhaust()
     assert guest.touch(A) is Outcome.CRASH
     assert guest.model.crashed
+    assert "pool is exhausted" in guest.model.crash_reason
 
 
 @holds("lazy copy: view default n, host superpage -> the vCPU never gets out (from 4.19)")

@@ -46,7 +46,7 @@ from xenaltp2m.backend.mock.p2m import (
     pieces,
 )
 from xenaltp2m.backend.mock.vcpu import INVALID_VIEW, Vcpu
-from xenaltp2m.types import ALL_GFNS, PAGE_SIZE, Altp2mMode, MemoryType
+from xenaltp2m.types import ALL_GFNS, HVM_PARAM_ALTP2M, PAGE_SIZE, Altp2mMode, MemoryType
 
 _MAP_NORESERVE = 0x4000  # <sys/mman.h>, Linux: memory is taken when it is touched, not before
 _DEFAULT_VIEWS = 10
@@ -67,7 +67,6 @@ HVM_PARAM_BUFIOREQ_PFN = 6
 HVM_PARAM_IDENT_PT = 12
 HVM_PARAM_CONSOLE_PFN = 17
 HVM_PARAM_MONITOR_RING_PFN = 28
-HVM_PARAM_ALTP2M = 35
 HVM_NR_PARAMS = 39
 
 LIVELOCK_STEPS = 1 << 28

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from errno import EBUSY, EEXIST, EINVAL, ENODEV, ENXIO, EOPNOTSUPP
 
 from xenaltp2m.abi.layouts import HVM_CPU, VM_EVENT_RING, Layout
+from xenaltp2m.abi.ring import MASK, SLOTS
 from xenaltp2m.abi.vm_event import (
     HEAD,
     SETTABLE_REGISTERS,
@@ -26,10 +27,8 @@ from xenaltp2m.backend.mock.p2m import access_rights
 from xenaltp2m.backend.mock.vcpu import Deferred, Vcpu, Waits
 from xenaltp2m.types import ALL_GFNS
 
-SLOTS = 8
 CR0, CR3, CR4, XCR0 = range(4)
 """``VM_EVENT_X86_*``."""
-_INDEX_MASK = 0xFFFF_FFFF
 _MOST_RESPONSES = 1 << 20
 _RWX = 7
 _SEGMENTS = ("cs", "ss", "ds", "es", "fs", "gs")
@@ -118,8 +117,8 @@ class Monitor:
         self.port = self._last_port = self._last_port + 1
         ring = domain.machine.frames.page(frame)
         ring[:] = bytes(len(ring))
-        for name in ("req_event", "rsp_event"):
-            self._write_index(name, 1)
+        self._write_index("req_event", 1)
+        self._write_index("rsp_event", 1)
         return ring
 
     def disable(self) -> None:
@@ -213,9 +212,9 @@ class Monitor:
     @property
     def available(self) -> int:
         """``vm_event_ring_available``."""
-        used = (self.produced - self.taken) & _INDEX_MASK
-        if used > _INDEX_MASK // 2:
-            used -= _INDEX_MASK + 1  # more responses than requests
+        used = (self.produced - self.taken) & MASK
+        if used > MASK // 2:
+            used -= MASK + 1  # more responses than requests
         return SLOTS - used - self.producers
 
     def _claim_slot(self) -> bool | None:
@@ -231,7 +230,7 @@ class Monitor:
         """``vm_event_put_request``."""
         ring, start = self._slot(self.produced)
         ring[start : start + len(request)] = request
-        self.produced = (self.produced + 1) & _INDEX_MASK
+        self.produced = (self.produced + 1) & MASK
         self._write_index("req_prod", self.produced)
         self.producers -= 1
         self._wake()
@@ -279,7 +278,7 @@ class Monitor:
         assert self.ring_frame is not None
         offset, width = VM_EVENT_RING.fields[name]
         page = self.domain.machine.frames.page(self.ring_frame)
-        page[offset : offset + width] = (value & _INDEX_MASK).to_bytes(width, "little")
+        page[offset : offset + width] = (value & MASK).to_bytes(width, "little")
 
     # Responses.
 
@@ -297,12 +296,12 @@ class Monitor:
         version = self.domain.release.vm_event_version
         shape = layout(version)
         produced = VM_EVENT_RING.number(page, "rsp_prod")
-        if (produced - self.taken) & _INDEX_MASK > _MOST_RESPONSES:
+        if (produced - self.taken) & MASK > _MOST_RESPONSES:
             raise Livelock(f"rsp_prod is {produced:#x} and {self.taken:#x} responses were taken")
         while self.taken != produced:
             page, start = self._slot(self.taken)
             response = bytes(page[start : start + shape.size])
-            self.taken = (self.taken + 1) & _INDEX_MASK
+            self.taken = (self.taken + 1) & MASK
             self._write_index("rsp_event", self.taken + 1)
             self._wake()
             if self.record is not None:

@@ -96,6 +96,7 @@ from xenaltp2m.backend.mock.vcpu import (
     EFER,
     GENERAL_REGISTERS,
     HARDWARE_EXCEPTION,
+    PRIVILEGED_EXCEPTION,
     SOFTWARE_EXCEPTION,
     SOFTWARE_INTERRUPT,
     Trap,
@@ -104,6 +105,8 @@ from xenaltp2m.backend.mock.vcpu import (
 from xenaltp2m.types import PAGE_SIZE
 
 _SOFTWARE = SOFTWARE_INTERRUPT, SOFTWARE_EXCEPTION
+_FROM_BEHIND = *_SOFTWARE, PRIVILEGED_EXCEPTION
+"""Kinds of exceptions whose handlers return behind the instruction."""
 _RIGHTS = {"r": R, "w": W, "x": X}
 _U16, _U32 = 0xFFFF, 0xFFFF_FFFF
 _IRET, _EMULATED_PREFIXES = b"\xcf", b"\x48\x66"
@@ -572,8 +575,7 @@ class MachineCode(Processor):
         inner = code.privilege if not code.attributes & 4 else self.privilege
         changes = inner < self.privilege
         stack_selector, stack, top = self._find_stack(gate, inner)
-        software = trap.kind in _SOFTWARE
-        rip = register("rip") + (trap.length if software or trap.kind == 5 else 0)
+        rip = register("rip") + (trap.length if trap.kind in _FROM_BEHIND else 0)
         flags = register("rflags")
         if trap.kind == HARDWARE_EXCEPTION and trap.vector != DB:
             flags |= FLAG_RF
@@ -749,7 +751,7 @@ class MachineCode(Processor):
         if opcode == 0x0FA2:
             return Cpuid(self._cpuid(register("rax") & _U32))
         if opcode == _ICEBP:
-            return DebugException(5)
+            return DebugException(PRIVILEGED_EXCEPTION)
         if opcode == 0xF4:
             return Halt()
         if opcode in (0xE4, 0xE5, 0xE6, 0xE7, 0xEC, 0xED, 0xEE, 0xEF):
