@@ -129,23 +129,27 @@ class _Pages:
     """Mapped pages, as they were when they were looked at last.
 
     Attributes:
-        handed: What the agent has.
+        handed: What the agent has: a copy where it only reads.
         last: What they were.
-        mapping: Of the copy that the agent reads; None where it may write.
+        writable: Whether it may write.
+        close: Unmaps them, given the operation for its error.
     """
 
-    def __init__(self, real: list[memoryview], unmap: Callable[[], None] | None) -> None:
-        """Look at them; with ``unmap``, which undoes the mapping, the agent gets a copy."""
+    def __init__(
+        self, real: list[memoryview], unmap: Callable[[], None], *, writable: bool
+    ) -> None:
+        """Look at them; ``unmap`` undoes the mapping."""
         self._real: list[memoryview] = real
         self.handed = real
         self.last = [page.tobytes() for page in real]
-        self.mapping: Mapping | None = None
+        self.writable = writable
+        self.close: Callable[[str], None] = lambda _: unmap()
         self._copy: memoryview | None = None
-        if unmap is not None:
+        if not writable:
             memory = array("B", b"".join(self.last))
             self._copy = memoryview(memory)
-            self.mapping = Mapping(memory, writable=False, unmap=unmap)
-            self.handed = self.mapping.pages
+            mapping = Mapping(memory, writable=False, unmap=unmap)
+            self.handed, self.close = mapping.pages, mapping.close
 
     def changes(self) -> list[tuple[int, Json]]:
         """Look at them again: tell which are not as they were."""
@@ -168,14 +172,20 @@ class _Pages:
 
 
 class _Ring:
-    """Xen's ring and the agent's copy of it."""
+    """Xen's ring and the agent's copy of it.
+
+    Attributes:
+        handed: What the agent has.
+        close: Unmaps it, given the operation for its error.
+    """
 
     def __init__(self, real: memoryview, entry_size: int, unmap: Callable[[], None]) -> None:
         self._released = False
         self._words = real[: VM_EVENT_RING.size].cast("I")
         self._slots = slots_of(real, entry_size)
         self.agent = AgentRing(real.tobytes(), entry_size)
-        self.mapping = Mapping(self.agent.memory, writable=True, unmap=unmap)
+        mapping = Mapping(self.agent.memory, writable=True, unmap=unmap)
+        self.handed, self.close = mapping.whole, mapping.close
 
     def show_xen(self) -> dict[str, Json]:
         """Give Xen what the agent has written."""
@@ -281,7 +291,7 @@ class RecordingBackend:
         wrote = [
             [number, *change]
             for number, pages in self._mapped.items()
-            if pages.mapping is None
+            if pages.writable
             for change in pages.changes()
         ]
         return told | {"wrote": wrote} if wrote else told
@@ -326,24 +336,12 @@ class RecordingBackend:
             ring = _Ring(real, layout(self._event_version).size, unmap)
             with self._lock:
                 self._rings[next(self._numbers)] = ring
-            return (port, ring.mapping.whole), told
+            return (port, ring.handed), told
 
         return cast("tuple[int, memoryview]", self._run("monitor_enable", [encode(domid)], act))
 
     def monitor_unmap_ring(self, ring: memoryview) -> None:
-        number = _number_of(ring, {n: one.mapping.whole for n, one in self._rings.items()})
-
-        def act() -> tuple[None, Json]:
-            if number is None:
-                raise unknown_mapping("monitor_unmap_ring")
-            known = self._rings[number]
-            with self._lock:
-                known.let_go()
-                known.mapping.close("monitor_unmap_ring")
-                del self._rings[number]
-            return None, None
-
-        self._run("monitor_unmap_ring", [number], act)
+        self._unmap("monitor_unmap_ring", ring, self._rings)
 
     def foreignmemory_map(
         self, domid: int, writable: bool, gfns: Sequence[int]
@@ -351,7 +349,7 @@ class RecordingBackend:
         def act() -> tuple[list[memoryview], Json]:
             real = self._backend.foreignmemory_map(domid, writable, gfns)
             unmap = partial(self._backend.foreignmemory_unmap, real)
-            pages = _Pages(real, None if writable else unmap)
+            pages = _Pages(real, unmap, writable=writable)
             with self._lock:
                 told = [
                     self._contents.tell(domid, gfn, now)
@@ -364,22 +362,21 @@ class RecordingBackend:
         return cast("list[memoryview]", self._run("foreignmemory_map", given, act))
 
     def foreignmemory_unmap(self, pages: list[memoryview]) -> None:
-        number = _number_of(pages, {n: one.handed for n, one in self._mapped.items()})
+        self._unmap("foreignmemory_unmap", pages, self._mapped)
+
+    def _unmap(self, op: str, handed: object, known: dict[int, Any]) -> None:
+        number = next((number for number, one in known.items() if one.handed is handed), None)
 
         def act() -> tuple[None, Json]:
             if number is None:
-                raise unknown_mapping("foreignmemory_unmap")
-            known = self._mapped[number]
+                raise unknown_mapping(op)
             with self._lock:
-                known.let_go()
-                if known.mapping is None:
-                    self._backend.foreignmemory_unmap(known.handed)
-                else:
-                    known.mapping.close("foreignmemory_unmap")
-                del self._mapped[number]
+                known[number].let_go()
+                known[number].close(op)
+                del known[number]
             return None, None
 
-        self._run("foreignmemory_unmap", [number], act)
+        self._run(op, [number], act)
 
     def evtchn_calls(self, channel: int, port: int) -> PortCalls:
         def act() -> tuple[PortCalls, Json]:
@@ -397,11 +394,6 @@ class RecordingBackend:
             partial(self._run, "evtchn_unmask", given, lambda: (calls.unmask(), None)),
             partial(self._run, "evtchn_notify", given, notify),
         )
-
-
-def _number_of(handed: object, known: dict[int, Any]) -> int | None:
-    """The number of what the agent gives back."""
-    return next((number for number, one in known.items() if one is handed), None)
 
 
 def _passed_on(op: str) -> Callable[..., Any]:

@@ -129,6 +129,7 @@ class _Pages:
         memory = array("B", b"".join(contents))
         self._memory = memoryview(memory)
         self.mapping = MappedMemory(memory, writable=writable, unmap=lambda: None)
+        self.handed = self.mapping.pages
         self.last = list(contents)
         self.gfns, self.writable, self._live = gfns, writable, True
 
@@ -156,6 +157,7 @@ class _Ring:
     def __init__(self, content: bytes, entry_size: int) -> None:
         self.agent: AgentRing | None = AgentRing(content, entry_size)
         self.mapping = MappedMemory(self.agent.memory, writable=True, unmap=lambda: None)
+        self.handed = self.mapping.whole
 
     def let_go(self) -> None:
         """Look at it no more: it is about to be unmapped."""
@@ -360,13 +362,12 @@ class ReplayBackend:
             port, runs = call.result
             ring = _Ring(applied(bytes(PAGE_SIZE), runs), layout(self._event_version).size)
             self._rings[self._next_number()] = ring
-            return port, ring.mapping.whole
+            return port, ring.handed
 
         return cast("tuple[int, memoryview]", self._run("monitor_enable", [encode(domid)], act))
 
     def monitor_unmap_ring(self, ring: memoryview) -> None:
-        rings = {number: one.mapping.whole for number, one in self._rings.items()}
-        self._unmap("monitor_unmap_ring", ring, rings, self._rings)
+        self._unmap("monitor_unmap_ring", ring, self._rings)
 
     def foreignmemory_map(
         self, domid: int, writable: bool, gfns: Sequence[int]
@@ -382,26 +383,23 @@ class ReplayBackend:
             ]
             pages = _Pages(contents, list(gfns), writable=writable)
             self._mapped[self._next_number()] = pages
-            return pages.mapping.pages
+            return pages.handed
 
         given = [encode(domid), encode(writable), encode(gfns)]
         return cast("list[memoryview]", self._run("foreignmemory_map", given, act))
 
     def foreignmemory_unmap(self, pages: list[memoryview]) -> None:
-        mapped = {number: one.mapping.pages for number, one in self._mapped.items()}
-        self._unmap("foreignmemory_unmap", pages, mapped, self._mapped)
+        self._unmap("foreignmemory_unmap", pages, self._mapped)
 
-    def _unmap(
-        self, op: str, handed: object, known: Mapping[int, object], table: dict[int, Any]
-    ) -> None:
-        number = next((number for number, one in known.items() if one is handed), None)
+    def _unmap(self, op: str, handed: object, known: dict[int, Any]) -> None:
+        number = next((number for number, one in known.items() if one.handed is handed), None)
 
         def act(_: Call | None = None) -> None:
             if number is None:
                 return
-            table[number].let_go()
-            table[number].mapping.close(op)
-            del table[number]
+            known[number].let_go()
+            known[number].mapping.close(op)
+            del known[number]
 
         if self._over and not self._closed:
             with suppress(BusyError):
