@@ -343,9 +343,10 @@ class ReplayBackend:
 
     def _afterwards(self, op: str) -> Any:
         """Answer where the domains are gone."""
-        kind = RESULTS[op]
-        if kind == "None" or kind.startswith("list[D"):
-            return [] if kind != "None" else None
+        if RESULTS[op] == "None":
+            return None
+        if RESULTS[op] == "list[DomainInfo]":
+            return []
         told = str(self._over).partition("\n")[0]
         raise DomainNotFoundError(f"{op}: {told}", op=op, errno=ESRCH)
 

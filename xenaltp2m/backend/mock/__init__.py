@@ -182,7 +182,7 @@ class MockBackend(ModelBackend):
         content = image if isinstance(image, bytes) else Path(image).read_bytes()
         processors = simulator.processors(self._monitor_of(domid))
         images.load(self.domain(domid), content, name)
-        self._processors[domid] = list(processors)
+        self._processors[domid] = processors
 
     def execute(self, domid: int, registers: Mapping[str, int], vcpu: int = 0) -> None:
         """Let a vCPU execute what is in memory, from the given registers on; see :meth:`boot`.
@@ -200,7 +200,7 @@ class MockBackend(ModelBackend):
         from xenaltp2m.backend.mock import images, simulator  # an extra, which opens libraries
 
         if not self._simulates(domid):
-            self._processors[domid] = list(simulator.processors(self._monitor_of(domid)))
+            self._processors[domid] = simulator.processors(self._monitor_of(domid))
         images.begin(self.domain(domid).vcpus[vcpu], registers)
 
     def console(self, domid: int) -> str:

@@ -819,14 +819,14 @@ class Machine:
         self,
         release: Release,
         *,
-        altp2m: bool = True,
-        privileged: bool = True,
-        vm_event: bool = True,
-        library: Release | None = None,
-        executable_superpages: bool = True,
-        has_virtualisation_exceptions: bool = True,
-        physical_address_bits: int = 39,
-        memory_pages: int = 1 << 20,
+        altp2m: bool,
+        privileged: bool,
+        vm_event: bool,
+        library: Release | None,
+        executable_superpages: bool,
+        has_virtualisation_exceptions: bool,
+        physical_address_bits: int,
+        memory_pages: int,
     ) -> None:
         self.release = release
         self.altp2m_supported = altp2m

@@ -1048,7 +1048,7 @@ class MachineCode(Processor):
         return mfn
 
 
-def processors(monitor: Monitor) -> list[MachineCode]:
+def processors(monitor: Monitor) -> list[Processor]:
     """Make a domain's vCPUs, on one core."""
     core, console = Core(monitor.domain.machine.frames), bytearray()
     return [MachineCode(monitor, vcpu, core, console) for vcpu in monitor.domain.vcpus]
