@@ -425,7 +425,7 @@ def test_restore_for_a_while(
 ) -> None:
     command = ["--connect", "mock", "state", "restore", str(saved), "guest"]
     with monkeypatch.context() as patch:
-        patch.delattr(MockBackend, "altp2m_set_domain_state")
+        patch.setattr(MockBackend, "altp2m_set_domain_state", None)
         assert cli.main([*command, "--dry-run"]) == cli.DONE
     assert "nothing is in the way" in capsys.readouterr().out
     assert cli.main([*command, "--duration", "0", "--json"]) == cli.DONE
