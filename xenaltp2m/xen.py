@@ -169,8 +169,11 @@ class Xen(Handle):
 
 
 def _parse(text: str) -> int | str | UUID:
-    if text.isdecimal():
-        return int(text)
+    try:
+        if text.isdecimal():
+            return int(text)
+    except ValueError as error:
+        raise InvalidArgumentError(f"there is no domid of {len(text)} digits") from error
     try:
         return UUID(text)
     except ValueError:

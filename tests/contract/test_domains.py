@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import pytest
 
 from xenaltp2m.abi.layouts import HVM_CPU, HVM_CPU_TYPECODE, HVM_DESCRIPTOR
+from xenaltp2m.errors import InvalidArgumentError
 from xenaltp2m.types import ALL_GFNS, PAGE_SIZE, Altp2mMode
 
 from .hosts import Host
@@ -114,6 +115,20 @@ def test_memory_is_shared(host: Host, own_domain: int, answer: Answer) -> None:
         pages[1][0]
     xen.foreignmemory_unmap(again)
     assert answer(xen.foreignmemory_map, own_domain, False, [0x205, HOLE]) == "EINVAL"
+
+
+def test_pages_stay_mapped_while_a_slice_is_alive(
+    host: Host, own_domain: int, answer: Answer
+) -> None:
+    xen = host.backend
+    for writable in (True, False):
+        pages = xen.foreignmemory_map(own_domain, writable, [0x300, 0x205])
+        slices = [pages[1][:16]]
+        assert answer(xen.foreignmemory_unmap, pages) == "EBUSY"
+        assert len(bytes(slices.pop())) == 16
+        xen.foreignmemory_unmap(pages)
+        with pytest.raises(InvalidArgumentError):
+            xen.foreignmemory_unmap(pages)
 
 
 def test_registers(host: Host, own_domain: int) -> None:

@@ -476,8 +476,10 @@ def end_process(host: Mortal, handles: list[Handle]) -> None:
             handle.abandon()
     for channel in list(host._channels):
         host.evtchn_close(channel)
-    for mapping in list(host._mappings.values()):
-        host.foreignmemory_unmap(mapping.handle)  # type: ignore[arg-type]
+    for mapping in host._mappings.values():
+        mapping.release()
+        mapping._unmap()  # whoever still has a slice is dead
+    host._mappings.clear()
 
 
 def is_rescued(

@@ -21,26 +21,27 @@ class Mapping:
     """Mapped pages.
 
     Attributes:
-        whole: One view of all of them.
+        whole: One view of all of them, where they are in one piece.
         pages: A view of each, slices of ``whole``.
     """
 
-    def __init__(self, memory: Any, *, writable: bool, unmap: Callable[[], None]) -> None:
+    def __init__(self, *memory: Any, writable: bool, unmap: Callable[[], None]) -> None:
         """Take charge of pages that were mapped.
 
         Args:
-            memory: An object with the buffer interface over them, that nobody else holds.
+            *memory: Objects with the buffer interface over them, that nobody else holds.
             writable: Whether they may be written; a write to pages mapped read-only would fault.
             unmap: Undoes the mapping.
         """
-        view = memoryview(memory)
-        self.whole = view if writable else view.toreadonly()
+        pieces = [memoryview(one) if writable else memoryview(one).toreadonly() for one in memory]
+        self.whole = pieces[0]
         self.pages = [
-            self.whole[start : start + PAGE_SIZE]
-            for start in range(0, self.whole.nbytes, PAGE_SIZE)
+            piece[start : start + PAGE_SIZE]
+            for piece in pieces
+            for start in range(0, piece.nbytes, PAGE_SIZE)
         ]
-        self._views = (*self.pages, self.whole)  # a copy: the list of pages is the caller's
-        self._memory = weakref.ref(memory)
+        self._views = (*self.pages, *pieces)  # a copy: the list of pages is the caller's
+        self._memory = [weakref.ref(one) for one in memory]
         self._unmap = unmap
 
     def release(self) -> bool:
@@ -48,7 +49,7 @@ class Mapping:
         for view in self._views:
             with contextlib.suppress(BufferError):  # an array lies over it: it stays in use
                 view.release()
-        return self._memory() is None
+        return all(memory() is None for memory in self._memory)
 
     def close(self, op: str) -> None:
         """Release the views and unmap the pages.

@@ -25,7 +25,7 @@ from xenaltp2m.abi.vm_event import (
 from xenaltp2m.backend.mock.machine import HVM_PARAM_MONITOR_RING_PFN, Domain, Livelock, Refused
 from xenaltp2m.backend.mock.p2m import access_rights
 from xenaltp2m.backend.mock.vcpu import Deferred, Vcpu, Waits
-from xenaltp2m.types import ALL_GFNS
+from xenaltp2m.types import ALL_GFNS, PAGE_SIZE
 
 CR0, CR3, CR4, XCR0 = range(4)
 """``VM_EVENT_X86_*``."""
@@ -95,8 +95,8 @@ class Monitor:
         """True between enable and disable."""
         return self.ring_frame is not None
 
-    def enable(self) -> memoryview:
-        """``xc_monitor_enable``: the ring's page, taken out of the guest's reach."""
+    def enable(self) -> int:
+        """``xc_monitor_enable``: the frame of the ring, taken out of the guest's reach."""
         domain = self.domain
         gfn = domain.get_param(HVM_PARAM_MONITOR_RING_PFN)
         # A second enable leaves this page behind, as in Xen.
@@ -115,11 +115,10 @@ class Monitor:
             vcpu.deferred = vcpu.deferred or Deferred()  # vm_event_init_domain
         self.produced = self.taken = self.producers = self.blocked = self.last_woken = 0
         self.port = self._last_port = self._last_port + 1
-        ring = domain.machine.frames.page(frame)
-        ring[:] = bytes(len(ring))
+        domain.machine.frames.page(frame)[:] = bytes(PAGE_SIZE)
         self._write_index("req_event", 1)
         self._write_index("rsp_event", 1)
-        return ring
+        return frame
 
     def disable(self) -> None:
         """``vm_event_disable``: every switch falls, paused vCPUs stay paused.

@@ -7,7 +7,7 @@ import functools
 import json
 import struct
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from errno import (
@@ -24,14 +24,16 @@ from errno import (
     EPERM,
 )
 from random import Random
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from xenaltp2m import errors
 from xenaltp2m.abi import layouts, releases
+from xenaltp2m.abi._ffi import ffi
 from xenaltp2m.abi.releases import Release
 from xenaltp2m.abi.x86 import CR0_ET, CR0_PE, CR0_PG
 from xenaltp2m.backend import Bytes, Gfns, PortCalls, arguments
 from xenaltp2m.backend.clock import CLOCK
+from xenaltp2m.backend.mapping import Mapping
 from xenaltp2m.backend.mock.evtchn import Channel, Port
 from xenaltp2m.backend.mock.machine import Domain, Machine, Refused
 from xenaltp2m.backend.mock.monitor import Monitor
@@ -90,12 +92,9 @@ class InjectedFault:
     errno: int
 
 
-@dataclass(slots=True)
-class _Mapping:
-    handle: object
-    domain: Domain
-    pages: list[memoryview]
-    frames: list[int]
+def _lent(page: memoryview) -> Any:
+    """A page's memory by an object of its own, whose life tells whether somebody uses it."""
+    return ffi.buffer(ffi.from_buffer(page), len(page))
 
 
 def _operation(
@@ -148,7 +147,9 @@ class ModelBackend:
         self._monitors: dict[int, Monitor] = {}
         self._processors: dict[int, list[Processor]] = {}
         self._channels: dict[int, Channel] = {}
-        self._mappings: dict[int, _Mapping] = {}
+        self._mappings: dict[int, Mapping] = {}
+        self._held: Counter[int] = Counter()
+        """How many mappings there are of a domain, by its number."""
         self._closed = False
 
     @property
@@ -161,15 +162,25 @@ class ModelBackend:
         return releases.since(function) <= self.machine.library.version
 
     def close(self) -> None:
-        """Give everything back."""
+        """Give everything back, whatever fails; the first failure has the others in its notes."""
         if self._closed:
             return
+        self._closed = True
         for channel in self._channels.values():
             channel.close()
         self._channels.clear()
-        for mapping in list(self._mappings.values()):
-            self._unmap("close", mapping.handle)
-        self._closed = True
+        failures = []
+        for mapping in self._mappings.values():
+            try:
+                mapping.close("close")
+            except errors.BusyError as error:
+                failures.append(error)
+        self._mappings.clear()
+        if failures:
+            first, *others = failures
+            for other in others:
+                first.add_note(f"then: {other}")
+            raise first
 
     def _check_open(self) -> None:
         if self._closed:
@@ -578,10 +589,9 @@ class ModelBackend:
     @_operation
     def monitor_enable(self, domid: int) -> tuple[int, memoryview]:
         monitor = self._monitor(domid)
-        ring = monitor.enable()
-        assert monitor.ring_frame is not None
-        self._map(monitor.domain, ring, [ring], [monitor.ring_frame])
-        return monitor.port, ring
+        mapping = self._map(monitor.domain, [monitor.enable()], writable=True)
+        self._mappings[id(mapping.whole)] = mapping
+        return monitor.port, mapping.whole
 
     @_operation
     def monitor_unmap_ring(self, ring: memoryview) -> None:
@@ -753,38 +763,41 @@ class ModelBackend:
             if not found.valid or found.type not in ANY_RAM_TYPES:  # get_page_from_gfn
                 raise Refused(EINVAL)
             frames.append(found.mfn)
-        views = map(self.machine.frames.page, frames)
-        pages = [view if writable else view.toreadonly() for view in views]
-        self._map(domain, pages, pages, frames)
-        return pages
+        mapping = self._map(domain, frames, writable=writable)
+        self._mappings[id(mapping.pages)] = mapping
+        return mapping.pages
 
     @_operation
     def foreignmemory_unmap(self, pages: list[memoryview]) -> None:
         self._unmap("foreignmemory_unmap", pages)
 
-    def _map(
-        self, domain: Domain, handle: object, pages: list[memoryview], frames: list[int]
-    ) -> None:
+    def _map(self, domain: Domain, frames: list[int], *, writable: bool) -> Mapping:
         for frame in frames:
             self.machine.frames.pin(frame)
-        self._mappings[id(handle)] = _Mapping(handle, domain, pages, frames)
+        self._held[domain.domid] += 1
+        unmap = functools.partial(self._let_go, domain, frames)
+        return Mapping(
+            *map(_lent, map(self.machine.frames.page, frames)), writable=writable, unmap=unmap
+        )
 
-    def _unmap(self, op: str, handle: object) -> None:
-        mapping = self._mappings.get(id(handle))
-        if mapping is None or mapping.handle is not handle:
-            raise arguments.unknown_mapping(op)
-        del self._mappings[id(handle)]
-        for page in mapping.pages:
-            page.release()
-        for frame in mapping.frames:
+    def _let_go(self, domain: Domain, frames: list[int]) -> None:
+        for frame in frames:
             self.machine.frames.unpin(frame)
-        self._bury(mapping.domain)
+        self._held[domain.domid] -= 1
+        self._bury(domain)
+
+    def _unmap(self, op: str, handed: object) -> None:
+        mapping = self._mappings.get(id(handed))
+        if mapping is None:
+            raise arguments.unknown_mapping(op)
+        mapping.close(op)
+        del self._mappings[id(handed)]
 
     # The model.
 
     def _bury(self, domain: Domain) -> None:
         """Forget a domain that is dead and that nobody holds on to."""
-        held = any(mapping.domain is domain for mapping in self._mappings.values())
+        held = self._held[domain.domid]
         if domain.dying and not held and self.machine.domains.get(domain.domid) is domain:
             for table in (self.machine.domains, self._monitors):
                 table.pop(domain.domid, None)
