@@ -11,6 +11,7 @@ import contextlib
 import errno
 import weakref
 from collections.abc import Callable
+from pickle import PickleBuffer
 from typing import Any
 
 from xenaltp2m.errors import BusyError
@@ -33,7 +34,9 @@ class Mapping:
             writable: Whether they may be written; a write to pages mapped read-only would fault.
             unmap: Undoes the mapping.
         """
-        pieces = [memoryview(one) if writable else memoryview(one).toreadonly() for one in memory]
+        # A memoryview's view would hold on to what that one views, and not to it.
+        views = [memoryview(PickleBuffer(one)) for one in memory]
+        pieces = views if writable else [view.toreadonly() for view in views]
         self.whole = pieces[0]
         self.pages = [
             piece[start : start + PAGE_SIZE]

@@ -311,7 +311,7 @@ class MockBackend(ModelBackend):
 
     def open_resources(self) -> list[str]:
         """What the caller has not given back: mappings, event channels, monitors."""
-        left = [f"mapping of {len(m.pages)} pages" for m in self._mappings.values()]
+        left = [f"mapping of {len(m.pages)} pages" for m, _ in self._mappings.values()]
         left += [f"event channel {channel}" for channel in self._channels]
         left += [f"monitor of domain {domid}" for domid, m in self._monitors.items() if m.enabled]
         return left

@@ -7,7 +7,7 @@ import functools
 import json
 import struct
 from array import array
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from errno import (
@@ -24,11 +24,10 @@ from errno import (
     EPERM,
 )
 from random import Random
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 from xenaltp2m import errors
 from xenaltp2m.abi import layouts, releases
-from xenaltp2m.abi._ffi import ffi
 from xenaltp2m.abi.releases import Release
 from xenaltp2m.abi.x86 import CR0_ET, CR0_PE, CR0_PG
 from xenaltp2m.backend import Bytes, Gfns, PortCalls, arguments
@@ -92,11 +91,6 @@ class InjectedFault:
     errno: int
 
 
-def _lent(page: memoryview) -> Any:
-    """A page's memory by an object of its own, whose life tells whether somebody uses it."""
-    return ffi.buffer(ffi.from_buffer(page), len(page))
-
-
 def _operation(
     method: Callable[Concatenate[ModelBackend, _P], _R],
 ) -> Callable[Concatenate[ModelBackend, _P], _R]:
@@ -147,9 +141,7 @@ class ModelBackend:
         self._monitors: dict[int, Monitor] = {}
         self._processors: dict[int, list[Processor]] = {}
         self._channels: dict[int, Channel] = {}
-        self._mappings: dict[int, Mapping] = {}
-        self._held: Counter[int] = Counter()
-        """How many mappings there are of a domain, by its number."""
+        self._mappings: dict[int, tuple[Mapping, Domain]] = {}
         self._closed = False
 
     @property
@@ -170,12 +162,11 @@ class ModelBackend:
             channel.close()
         self._channels.clear()
         failures = []
-        for mapping in self._mappings.values():
+        for key in [*self._mappings]:
             try:
-                mapping.close("close")
+                self._give_back("close", key)
             except errors.BusyError as error:
                 failures.append(error)
-        self._mappings.clear()
         if failures:
             first, *others = failures
             for other in others:
@@ -589,8 +580,8 @@ class ModelBackend:
     @_operation
     def monitor_enable(self, domid: int) -> tuple[int, memoryview]:
         monitor = self._monitor(domid)
-        mapping = self._map(monitor.domain, [monitor.enable()], writable=True)
-        self._mappings[id(mapping.whole)] = mapping
+        mapping = self._map([monitor.enable()], writable=True)
+        self._mappings[id(mapping.whole)] = mapping, monitor.domain
         return monitor.port, mapping.whole
 
     @_operation
@@ -763,41 +754,41 @@ class ModelBackend:
             if not found.valid or found.type not in ANY_RAM_TYPES:  # get_page_from_gfn
                 raise Refused(EINVAL)
             frames.append(found.mfn)
-        mapping = self._map(domain, frames, writable=writable)
-        self._mappings[id(mapping.pages)] = mapping
+        mapping = self._map(frames, writable=writable)
+        self._mappings[id(mapping.pages)] = mapping, domain
         return mapping.pages
 
     @_operation
     def foreignmemory_unmap(self, pages: list[memoryview]) -> None:
         self._unmap("foreignmemory_unmap", pages)
 
-    def _map(self, domain: Domain, frames: list[int], *, writable: bool) -> Mapping:
+    def _map(self, frames: list[int], *, writable: bool) -> Mapping:
+        pool = self.machine.frames
         for frame in frames:
-            self.machine.frames.pin(frame)
-        self._held[domain.domid] += 1
-        unmap = functools.partial(self._let_go, domain, frames)
-        return Mapping(
-            *map(_lent, map(self.machine.frames.page, frames)), writable=writable, unmap=unmap
-        )
+            pool.pin(frame)
 
-    def _let_go(self, domain: Domain, frames: list[int]) -> None:
-        for frame in frames:
-            self.machine.frames.unpin(frame)
-        self._held[domain.domid] -= 1
-        self._bury(domain)
+        def unmap() -> None:
+            for frame in frames:
+                pool.unpin(frame)
+
+        return Mapping(*map(pool.page, frames), writable=writable, unmap=unmap)
 
     def _unmap(self, op: str, handed: object) -> None:
-        mapping = self._mappings.get(id(handed))
-        if mapping is None:
+        if id(handed) not in self._mappings:
             raise arguments.unknown_mapping(op)
+        self._give_back(op, id(handed))
+
+    def _give_back(self, op: str, key: int) -> None:
+        mapping, domain = self._mappings[key]
         mapping.close(op)
-        del self._mappings[id(handed)]
+        del self._mappings[key]
+        self._bury(domain)
 
     # The model.
 
     def _bury(self, domain: Domain) -> None:
         """Forget a domain that is dead and that nobody holds on to."""
-        held = self._held[domain.domid]
+        held = any(owner is domain for _, owner in self._mappings.values())
         if domain.dying and not held and self.machine.domains.get(domain.domid) is domain:
             for table in (self.machine.domains, self._monitors):
                 table.pop(domain.domid, None)
