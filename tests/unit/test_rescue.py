@@ -476,7 +476,7 @@ def end_process(host: Mortal, handles: list[Handle]) -> None:
             handle.abandon()
     for channel in list(host._channels):
         host.evtchn_close(channel)
-    for mapping in host._mappings.values():
+    for mapping, _ in host._mappings.values():
         mapping.release()
         mapping._unmap()  # whoever still has a slice is dead
     host._mappings.clear()
