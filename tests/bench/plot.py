@@ -30,8 +30,9 @@ class Bar(NamedTuple):
 
 
 def number(value: float) -> str:
-    """Write a ratio with two or three digits."""
-    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 0.1 else 3
+    """Write a ratio, which is positive, with two or three digits."""
+    whole = math.floor(math.log10(value))
+    digits = 1 - whole if whole < 0 else max(2 - whole, 0)
     return f"{value:.{digits}f}"
 
 
