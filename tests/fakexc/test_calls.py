@@ -99,10 +99,13 @@ def test_every_errno_becomes_its_error(case: Case, ready: LibxcBackend, fake: Fa
         assert error.context() == expected.context()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    # A channel is gone whether closing it failed or not, as close(2) has it.
+    [case for case in CASES if case.function != "xenevtchn_close"],
+    ids=str,
+)
 def test_a_failure_leaves_nothing_behind(case: Case, ready: LibxcBackend, fake: Fake) -> None:
-    if case.function == "xenevtchn_close":
-        pytest.skip("a channel is gone whether closing it failed or not, as close(2) has it")
     fake.fail(case.function)
     with pytest.raises(errors.XenError):
         case.call(ready)
