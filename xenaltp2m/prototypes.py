@@ -8,25 +8,29 @@ it ends in a :class:`~xenaltp2m.errors.SymbolError`.
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple, Self, TypeVar
 
+from elftools.dwarf.dwarfinfo import DebugSectionDescriptor
 from elftools.dwarf.ranges import BaseAddressEntry
 from elftools.elf.elffile import ELFFile
 
 from xenaltp2m.errors import SymbolError
-from xenaltp2m.symbols import is_described, opened
+from xenaltp2m.symbols import Meter, is_described, opened
 
 MAX_UNITS = 1 << 16
 """Compilation units."""
 MAX_ENTRIES = 1 << 20
 """Entries looked at in one search: some tens of seconds."""
-MAX_SECTION = 1 << 30
-"""Bytes of a section, unpacked."""
+MAX_SECTIONS = 1 << 30
+"""Bytes of all sections, unpacked."""
 _MOST_UNPACKED = 64
 """Times the file's size."""
+_PACKED_HEADER = 12
+"""Bytes: ZLIB, and a size."""
 _DEEPEST = 16
 """Types that refer to types, at most."""
 _MOST_PARAMETERS = 64
@@ -37,6 +41,7 @@ _SIGNED = frozenset((0x05, 0x06, 0x0D))
 _FLOATING = frozenset((0x03, 0x04, 0x09, 0x0F))
 """DW_ATE_complex_float, float, imaginary_float, decimal_float."""
 _STRUCTURES = frozenset(f"DW_TAG_{kind}_type" for kind in ("structure", "union", "class", "array"))
+_IN_UNIT = frozenset(f"DW_FORM_ref{kind}" for kind in ("1", "2", "4", "8", "_udata"))
 _ORIGINS = "DW_AT_abstract_origin", "DW_AT_specification"
 _QUALIFIERS = {
     "DW_TAG_const_type": "const", "DW_TAG_volatile_type": "volatile",
@@ -122,18 +127,21 @@ class Prototypes:
             SymbolError: It is not an ELF image, is damaged, or has no debugging information.
         """
         self.name = name
-        self._left = 0
+        self._left, self._meter = 0, Meter()
         with self._reading():
-            elf = ELFFile(stream)
+            elf = ELFFile(self._meter.on(stream))
             self._is_64_bit = elf.elfclass == 64
-            limit = min(MAX_SECTION, _MOST_UNPACKED * stream.seek(0, os.SEEK_END))
+            left = min(MAX_SECTIONS, _MOST_UNPACKED * stream.seek(0, os.SEEK_END))
             for section in elf.iter_sections():
-                size = section.data_size
-                if section.name.startswith((".debug", ".zdebug")) and size > limit:
-                    raise SymbolError(f"{name}: {section.name} has {size} bytes: too many")
+                if section.name.startswith((".debug", ".zdebug")):
+                    size = _unpacked_size(section, left)
+                    left -= size
+                    if left < 0:
+                        raise SymbolError(f"{name}: {section.name} has {size} bytes: too many")
             self._dwarf: Any = None
             if is_described(elf):
                 self._dwarf = elf.get_dwarf_info(relocate_dwarf_sections=False, follow_links=False)
+                self._measure()
         if self._dwarf is None:
             raise SymbolError(
                 f"{name} has no debugging information",
@@ -160,7 +168,7 @@ class Prototypes:
         Raises:
             SymbolError: The information is damaged, or past a limit.
         """
-        self._left = MAX_ENTRIES
+        self._begin()
         with self._reading():
             unit = self._unit_of(address)
             if unit is None:
@@ -176,7 +184,7 @@ class Prototypes:
         Raises:
             SymbolError: As :meth:`at`.
         """
-        self._left = MAX_ENTRIES
+        self._begin()
         for unit in self._units():
             found = []
             with self._reading():
@@ -189,13 +197,29 @@ class Prototypes:
 
     # Units and entries.
 
+    def _measure(self) -> None:
+        """Count what is read of the sections, too."""
+        for name, section in vars(self._dwarf).items():
+            if isinstance(section, DebugSectionDescriptor):
+                stream: Any = self._meter.on(section.stream)
+                setattr(self._dwarf, name, section._replace(stream=stream))
+
+    def _begin(self) -> None:
+        """Begin a search."""
+        self._left = MAX_ENTRIES
+        self._meter.begin()
+
     @contextmanager
     def _reading(self) -> Iterator[None]:
         try:
             yield
-        except SymbolError:
-            raise
         except Exception as error:
+            if self._meter.left < 0:
+                raise SymbolError(
+                    f"{self.name}: too much to read in its debugging information"
+                ) from error
+            if isinstance(error, SymbolError):
+                raise
             # Damaged tables raise nearly anything there.
             raise SymbolError(f"{self.name}: its debugging information is damaged") from error
 
@@ -221,30 +245,50 @@ class Prototypes:
                 return unit
         return None
 
-    def _ranges(self, unit: Any, top: Any) -> Iterator[tuple[int, int]]:
+    def _ranges(self, unit: Any, entry: Any) -> Iterator[tuple[int, int]]:
         lists = self._dwarf.range_lists()
-        offset = top.attributes["DW_AT_ranges"].value
+        offset = entry.attributes["DW_AT_ranges"].value
         if lists is None:
             return
-        base = _number(top, "DW_AT_low_pc") or 0
-        for entry in lists.get_range_list_at_offset(offset, cu=unit):
-            self._take(entry)
-            if isinstance(entry, BaseAddressEntry):
-                base = entry.base_address
+        base = _number(unit.get_top_DIE(), "DW_AT_low_pc") or 0
+        for span in lists.get_range_list_at_offset(offset, cu=unit):
+            self._take(span)
+            if isinstance(span, BaseAddressEntry):
+                base = span.base_address
                 continue
-            begin = 0 if getattr(entry, "is_absolute", False) else base
-            yield begin + entry.begin_offset, begin + entry.end_offset
+            begin = 0 if getattr(span, "is_absolute", False) else base
+            yield begin + span.begin_offset, begin + span.end_offset
 
     def _functions(self, unit: Any) -> Iterator[Any]:
         """Those at the top of a unit or in a namespace, with code or not."""
         waiting = [unit.get_top_DIE()]
         while waiting:
-            for entry in waiting.pop().iter_children():
-                self._take(entry)
+            for entry in self._children(waiting.pop()):
                 if entry.tag == "DW_TAG_subprogram":
                     yield entry
                 elif entry.tag == "DW_TAG_namespace":
                     waiting.append(entry)
+
+    def _children(self, parent: Any) -> Iterator[Any]:
+        """Those of an entry; what is passed over counts, and where they go backwards is no way."""
+        unit, at, depth = parent.cu, parent.offset + parent.size, int(parent.has_children)
+        while depth:
+            entry = self._take(unit.get_DIE_from_refaddr(at))
+            at += entry.size
+            if entry.is_null():
+                depth -= 1
+                continue
+            if depth == 1:
+                yield entry
+            if not entry.has_children:
+                continue
+            sibling = entry.attributes.get("DW_AT_sibling")
+            if sibling is None or sibling.form not in _IN_UNIT:
+                depth += 1
+                continue
+            if unit.cu_offset + sibling.value < at:
+                raise SymbolError(f"{self.name}: its debugging information leads in circles")
+            at = unit.cu_offset + sibling.value
 
     def _take(self, entry: _T) -> _T:
         """Look at an entry, unless there were too many."""
@@ -274,8 +318,7 @@ class Prototypes:
         name = self._name_of(entry)
         taken: list[tuple[str, Type]] = []
         variadic = False
-        for child in entry.iter_children():
-            self._take(child)
+        for child in self._children(entry):
             variadic |= child.tag == "DW_TAG_unspecified_parameters"
             if child.tag == "DW_TAG_formal_parameter":
                 if len(taken) == _MOST_PARAMETERS:
@@ -366,6 +409,16 @@ def _places_32(types: list[Type], result: Type) -> list[int | None]:
         found.append(at)
         at += max(-(-one.size // 4), 1)
     return found
+
+
+def _unpacked_size(section: Any, limit: int) -> int:
+    """Bytes of a section, unpacked; where there are more than the limit, maybe not all of them."""
+    size: int = section.data_size
+    if section.name.startswith(".zdebug") and size <= limit:
+        # pyelftools looks only afterwards how many these are.
+        packed = section.data()[_PACKED_HEADER:]
+        return len(zlib.decompressobj().decompress(packed, limit + 1))
+    return size
 
 
 def _bounds(entry: Any) -> tuple[int | None, int]:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, Self
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, Self
 
 from elftools.common.utils import struct_parse
 from elftools.elf.elffile import ELFFile
@@ -38,6 +38,9 @@ MAX_SYMBOLS = 1 << 20
 
 MAX_NAMES = 1 << 28
 """Bytes in all names together: symbols may share their ends, so the file's size bounds nothing."""
+
+MAX_STEPS = 1 << 26
+"""Reads of a few bytes in a search, by pyelftools: a minute or two."""
 
 _MAX_SEGMENTS = 256
 _MAX_SECTIONS = 1 << 14
@@ -64,6 +67,47 @@ _SLIDE_STEP, _SLIDE_LIMIT = 2 << 20, 1 << 30
 _FARTHEST = 1 << 20
 """What is farther behind a symbol without a size is not of it."""
 _SYMBOL = {32: struct.Struct("<IIIBBH"), 64: struct.Struct("<IBBHQQ")}
+
+
+class Meter:
+    """Counts what is read of streams: tables may lead to the same bytes again and again.
+
+    Attributes:
+        left: How many steps may be taken; below 0 there were too many.
+    """
+
+    __slots__ = ("left",)
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin to count."""
+        self.left = MAX_STEPS
+
+    def on(self, stream: IO[bytes]) -> Any:
+        """Return what pyelftools may read a stream by."""
+        return _Metered(stream, self)
+
+
+class _Metered:
+    __slots__ = ("_meter", "_stream", "seek")
+
+    def __init__(self, stream: IO[bytes], meter: Meter) -> None:
+        self._stream, self._meter, self.seek = stream, meter, stream.seek
+
+    def tell(self) -> int:
+        self._step(1)
+        return self._stream.tell()
+
+    def read(self, size: int = -1) -> bytes:
+        self._step(1 + (min(size, 64) >> 2))  # names come 64 bytes at a time, and stay
+        return self._stream.read(size)
+
+    def _step(self, steps: int) -> None:
+        self._meter.left -= steps
+        if self._meter.left < 0:
+            raise SymbolError("there is too much to read")
 
 
 class Symbol(NamedTuple):
@@ -383,7 +427,7 @@ class _Reader:
         if self._length > MAX_FILE:
             self._refuse(f"{self._length} bytes; the limit is {MAX_FILE}")
         try:
-            self._elf = ELFFile(stream)
+            self._elf = ELFFile(Meter().on(stream))
             machine = self._elf["e_machine"]
         except Exception as error:  # noqa: BLE001 - damaged headers raise nearly anything there
             self._refuse("not an ELF file, or its header is damaged", error)

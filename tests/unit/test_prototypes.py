@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import io
 import subprocess
+import zlib
 from pathlib import Path
 
 import pytest
 
 import xenaltp2m as xa
+from xenaltp2m import symbols
 from xenaltp2m.prototypes import Prototypes
 from xenaltp2m.symbols import Image
 
@@ -68,10 +70,10 @@ PASSED = {
 floating point, d a long double, s a double on the stack, ? not known."""
 
 
-def compiled(path: Path, source: str, *options: str) -> Path:
+def compiled(path: Path, source: str, *options: str, language: str = "c") -> Path:
     made = path / "image"
     subprocess.run(
-        ["gcc", "-x", "c", "-", "-o", str(made), *options],
+        ["gcc", "-x", language, "-", "-o", str(made), *options],
         input=source, text=True, check=True,
     )  # fmt: skip
     return made
@@ -82,6 +84,7 @@ def compiled(path: Path, source: str, *options: str) -> Path:
         "-gdwarf-4 -O0",
         "-gdwarf-5 -O2",
         "-gdwarf-5 -O2 -gz",
+        "-gdwarf-4 -O2 -gz=zlib-gnu",
         "-gdwarf-4 -O2 -ffunction-sections",
     ]
 )
@@ -112,7 +115,7 @@ def test_as_the_source_has_them(image: Path) -> None:
 
 def test_symbols_where_there_is_no_table_of_them(image: Path, tmp_path: Path) -> None:
     stripped = tmp_path / "stripped"
-    command = ["objcopy", "--strip-all", "--keep-section=.debug_*", str(image), str(stripped)]
+    command = ["objcopy", "--strip-all", "--keep-section=.*debug_*", str(image), str(stripped)]
     subprocess.run(command, check=True)
     whole, found = Image.open(image), Image.open(stripped)
     assert {one.name for one in found.symbols} == SHOWN.keys()
@@ -176,6 +179,86 @@ int main(void)
             assert parameter.word is not None
             assert parameter.word >= 6
     assert prototype.words == 1 + max(one.word or 0 for one in prototype.parameters)
+
+
+UNIT = "1: .long 3f-2f; 2: .short 4; .long {table}; .byte 8; .uleb128 1; {entries} 3:"
+TABLE = ".uleb128 1,0x11; .byte 1,0,0; .uleb128 2,{tag}; .byte {children}; {attributes} .byte 0,0,0"
+STRUCTURE, SUBPROGRAM = 0x13, 0x2E
+NAME, EXTERNAL, SIBLING = 0x03, 0x3F, 0x01
+STRP, PRESENT, REF4 = 0x0E, 0x19, 0x13
+HOSTILE = {
+    "a name that many have": (
+        TABLE.format(tag=SUBPROGRAM, children=0, attributes=f".byte {NAME},{STRP};"),
+        UNIT.format(table=0, entries=".rept 5000; .uleb128 2; .long 0; .endr; .byte 0;"),
+        ".fill 100000,1,65; .byte 0",
+    ),
+    "attributes that take no room": (
+        TABLE.format(
+            tag=SUBPROGRAM,
+            children=0,
+            attributes=f".rept 5000; .byte {EXTERNAL},{PRESENT}; .endr;",
+        ),
+        UNIT.format(table=0, entries=".rept 5000; .uleb128 2; .endr; .byte 0;"),
+        "",
+    ),
+    "tables that share their ends": (
+        ".rept 5000; .byte 1,0x11,0,0,0; .endr; .byte 0",
+        "\n".join(UNIT.format(table=5 * number, entries="") for number in range(2000)),
+        "",
+    ),
+    "an entry that is its own sibling": (
+        TABLE.format(
+            tag=STRUCTURE,
+            children=1,
+            attributes=f".byte 0,0; .uleb128 3,{STRUCTURE}; .byte 1,{SIBLING},{REF4};",
+        ),
+        UNIT.format(
+            table=0, entries=".uleb128 2; 4: .uleb128 3; .long 4b-1b; .byte 0,0,0,0;"
+        ),
+        "",
+    ),
+    "a sibling that comes before": (
+        TABLE.format(tag=STRUCTURE, children=1, attributes=f".byte {SIBLING},{REF4};"),
+        UNIT.format(table=0, entries="4: .uleb128 2; .long 4b-1b; .byte 0,0;"),
+        "",
+    ),
+    "entries in entries": (
+        TABLE.format(tag=STRUCTURE, children=1, attributes=""),
+        UNIT.format(table=0, entries=".fill 100000,1,2; .fill 100000;"),
+        "",
+    ),
+}  # fmt: skip
+"""Abbreviations, entries and strings, in assembly."""
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_tables(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What little there is leads a reader far; without a limit, to days and gigabytes."""
+    abbreviations, entries, strings = HOSTILE[kind]
+    source = "".join(
+        f'.section {name}, "", @progbits\n{content}\n'
+        for name, content in (
+            (".debug_abbrev", abbreviations),
+            (".debug_info", entries),
+            (".debug_str", strings),
+        )
+    )
+    made = compiled(tmp_path, source, "-nostdlib", "-static", "-Wl,-e,0", language="assembler")
+    monkeypatch.setattr(symbols, "MAX_STEPS", 1 << 18)
+    with (
+        Prototypes.open(made) as prototypes,
+        pytest.raises(xa.SymbolError, match=r"too much to read|in circles"),
+    ):
+        list(prototypes.functions())
+
+
+def test_a_packed_section_that_is_larger_than_it_should(tmp_path: Path) -> None:
+    packed = zlib.compress(bytes(8 << 20))
+    content = ",".join(map(str, b"ZLIB" + bytes(8) + packed))
+    source = f'.section .zdebug_info, "", @progbits\n.byte {content}\n'
+    made = compiled(tmp_path, source, "-c", language="assembler")
+    with pytest.raises(xa.SymbolError, match="bytes: too many"), Prototypes.open(made):
+        pass
 
 
 def test_images_without_it(tmp_path: Path) -> None:

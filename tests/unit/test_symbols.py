@@ -25,7 +25,7 @@ E_MACHINE, E_PHOFF, E_SHOFF, E_PHENTSIZE, E_PHNUM, E_SHENTSIZE, E_SHNUM = 18, 28
 P_OFFSET, P_PADDR, P_FILESZ, P_MEMSZ = 4, 12, 16, 20
 SH_TYPE, SH_OFFSET, SH_SIZE, SH_LINK, SH_ENTSIZE = 4, 16, 20, 24, 36
 PROGRAM_HEADER, SECTION_HEADER, SYMBOL = 32, 40, 16
-SYMTAB, STRTAB, DYNSYM = 2, 3, 11
+PROGBITS, SYMTAB, STRTAB, DYNSYM = 1, 2, 3, 11
 GLOBAL_OBJECT, LOCAL_OBJECT, LOCAL_LABEL, SECTION_SYMBOL = 0x11, 0x01, 0x00, 0x03
 
 
@@ -262,6 +262,21 @@ def test_names_that_share_their_ends_do_not_multiply_the_file(
     monkeypatch.setattr(symbols, "MAX_NAMES", 20)
     with pytest.raises(SymbolError, match="does not end"):
         Image(CONTENT)
+
+
+def test_sections_that_share_a_name_do_not_multiply_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without symbols, debugging information is looked for by the sections' names."""
+    count, name, at = 500, b"\0" + b"n" * 50_000 + b"\0", 64
+    header = struct.pack(
+        "<16sHHIQQQIHHHHHH",
+        b"\x7fELF\x02\x01\x01", 2, 62, 1, 0, 0, at + len(name), 0, 64, 56, 0, 64, count, count - 1,
+    )  # fmt: skip
+    one = struct.pack("<IIQQQQIIQQ", 1, PROGBITS, 0, 0, at, len(name), 0, 0, 1, 0)
+    monkeypatch.setattr(symbols, "MAX_STEPS", 1 << 18)
+    with pytest.raises(SymbolError, match="sections are damaged"):
+        Image(header + name + count * one)
+    monkeypatch.setattr(symbols, "MAX_STEPS", 1 << 24)
+    assert Image(header + name + count * one).symbols == ()
 
 
 def test_a_file_past_the_limit(tmp_path: Path) -> None:
