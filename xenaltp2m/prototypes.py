@@ -174,12 +174,15 @@ class Prototypes:
             if unit is None:
                 return None
             for entry in self._functions(unit):
-                if _number(entry, "DW_AT_low_pc") == address:
+                low, _ = self._entrance(unit, entry)
+                if low == address:
                     return self._prototype(entry)
         return None
 
     def functions(self) -> Iterator[Function]:
         """Yield all functions that have a name and code of their own.
+
+        Of one whose code is in parts, such as one for what is seldom executed, the first is told.
 
         Raises:
             SymbolError: As :meth:`at`.
@@ -189,7 +192,7 @@ class Prototypes:
             found = []
             with self._reading():
                 for entry in self._functions(unit):
-                    low, high = _bounds(entry)
+                    low, high = self._entrance(unit, entry)
                     name = self._name_of(entry)
                     if low is not None and name:
                         found.append(Function(name, low, max(high - low, 0)))
@@ -244,6 +247,12 @@ class Prototypes:
             if low is not None and low <= address < high:
                 return unit
         return None
+
+    def _entrance(self, unit: Any, entry: Any) -> tuple[int | None, int]:
+        """Where the code is that a function begins with: its first byte, and behind its last."""
+        if "DW_AT_ranges" in entry.attributes:
+            return next(self._ranges(unit, entry), (None, 0))
+        return _bounds(entry)
 
     def _ranges(self, unit: Any, entry: Any) -> Iterator[tuple[int, int]]:
         lists = self._dwarf.range_lists()

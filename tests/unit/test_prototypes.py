@@ -181,6 +181,29 @@ int main(void)
     assert prototype.words == 1 + max(one.word or 0 for one in prototype.parameters)
 
 
+COLD = """
+__attribute__((cold, noinline)) void oops(const char *text) { __asm__ volatile("" :: "r"(text)); }
+__attribute__((noinline)) long parted(int fd, const char *path, unsigned long count)
+{ if (fd < 0) { oops(path); __builtin_trap(); } return count + fd; }
+int main(int count, char **words) { return parted(count, words[0], 3); }
+"""
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_a_function_whose_code_is_in_parts(tmp_path: Path, version: int) -> None:
+    """What is seldom executed is elsewhere: DW_AT_ranges in place of DW_AT_low_pc."""
+    made = compiled(tmp_path, COLD, f"-gdwarf-{version}", "-O2")
+    image = Image.open(made)
+    place = image.symbol("parted")
+    assert image.symbol("parted.cold").address not in range(place.address, place.address + 64)
+    with Prototypes.open(made) as prototypes:
+        assert str(prototypes.at(place.address)) == (
+            "long int parted(int fd, const char * path, long unsigned int count)"
+        )
+        found = {one.name: (one.address, one.size) for one in prototypes.functions()}
+    assert found["parted"] == (place.address, place.size)
+
+
 UNIT = "1: .long 3f-2f; 2: .short 4; .long {table}; .byte 8; .uleb128 1; {entries} 3:"
 TABLE = ".uleb128 1,0x11; .byte 1,0,0; .uleb128 2,{tag}; .byte {children}; {attributes} .byte 0,0,0"
 STRUCTURE, SUBPROGRAM = 0x13, 0x2E
