@@ -40,6 +40,8 @@ _IN_REGISTERS = "rdi", "rsi", "rdx", "rcx", "r8", "r9"
 """The first six arguments (System V ABI, AMD64)."""
 _CR3_ADDRESS = FRAME
 """The rest is a PCID, which changes as a kernel sees fit, and how to cache."""
+_UPPER_HALF = 1 << 63
+"""Where kernels of 64 bits have their stacks: at the same addresses by all page tables."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,7 @@ class Trace(Handle):
         self._seen: deque[Seen] = deque()
         self._callback: Callable[[Seen], object] = self._seen.append
         self._waiting: dict[tuple[int, int, int], Call] = {}
-        """By the address it will come back to, guest-physical, cr3, and the stack pointer then."""
+        """By the address it will come back to, guest-physical, whose stack it has, and where."""
         self._return_places: set[int] = set()
         """Where breakpoints are for these: they stay, for it will be called from there again."""
         try:
@@ -316,13 +318,18 @@ class Trace(Handle):
         if len(self._waiting) >= _MOST_WAITING:
             del self._waiting[next(iter(self._waiting))]
             self.unfinished += 1
-        self._waiting[place, call.cr3 & _CR3_ADDRESS, call.stack + width] = call
+        self._waiting[place, *_thread(call.cr3, call.stack + width)] = call
 
     def _returned(self, hit: Hit) -> None:
         registers = hit.registers
-        came = hit.breakpoint.address, registers.cr3 & _CR3_ADDRESS, registers.rsp
+        came = hit.breakpoint.address, *_thread(registers.cr3, registers.rsp)
         call = self._waiting.pop(came, None)
         if call is None:
             return  # somebody else comes by
         value = registers.rax & (-1 if registers.msr_efer & EFER_LMA else 0xFFFF_FFFF)
         self._callback(Return(call, hit.vcpu, self._clock.monotonic() - self._begun, value))
+
+
+def _thread(cr3: int, stack: int) -> tuple[int, int]:
+    """Tell threads apart: by the stack, and in the lower half by whose it is."""
+    return 0 if stack & _UPPER_HALF else cr3 & _CR3_ADDRESS, stack

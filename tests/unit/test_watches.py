@@ -24,6 +24,7 @@ from .machinecode import (
     HALT,
     OTHER,
     PRESENT,
+    STACK,
     TABLES,
     WRITABLE,
     Computer,
@@ -389,6 +390,37 @@ def test_a_trace_of_what_is_not_mapped_yet(tmp_path: Path) -> None:
         assert [type(one).__name__ for one in seen] == ["Call", "Return"] * 3
         assert trace.hits == {"late": 3, "never": 0}
         assert trace.ended is not None
+
+
+@pytest.mark.parametrize("high", [True, False], ids=["kernel", "user"])
+def test_a_trace_of_what_changes_the_page_tables(tmp_path: Path, high: bool) -> None:
+    """As execve() does, or a kernel's thread that borrows those of whoever ran before.
+
+    A kernel's stack, in the upper half, is nobody else's; a process's is at the same address as
+    another's.
+    """
+    other, call, function = 0x66000, b"\xe8\x01\0\0\0", CODE + 6
+    load_cr3 = b"\xb8" + address(other) + b"\x0f\x22\xd8"
+    host = MockBackend(memory_pages=1 << 13)
+    computer = Computer(call + HALT + load_cr3 + b"\xc3", host=host)
+    computer.describe()
+    computer.go_long()
+    upper = 0xFFFF_8000_0000_0000
+    computer.write(TABLES + 8 * 256, computer.read(TABLES, 8))
+    computer.write(other, computer.read(TABLES, PAGE_SIZE))
+    computer.set(rsp=upper + STACK if high else STACK)
+    kernel = tmp_path / "kallsyms"
+    kernel.write_text(f"{function:016x} T switch\n")
+    with (
+        xa.connect(host) as xen,
+        xen.domain(computer.domid) as dom,
+        dom.trace("switch", symbols=Symbols.open(kernel), returns=True) as trace,
+    ):
+        host.steps_at_once = 200
+        seen = list(trace.calls(timeout=0.01))
+        assert trace.ended is not None
+    assert [type(one).__name__ for one in seen] == ["Call", "Return"][: 1 + high]
+    assert computer.register("cr3") == other
 
 
 def test_a_trace_before_paging_is_on(tmp_path: Path) -> None:
