@@ -127,7 +127,9 @@ class Trace(Handle):
         self._arguments = arguments
         wanted = [cr3] if isinstance(cr3, int) else cr3
         self._cr3 = None if wanted is None else {each & _CR3_ADDRESS for each in wanted}
-        self._interval = 0.0 if not most_per_second else 1.0 / most_per_second
+        self._most = max(int(most_per_second), 1) if most_per_second else math.inf
+        """So many are told in a span of time, which is a second or what one takes."""
+        self._span = self._most / most_per_second if most_per_second else math.inf
         self.hits: Counter[str] = Counter(dict.fromkeys(names, 0))
         self.dropped = self.unfinished = self.reapplied = 0
         self.busy = 0.0
@@ -135,7 +137,7 @@ class Trace(Handle):
         self.ended: DomainEnded | None = None
         self._clock = domain.xen.backend.clock
         self._begun = self._clock.monotonic()
-        self._next = 0.0
+        self._span_ends, self._told = 0.0, 0
         self._seen: deque[Seen] = deque()
         self._callback: Callable[[Seen], object] = self._seen.append
         self._waiting: dict[tuple[int, int, int], Call] = {}
@@ -274,10 +276,12 @@ class Trace(Handle):
         if self._cr3 is not None and cr3 & _CR3_ADDRESS not in self._cr3:
             return
         now = self._clock.monotonic() - self._begun
-        if now < self._next:
+        if now >= self._span_ends:
+            self._span_ends, self._told = now + self._span, 0
+        if self._told >= self._most:
             self.dropped += 1
             return
-        self._next = now + self._interval
+        self._told += 1
         width = 8 if registers.msr_efer & EFER_LMA else 4
         count = (
             self._arguments if isinstance(self._arguments, int) else self._arguments.get(name, 0)

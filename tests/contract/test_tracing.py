@@ -100,6 +100,20 @@ def test_too_many_in_a_second_are_counted(racer: RunningGuest) -> None:
         assert trace.hits == {"hit": 4 * CALLS}
 
 
+def test_as_many_as_may_be_in_a_second_are_told(racer: RunningGuest) -> None:
+    """However soon one comes after another."""
+    racer.write_word("go", CALLS)
+    with Trace(racer.dom, "hit", symbols=racer.image, most_per_second=100) as trace:
+        racer.start()
+        end = time.monotonic() + PATIENCE
+        told = []
+        while racer.lines("done") != [CALLS] * 4:
+            assert time.monotonic() < end
+            told += list(trace.calls(timeout=0.05))
+        assert 100 <= len(told) <= 4 * CALLS
+        assert trace.dropped == 4 * CALLS - len(told)
+
+
 def test_in_an_event_loop(racer: RunningGuest) -> None:
     async def some() -> list[Call | Return]:
         found = []
