@@ -591,10 +591,13 @@ class Breakpoints(Handle):
             over = REINJECT if is_own else self._through(self._step_view, event)
             return self._hit(page.hooks[offset], event, over)
         # The guest's own; or one that was removed since: the instruction comes again.
-        return REINJECT if self._is_int3(gfn, offset) else RESUME
+        return REINJECT if self._is_own(event) else RESUME
 
-    def _is_int3(self, gfn: int, offset: int) -> bool:
-        """Whether the guest itself has an int3 at a place."""
+    def _is_own(self, event: SoftwareBreakpoint) -> bool:
+        """Whether the guest has the int3 that it came to: none of ours has a prefix."""
+        gfn, offset = int(event.gfn), event.registers.rip & _OFFSET
+        if event.insn_length > 1:
+            return True
         try:
             return self._domain.memory.read(gfn << PAGE_SHIFT | offset, 1)[0] == _INT3
         except InvalidArgumentError:
@@ -826,8 +829,7 @@ class Breakpoints(Handle):
     def _answer_late(self, event: Event) -> Response | None:
         """Answer what was told before the end: the instruction comes again."""
         if isinstance(event, SoftwareBreakpoint):
-            gfn, offset = int(event.gfn), event.registers.rip & _OFFSET
-            return REINJECT if self._is_int3(gfn, offset) else RESUME
+            return REINJECT if self._is_own(event) else RESUME
         return None
 
     def _orphaned(self) -> bool:

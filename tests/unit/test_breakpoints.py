@@ -113,6 +113,21 @@ def test_an_int3_of_the_guests_own(make: Make, fast: bool, int3: bool, before: i
     assert guest.computer.words(guest.register("rsp"), 1) == [CODE + before + 1]
 
 
+@WAYS
+@pytest.mark.parametrize("place", [CODE, CODE + 0x100, OTHER], ids=["there", "beside", "elsewhere"])
+@pytest.mark.parametrize("prefix", [b"\xf3", b"\x66\x66"])
+def test_an_int3_of_the_guests_own_with_prefixes(
+    make: Make, fast: bool, int3: bool, place: int, prefix: bytes
+) -> None:
+    """Wherever breakpoints are: it comes to its handler, and not again and again."""
+    guest = make(prefix + b"\xcc" + HALT, fast=fast, int3=int3)
+    guest.breakpoints.insert(place, guest.note)
+    guest.go()
+    assert guest.computer.vector == BP
+    assert guest.seen == [CODE] * (place == CODE)
+    assert guest.computer.words(guest.register("rsp"), 1) == [CODE + len(prefix) + 1]
+
+
 @STEPS
 def test_shadows_are_not_there(make: Make, fast: bool) -> None:
     """Read, written and read again, by instructions that are stepped over and by others."""

@@ -317,10 +317,10 @@ class Processor(ABC):
             self._fault(VE)
         return Done.HELD
 
-    def _breakpoint(self) -> Waits[Done]:
+    def _breakpoint(self, length: int = 1) -> Waits[Done]:
         """``X86_EXC_BP`` in ``vmx_vmexit_handler``, where it exits (``vmx_do_resume``)."""
         vcpu, monitor = self.vcpu, self.monitor
-        trap = Trap(BP, SOFTWARE_EXCEPTION, NO_ERROR_CODE, 1, 0)
+        trap = Trap(BP, SOFTWARE_EXCEPTION, NO_ERROR_CODE, length, 0)
         if not monitor.switches.keys() & {"software_breakpoint", "singlestep"}:
             return (yield from self._deliver_natively(trap))
         if (yield from vm_exit(monitor, vcpu, _EXCEPTION)):
@@ -328,7 +328,7 @@ class Processor(ABC):
         event = "software_breakpoint"
         fields = {
             f"{event}.gfn": self._gfn(),
-            f"{event}.insn_length": 1,
+            f"{event}.insn_length": length,
             f"{event}.type": SOFTWARE_EXCEPTION,
         }
         if not (yield from monitor.report(event, vcpu, Reason.SOFTWARE_BREAKPOINT, fields)):

@@ -695,7 +695,7 @@ class MachineCode(Processor):
         self.vcpu.set_register("rflags", self.vcpu.register("rflags") & ~FLAG_RF)
         opcode, length = found.opcode, found.length
         if opcode == _INT3:
-            return (yield from self._breakpoint())
+            return (yield from self._breakpoint(length))
         if opcode == _INT_N:
             return (yield from self._software_interrupt(found.immediate, length))
         if opcode == _INTO:
