@@ -164,10 +164,11 @@ def test_the_checker_notices_none_of_many(host_name: str, count: int) -> None:
         assert guest.words("noticed", 6)[5] > 0
 
 
+@pytest.mark.parametrize("vcpus", [1, 4])
 @pytest.mark.parametrize("count", [10, 200])
-def test_calls_are_exact_beside_many(host_name: str, count: int) -> None:
-    calls = max(CALLS // (4 * count), 4)
-    with running(host_name, "racer", 4) as guest:
+def test_calls_are_exact_beside_many(host_name: str, count: int, vcpus: int) -> None:
+    calls = max(CALLS // (vcpus * count), 4)
+    with running(host_name, "racer", vcpus) as guest:
         guest.write_word("go", calls)
         with hooked(guest) as (monitor, breakpoints):
             for place in instructions("racer", count):
@@ -175,18 +176,18 @@ def test_calls_are_exact_beside_many(host_name: str, count: int) -> None:
             hook = breakpoints.insert(guest.address("hit"), lambda hit: None)
 
             def done() -> bool:
-                return guest.lines("done") == [calls] * 4
+                return guest.lines("done") == [calls] * vcpus
 
             def look(event: xa.Event) -> xa.Response | None:
                 answer = breakpoints(event)
-                if hook.hits >= 4 * calls and done():
+                if hook.hits >= vcpus * calls and done():
                     monitor.stop()
                 return answer
 
             guest.start()
             serve(monitor, look, done)
-        assert hook.hits == guest.words("total")[0] == 4 * calls
-        assert guest.lines("noticed") == [0] * 4
+        assert hook.hits == guest.words("total")[0] == vcpus * calls
+        assert guest.lines("noticed") == [0] * vcpus
 
 
 @pytest.mark.parametrize("vcpus", [1, 4])
