@@ -26,7 +26,7 @@ from xenaltp2m.errors import (
 )
 from xenaltp2m.handle import UndoList
 from xenaltp2m.rescue import diagnose, rescue
-from xenaltp2m.viewstate import MAX_FILE, PageState, State
+from xenaltp2m.viewstate import MAX_FILE, State
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -225,9 +225,22 @@ def import_views(
             )
         altp2m = domain.altp2m(accept=accept)
         restore(altp2m, state)
-        made = replace(altp2m.capture(), monitor=state.monitor, more=state.more)
+        made = _with_more(altp2m.capture(), state)
         domain._leave_as_it_is(made.to_bytes())
     return made
+
+
+def _with_more(made: State, asked: State) -> State:
+    """Add what of a state is not used."""
+    views = zip(made.views, asked.views, strict=True)
+    pages = zip(made.pages, asked.pages, strict=True)
+    return replace(
+        made,
+        views=tuple(replace(view, more=one.more) for view, one in views),
+        pages=tuple(replace(page, more=one.more) for page, one in pages),
+        monitor=asked.monitor,
+        more=asked.more,
+    )
 
 
 def imported_views(xen: Xen, which: int | str | UUID) -> State:
@@ -256,15 +269,18 @@ def imported_views(xen: Xen, which: int | str | UUID) -> State:
         state = State.from_bytes(journal.state(MAX_FILE))
         added = [int(gfn) for gfn in state.origin["added"]]
         with xen.domain(domid) as domain:
-            contents = list(map(domain.memory.read_page, added))
+            contents = map(domain.memory.read_page, added)
+            pages = tuple(
+                replace(page, sha256=sha256(content).hexdigest(), content=content)
+                for page, content in zip(state.pages, contents, strict=True)
+            )
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise StateError(
             f"what was imported into domain {domid} is not known any more: {error}",
             domid=domid,
             hint=(f"xenaltp2m rescue --force {domid} takes it out",),
         ) from error
-    pages = [PageState(sha256(content).hexdigest(), content) for content in contents]
-    return replace(state, pages=tuple(pages))
+    return replace(state, pages=pages)
 
 
 def take_out_views(xen: Xen, which: int | str | UUID) -> None:

@@ -48,6 +48,15 @@ _LEVEL = 1
 _GZIP = b"\x1f\x8b"
 _ACCESSES = {str(access): access for access in Access.__members__.values()}
 
+_OF_STATE = frozenset(
+    ("format", "version", "views", "pages", "vcpus", "notify", "monitor", "origin")
+)
+_OF_VIEW = frozenset(("label", "default", "visible", "access", "suppress_ve", "remaps"))
+_OF_PAGE = frozenset(("sha256", "content"))
+_OF_MONITOR = frozenset(("access_required", "subscriptions"))
+_OF_SUBSCRIPTION = frozenset(("event", "options", "deniable"))
+"""Fields that each has, in this version."""
+
 _SUBSCRIPTIONS = {
     _event.__name__: _event.on()
     for _event in EVENTS.values()
@@ -74,6 +83,7 @@ class ViewState:
         access: Runs (first, count, access), in order.
         suppress_ve: Runs (first, count, bit), in order.
         remaps: (gfn, the one whose page it shows), in an order in which they can be made.
+        more: What a later version may have there: kept, and written again.
     """
 
     label: str
@@ -82,6 +92,7 @@ class ViewState:
     access: FrozenRuns[Access]
     suppress_ve: FrozenRuns[bool]
     remaps: tuple[tuple[Place, Place], ...]
+    more: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +102,8 @@ class PageState:
     sha256: str
     content: bytes | None = field(default=None, repr=False)
     """4096 bytes, where they were asked for."""
+    more: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """What a later version may have there: kept, and written again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +112,8 @@ class MonitorState:
 
     subscriptions: tuple[Subscription, ...]
     access_required: bool
+    more: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """What a later version may have there: kept, and written again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +142,8 @@ class State:
         """Return the file: JSON, packed by gzip where it is long.
 
         Args:
-            origin: Whether it says where it was captured; equal states differ in nothing else.
+            origin: Whether it says where it was captured; equal states differ in nothing else but
+                in fields of a later version.
 
         Raises:
             StateError: It is past a limit, and could not be read again.
@@ -248,6 +264,7 @@ def _view_document(view: ViewState) -> dict[str, Any]:
     access = {str(value): flat for value, flat in _by_value(view.access).items()}
     bits = {"on" if bit else "off": flat for bit, flat in _by_value(view.suppress_ve).items()}
     return {
+        **view.more,
         "label": view.label,
         "default": str(view.default_access),
         "visible": view.visible,
@@ -269,6 +286,7 @@ def _by_value(runs: FrozenRuns[Any]) -> dict[Any, list[int]]:
 
 def _monitor_document(monitor: MonitorState) -> dict[str, Any]:
     return {
+        **monitor.more,
         "access_required": monitor.access_required,
         "subscriptions": [
             {"event": _event_of(one), "options": dict(one.options), "deniable": one.deniable}
@@ -277,8 +295,8 @@ def _monitor_document(monitor: MonitorState) -> dict[str, Any]:
     }
 
 
-def _page_document(page: PageState) -> dict[str, str]:
-    found = {"sha256": page.sha256}
+def _page_document(page: PageState) -> dict[str, Any]:
+    found = {**page.more, "sha256": page.sha256}
     if page.content is not None:
         found["content"] = base64.b64encode(page.content).decode()
     return found
@@ -327,8 +345,7 @@ class _Reader:
         monitor = document.get("monitor")
         if monitor is not None:
             monitor = self._monitor(monitor)
-        known = {"format", "version", "views", "pages", "vcpus", "notify", "monitor", "origin"}
-        more = {name: value for name, value in document.items() if name not in known}
+        more = self._more(document, _OF_STATE)
         return State(views, pages, tuple(vcpus), tuple(notify), monitor, origin, more)
 
     def _document(self) -> dict[str, Any]:
@@ -373,7 +390,8 @@ class _Reader:
             if new in made:
                 self._refuse(f"a remap to {new}, which is remapped itself by then")
             made.add(gfn)
-        return ViewState(label, default, visible, access, bits, remaps)
+        more = self._more(document, _OF_VIEW)
+        return ViewState(label, default, visible, access, bits, remaps, more)
 
     def _runs(self, document: Any, values: Mapping[str, Any]) -> FrozenRuns[Any]:
         if not isinstance(document, dict):
@@ -408,14 +426,16 @@ class _Reader:
         found = tuple(map(self._subscription, self._list(document, "subscriptions", 1 << 8)))
         if [one.key for one in found] != sorted({one.key for one in found}, key=str):
             self._refuse("subscriptions out of order")
-        return MonitorState(found, document["access_required"])
+        more = self._more(document, _OF_MONITOR)
+        return MonitorState(found, document["access_required"], more)
 
     def _subscription(self, document: Any) -> Subscription:
         if not isinstance(document, dict) or not isinstance(document.get("options"), dict):
             self._refuse("a subscription that is none")
         plain = _SUBSCRIPTIONS.get(str(document.get("event")))
         options, deniable = document["options"], document.get("deniable")
-        if plain is None or not isinstance(deniable, bool):
+        # What it does not know would be lost, and something else heard of.
+        if plain is None or not isinstance(deniable, bool) or document.keys() - _OF_SUBSCRIPTION:
             self._refuse(f"a subscription to {str(document.get('event'))[:80]!r}")
         if {name: type(value) for name, value in options.items()} != {
             name: type(value) for name, value in plain.options.items()
@@ -427,17 +447,22 @@ class _Reader:
         if not isinstance(document, dict) or not isinstance(document.get("sha256"), str):
             self._refuse("a page without its checksum")
         digest, text = document["sha256"], document.get("content")
+        more = self._more(document, _OF_PAGE)
         if text is None:
             if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
                 self._refuse(f"a checksum {digest[:80]!r}")
-            return PageState(digest)
+            return PageState(digest, more=more)
         try:
             content = base64.b64decode(text, validate=True)
         except (ValueError, TypeError) as error:
             raise StateError("a page's content is damaged") from error
         if len(content) != PAGE_SIZE or hashlib.sha256(content).hexdigest() != digest:
             self._refuse("a page's content that is not what its checksum says")
-        return PageState(digest, content)
+        return PageState(digest, content, more)
+
+    @staticmethod
+    def _more(document: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
+        return {name: value for name, value in document.items() if name not in known}
 
     def _list(self, document: dict[str, Any], name: str, most: int) -> list[Any]:
         found = document.get(name)

@@ -574,11 +574,15 @@ def test_imported_views_are_in_the_way(host: Lasting, tmp_path: Path) -> None:
 def test_what_import_does_not_use_is_exported_again(host: Lasting, tmp_path: Path) -> None:
     heard = MonitorState((xa.MemAccess.on(),), True)
     state = replace(saved(tmp_path / "a"), monitor=heard, more={"hints": [1]})
+    views = (state.views[0], replace(state.views[1], more={"hints": [2]}))
+    state = replace(state, views=views, pages=(replace(state.pages[0], more={"hints": [3]}),))
     (tmp_path / "b").write_bytes(state.to_bytes())
     assert run("import", tmp_path / "b", "guest") == cli.DONE
     assert run("export", tmp_path / "c", "guest") == cli.DONE
     exported = State.from_bytes((tmp_path / "c").read_bytes())
     assert (exported.monitor, exported.more) == (state.monitor, state.more)
+    assert [view.more for view in exported.views] == [{}, {"hints": [2]}]
+    assert exported.pages[0].more == {"hints": [3]}
 
 
 def test_a_record_that_somebody_else_may_have_put_there(host: Lasting, tmp_path: Path) -> None:

@@ -377,6 +377,24 @@ def test_fields_of_a_later_version_are_kept() -> None:
     assert state == small()
 
 
+def test_fields_of_a_later_version_are_kept_wherever_they_are() -> None:
+    with ExitStack() as stack:
+        host = Host(stack)
+        host.altp2m.create_view().remap(3, host.dom.add_pages()[0])
+        stack.enter_context(host.dom.monitor(xa.MemAccess))
+        captured = host.altp2m.capture()
+    document = json.loads(plain(captured))
+    for part in (document["views"][0], document["pages"][0], document["monitor"]):
+        part["hints"] = {"a": 1}
+    state = State.from_bytes(signed(document))
+    assert state == captured
+    assert plain(state) == plain(State.from_bytes(plain(state)))
+    assert json.loads(plain(state)) == document | {"checksum": json.loads(plain(state))["checksum"]}
+    document["monitor"]["subscriptions"][0]["hints"] = 1
+    with pytest.raises(xa.StateError, match="a subscription to"):
+        State.from_bytes(signed(document))
+
+
 def test_views_that_xen_has_reset_are_not_captured() -> None:
     with ExitStack() as stack:
         host = Host(stack)
