@@ -30,6 +30,7 @@ from xenaltp2m.view import (
 )
 
 if TYPE_CHECKING:
+    from xenaltp2m.abi.releases import Release
     from xenaltp2m.domain import Domain
     from xenaltp2m.viewstate import State
 
@@ -140,22 +141,8 @@ class Altp2m(Handle):
         number = release.access_numbers.get(default_access)
         if number is None or default_access in (Access.W, Access.WX):
             raise refusal_of(default_access, release)
-        if default_access != Access.RWX and not release.lazy_copy_takes_view_default:
-            warnings.warn(
-                f"Xen {release} gives pages the host's access, not the view's default "
-                f"{default_access}: set it with view.set_access(range(domain.maximum_gfn + 1), …)",
-                DecorativeDefaultWarning,
-                stacklevel=2,
-            )
-        if default_access in _NOTHING_OF_A_SUPERPAGE and release.lazy_copy_takes_view_default:
-            warnings.warn(
-                f"Xen {release} copies the host's superpages into a view, and with access "
-                f"{default_access} takes them for holes: a vCPU that touches one faults for ever, "
-                "and setting one gfn undoes its neighbours (4.22). Boot Xen with hap_2mb=0 "
-                "hap_1gb=0, or let the default be RWX and set the access of every gfn",
-                SuperpageDefaultWarning,
-                stacklevel=2,
-            )
+        if (warning := warning_of_default(default_access, release)) is not None:
+            warnings.warn(warning, stacklevel=2)
         view_id = ViewId(self._backend.altp2m_create_view(self._domid, number))
         view = View(self, view_id, default_access, label)
         self._views = [*self.views, view]
@@ -477,6 +464,23 @@ class Altp2m(Handle):
         """What ``Access.DEFAULT`` means now."""
         number = self._backend.altp2m_get_mem_access(self._domid, HOST_VIEW, ALL_GFNS)
         return self._backend.release.access_by_number[number]
+
+
+def warning_of_default(access: Access, release: Release) -> UserWarning | None:
+    """Say what a view's default access does not do on a release; None where it does all."""
+    if access != Access.RWX and not release.lazy_copy_takes_view_default:
+        return DecorativeDefaultWarning(
+            f"Xen {release} gives pages the host's access, not the view's default {access}: set it "
+            "with view.set_access(range(domain.maximum_gfn + 1), …)"
+        )
+    if access in _NOTHING_OF_A_SUPERPAGE and release.lazy_copy_takes_view_default:
+        return SuperpageDefaultWarning(
+            f"Xen {release} copies the host's superpages into a view, and with access {access} "
+            "takes them for holes: a vCPU that touches one faults for ever, and setting one gfn "
+            "undoes its neighbours (4.22). Boot Xen with hap_2mb=0 hap_1gb=0, or let the default "
+            "be RWX and set the access of every gfn"
+        )
+    return None
 
 
 def _mend(view: View, mismatches: Iterable[Mismatch]) -> None:

@@ -6,14 +6,16 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from xenaltp2m.errors import LeftoverError, StateError, UnsupportedError
+from xenaltp2m.altp2m import warning_of_default
+from xenaltp2m.errors import LeftoverError, StateError, UnsupportedError, XenError
 from xenaltp2m.handle import UndoList
 from xenaltp2m.runs import FrozenRuns, Runs
-from xenaltp2m.types import ALL_GFNS, GFN_LIMIT, HOST_VIEW, Access, VcpuId, ViewId
+from xenaltp2m.types import ALL_GFNS, GFN_LIMIT, HOST_VIEW, Access, MemoryType, VcpuId, ViewId
 from xenaltp2m.view import existing_views, own_access
 from xenaltp2m.viewstate import MonitorState, PageState, Place, State, ViewState
 
@@ -282,13 +284,55 @@ def obstacles(domain: Domain, state: State) -> list[str]:
     missing = sum(page.content is None for page in state.pages)
     if missing:
         found.append(f"the content of {missing} added pages was not captured")
+    found += _too_many(domain, state)
     found += _beyond(domain, state)
+    found += _not_ram(domain, state)
     vcpus = domain.info().max_vcpu_id + 1
     if len({number for number in state.vcpus if number is not None}) > 1:
         found.append("its vCPUs are in several views, and Xen moves all or none")
     if any(vcpu >= vcpus for vcpu, _ in state.notify):
         found.append(f"it has a #VE page for a vCPU of which the domain has {vcpus}")
     return found
+
+
+def differences(domain: Domain, state: State) -> list[str]:
+    """Say what of a state that can be restored in a domain would have another effect there."""
+    return [
+        f"view {number}: {warning}"
+        for number, view in enumerate(state.views)
+        if (warning := warning_of_default(view.default_access, domain.xen.release)) is not None
+    ]
+
+
+def _too_many(domain: Domain, state: State) -> Iterator[str]:
+    """Say whether there are more views than the domain may still have."""
+    most = domain._view_count()
+    if most is None or not state.views:
+        return
+    made = 1
+    if domain.altp2m_active:
+        made = len(existing_views(domain.xen.backend, domain.domid))
+    if len(state.views) > most - made:
+        yield f"it has {len(state.views)} views, and the domain may have {most - made} more"
+
+
+def _not_ram(domain: Domain, state: State) -> Iterator[str]:
+    """Say what Xen would not remap."""
+    places = {place for view in state.views for remap in view.remaps for place in remap}
+    last, backend = domain.maximum_gfn, domain.xen.backend
+    missing = [gfn for gfn in places if gfn > last]
+    with suppress(XenError):  # where nobody tells, restoring does
+        missing += [
+            gfn
+            for gfn in places
+            if 0 <= gfn <= last
+            and backend.hvm_get_mem_type(domain.domid, gfn) is not MemoryType.RAM
+        ]
+    if missing:
+        yield (
+            f"{len(missing)} gfns that are remapped, or remapped to, are no ordinary RAM, the "
+            f"first {min(missing):#x}"
+        )
 
 
 def _beyond(domain: Domain, state: State) -> list[str]:

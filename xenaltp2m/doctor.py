@@ -35,7 +35,7 @@ from xenaltp2m.errors import (
 from xenaltp2m.hazards import pool_size, tables_of
 from xenaltp2m.rescue import Diagnosis, diagnose
 from xenaltp2m.symbols import Symbols
-from xenaltp2m.types import PAGE_SIZE, VIEWS_BEFORE_4_21, Altp2mMode, VcpuInfo, ViewId
+from xenaltp2m.types import PAGE_SIZE, Altp2mMode, VcpuInfo, ViewId
 from xenaltp2m.view import PROBED, view_exists
 from xenaltp2m.xen import Xen, connect
 
@@ -588,11 +588,7 @@ def _views(domain: Domain) -> Iterator[Finding]:
                 "altp2m_count=10 in its xl.cfg, and create it anew",
             )
         return  # else altp2m-option tells
-    most: int | None = VIEWS_BEFORE_4_21
-    if counted:
-        most = None
-        with suppress(XenError, ValueError, KeyError, TypeError, AttributeError):
-            most = int(domain.config()["b_info"]["altp2m_count"])
+    most = domain._view_count()
     known = "an unknown number of" if most is None else str(most)
     if not active:
         yield Finding(check, Grade.OK, f"altp2m is off; it has {known} views, with view 0")

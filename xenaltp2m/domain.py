@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import UUID
@@ -31,6 +31,7 @@ from xenaltp2m.types import (
     HVM_PARAM_ALTP2M,
     PAGE_SHIFT,
     PAGE_SIZE,
+    VIEWS_BEFORE_4_21,
     Access,
     Altp2mMode,
     DomainInfo,
@@ -159,6 +160,14 @@ class Domain(Handle):
         if found is None:
             self._backend.altp2m_get_domain_state(self.domid)  # ESRCH where the domain is gone
         return found
+
+    def _view_count(self) -> int | None:
+        """How many views it can have, with view 0; None where nobody tells."""
+        if not self._backend.release.view_count_is_setting:
+            return VIEWS_BEFORE_4_21
+        with suppress(XenError, ValueError, KeyError, TypeError, AttributeError):
+            return int(self.config()["b_info"]["altp2m_count"])
+        return None
 
     def existing_views(self) -> list[ViewInfo]:
         """List the views there are, whoever made them, view 0 among them; none if altp2m is off.

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import xenaltp2m as xa
 from xenaltp2m import cli, viewstate
 from xenaltp2m.backend.mock import MockBackend
-from xenaltp2m.capturing import _places_of_memory, capture, compare, obstacles, restore
+from xenaltp2m.capturing import _places_of_memory, capture, compare, differences, obstacles, restore
 from xenaltp2m.runs import FrozenRuns
 from xenaltp2m.testing import Failing
 from xenaltp2m.viewstate import FORMAT, State, diff
@@ -189,6 +189,59 @@ def test_what_is_in_the_way() -> None:
         with pytest.raises(xa.UnsupportedError, match="does not know the access r_pw"):
             restore(host.altp2m, replace(state, views=(odd, *rest)))
         assert host.altp2m.views == ()
+
+
+def test_more_views_than_the_domain_may_have_are_in_the_way() -> None:
+    one = replace(small().views[0], remaps=(), access=FrozenRuns.of([]))
+    for xen, others, most in (((4, 17), 0, 9), ((4, 20), 2, 7), ((4, 22), 0, 9)):
+        with ExitStack() as stack:
+            host = Host(stack, xen)
+            for _ in range(others):
+                host.mock.altp2m_create_view(host.domid, 7)
+            assert obstacles(host.dom, State((one,) * most)) == []
+            state = State((one,) * (most + 1))
+            [found] = obstacles(host.dom, state)
+            assert found == f"it has {most + 1} views, and the domain may have {most} more"
+            with pytest.raises(xa.UnsupportedError, match="may have"):
+                restore(host.altp2m, state)
+
+
+def test_remaps_of_what_is_no_ram_there_are_in_the_way() -> None:
+    with ExitStack() as stack:
+        large, small_one = Host(stack, pages=4096), Host(stack)
+        view = large.altp2m.create_view()
+        view.remap(0x20, 0x21)
+        assert obstacles(small_one.dom, large.altp2m.capture()) == []
+        view.remap(0x900, 0x22)
+        view.remap(0x23, 0x901)
+        [found] = obstacles(small_one.dom, large.altp2m.capture())
+        assert found.startswith("2 gfns that are remapped, or remapped to, are no ordinary RAM")
+        assert found.endswith(" 0x900")
+        last = large.dom.maximum_gfn
+        beyond = replace(large.altp2m.capture().views[0], remaps=((0x20, int(last) + 1),))
+        [found] = obstacles(small_one.dom, State((beyond,)))
+        assert found.startswith("1 gfns")
+
+
+@pytest.mark.parametrize(
+    ("xen", "access", "word"),
+    [
+        ((4, 17), xa.Access.RX, "not the view's default r-x"),
+        ((4, 20), xa.Access.N, "takes them for holes"),
+        ((4, 20), xa.Access.RX, None),
+        ((4, 17), xa.Access.RWX, None),
+    ],
+)
+def test_what_has_another_effect_there_is_told_and_not_in_the_way(
+    xen: tuple[int, int], access: xa.Access, word: str | None
+) -> None:
+    view = replace(small().views[0], default_access=access, remaps=(), access=FrozenRuns.of([]))
+    with ExitStack() as stack:
+        host = Host(stack, xen)
+        assert obstacles(host.dom, State((view,))) == []
+        found = differences(host.dom, State((view,)))
+        assert len(found) == (word is not None)
+        assert all(line.startswith("view 0: ") and str(word) in line for line in found)
 
 
 def test_all_of_it_or_nothing() -> None:
@@ -448,8 +501,37 @@ def test_restore_for_a_while(
     assert "nothing is in the way" in capsys.readouterr().out
     assert cli.main([*command, "--duration", "0", "--json"]) == cli.DONE
     out, err = capsys.readouterr()
-    assert json.loads(out) == {"obstacles": [], "views": list(range(1, len(small().views) + 1))}
+    views = list(range(1, len(small().views) + 1))
+    assert json.loads(out) == {"obstacles": [], "differences": [], "views": views}
     assert "Undone: views destroyed, altp2m off." in err
+
+
+def test_a_dry_run_tells_what_has_another_effect(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    view = replace(small().views[0], default_access=xa.Access.RX, remaps=())
+    (tmp_path / "odd").write_bytes(State((view,)).to_bytes())
+    command = ["--connect", "mock", "state", "restore", str(tmp_path / "odd"), "guest", "--dry-run"]
+    assert cli.main(command) == cli.DONE
+    out = capsys.readouterr().out
+    assert out.index("nothing is in the way") < out.index("of another effect there")
+    assert "not the view's default r-x" in out
+    assert cli.main([*command, "--json"]) == cli.DONE
+    [told] = json.loads(capsys.readouterr().out)["differences"]
+    assert told in out
+
+
+def test_what_xen_has_passed_over_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Access of gfns that the domain does not have: Xen says it was set."""
+    access = FrozenRuns.of([(0x20, 2, xa.Access.R), (0x8000, 3, xa.Access.R)])
+    view = replace(small().views[0], access=access, remaps=(), default_access=xa.Access.RWX)
+    (tmp_path / "large").write_bytes(State((view,)).to_bytes())
+    command = ["--connect", "mock", "state", "restore", str(tmp_path / "large"), "guest"]
+    assert cli.main([*command, "--duration", "0"]) == cli.DONE
+    told = capsys.readouterr().err
+    assert "passed over some of it: view 1: gfn 0x8000 has no entry, not r--, and 2 more" in told
 
 
 def test_a_dry_run_refuses_what_restoring_would(

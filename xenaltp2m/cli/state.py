@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import xenaltp2m as xa
-from xenaltp2m.capturing import compare, obstacles, restore, scan
+from xenaltp2m.capturing import compare, differences, obstacles, restore, scan
 from xenaltp2m.carrying import import_views, imported_views, take_out_views
 from xenaltp2m.cli import picture
 from xenaltp2m.cli.arguments import add_accept, add_duration, number_among
@@ -36,9 +36,9 @@ altp2m.capture(contents=True).to_bytes().
                         code is 1 if it has. --sample looks at some gfns of each view only
   save FILE DOMAIN      writes what Xen tells of the views that others have made: access, not remaps
   restore FILE DOMAIN   makes its views in a domain, and keeps them until --duration is over,
-                        Ctrl-C or SIGTERM; --dry-run tells what is in the way, and changes
-                        nothing. Nobody answers what the guest does against them: Xen then lifts
-                        it, page by page
+                        Ctrl-C or SIGTERM; --dry-run tells what is in the way, and what would have
+                        another effect there, and changes nothing. Nobody answers what the guest
+                        does against them: Xen then lifts it, page by page
   import FILE DOMAIN    the same, and they stay when this ends: for the hooks of a toolstack
   export FILE DOMAIN    takes what was imported out, into a file: before a migration, say
 
@@ -50,8 +50,12 @@ A FILE that is written, or imported, may be -: standard output or input.
   diff      {"differences": [in words]}
   verify    {"differences": [in words]}
   save, export, import  {"file", "views", "pages"}
-  restore   {"obstacles": [in words], "views": [numbers]}
+  restore   {"obstacles": [in words], "differences": [in words], "views": [numbers]}
 """
+
+
+_LOOKED_AT = 1 << 12
+"""How many gfns of each view are looked at once it is made."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -203,6 +207,8 @@ def _import(options: argparse.Namespace, console: Console) -> None:
     with Signals() as signals, connect(options, console) as xen:
         signals.hold_back()
         made = import_views(xen, options.other, state, accept=options.accept)
+        with xen.domain(options.other) as domain:
+            _warn_of_what_is_missing(domain, made, console)
     _tell_of(made, options.file, "imported", console)
 
 
@@ -214,6 +220,14 @@ def _export(options: argparse.Namespace, console: Console) -> None:
         take_out_views(xen, options.other)
     if options.file != "-":
         _tell_of(state, options.file, options.file, console)
+
+
+def _warn_of_what_is_missing(domain: xa.Domain, made: State, console: Console) -> None:
+    """Look whether Xen has passed over some of what was made, of which it says nothing."""
+    found = compare(domain, made, sample=_LOOKED_AT)
+    if found:
+        more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+        console.warn(f"Xen has passed over some of it: {found[0]}{more}")
 
 
 def _tell(found: list[str], console: Console) -> None:
@@ -234,12 +248,15 @@ def _restore(options: argparse.Namespace, console: Console) -> None:
         was_active = is_altp2m_active(domain, console)
         if options.dry_run:
             refuse(domain, options.accept)  # as opening altp2m does
-        problems = obstacles(domain, state)
+        problems, others = obstacles(domain, state), differences(domain, state)
+        document = {"obstacles": problems, "differences": others, "views": []}
         if options.dry_run or problems:
             rows = [(line,) for line in problems]
             head = "in the way" if problems else "nothing is in the way"
-            console.result({"obstacles": problems, "views": []}, Table((head,), rows))
+            console.result(document, Table((head,), rows))
         if options.dry_run:
+            if others and not console.as_json:
+                console.table(Table(("of another effect there",), [(line,) for line in others]))
             return
         if problems:
             raise xa.UnsupportedError("the state cannot be restored there", domid=domain.domid)
@@ -248,7 +265,8 @@ def _restore(options: argparse.Namespace, console: Console) -> None:
         views = restore(altp2m, state, progress=console.progress("restoring"))
         made = [(str(view.id), view.label or "") for view in views]
         numbers = [int(view.id) for view in views]
-        console.result({"obstacles": [], "views": numbers}, Table(("view", "label"), made))
+        console.result({**document, "views": numbers}, Table(("view", "label"), made))
+        _warn_of_what_is_missing(domain, altp2m.capture(), console)
         until = (
             "Ctrl-C" if options.duration is None else f"{options.duration:g} s are over, or Ctrl-C"
         )
