@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from xenaltp2m.xen import Xen
 
 _LOOK_SECONDS = 0.05
+_LOOKED_AT = 1 << 12
+"""How many gfns of each view are looked at once it is made again."""
 
 
 class Carried:
@@ -188,6 +190,8 @@ class Carried:
                         domain.memory.write_page(gfn, content)
                 for take_up in self._take_up:
                     take_up()
+                if self._altp2m is not None:
+                    self._altp2m.verify(sample=_LOOKED_AT)
             except BaseException as error:
                 self._close_all(error)
                 raise

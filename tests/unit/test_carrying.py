@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -110,6 +111,26 @@ def test_it_comes_back_with_all_there_was(agent: Agent) -> None:
     assert agent.guest.lines("noticed") == [0, 0]
     assert agent.breakpoints.verify() == []
     assert agent.altp2m.verify() == []
+
+
+def test_what_is_lost_on_the_way_is_told(agent: Agent) -> None:
+    """On the far side it is looked at before the domain goes on."""
+    told: list[tuple[xa.Lost, bool]] = []
+    agent.altp2m.on_lost(lambda lost: told.append((lost, agent.dom.info().paused)))
+    gone = UNUSED[12]
+    agent.view.set_access(gone, xa.Access.R)
+    agent.mock.domain_unpause(agent.dom.domid)
+    agent.go(50)
+    with agent.dom.carried():
+        new = agent.mock.carry(agent.dom.domid)
+        agent.mock.domain_decrease_reservation_exact(new, array("Q", [gone]))
+    [(lost, paused)] = told
+    assert lost.view is agent.view
+    assert [mismatch.gfn for mismatch in lost.mismatches] == [gone]
+    assert isinstance(lost.failure, xa.NotMappedError)
+    assert paused
+    assert not agent.altp2m.closed
+    agent.go(150)
 
 
 def test_again_and_again(agent: Agent) -> None:
@@ -276,13 +297,26 @@ def run(*words: object) -> int:
     return cli.main(["state", *map(str, words)])
 
 
-def test_imported_views_stay_and_are_taken_out(host: Lasting, tmp_path: Path) -> None:
+def test_an_import_tells_what_xen_has_passed_over(
+    host: Lasting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(tmp_path / "a")
+    host.domain_decrease_reservation_exact(1, array("Q", [0x30]))
+    assert run("import", tmp_path / "a", "guest") == cli.DONE
+    told = capsys.readouterr().err
+    assert "Xen has passed over some of it: view 2: gfn 0x30 has no entry, not r--" in told
+
+
+def test_imported_views_stay_and_are_taken_out(
+    host: Lasting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     state, domid = saved(tmp_path / "a"), 1
     before = host.domain_getinfolist(domid, 1)
     assert run("import", tmp_path / "a", "guest") == cli.DONE
     assert host.altp2m_get_domain_state(domid)
     assert [host.altp2m_get_vcpu_p2m_idx(domid, vcpu) for vcpu in range(2)] == [1, 1]
     assert run("verify", tmp_path / "a", "guest") == cli.USAGE  # of another domain
+    assert "passed over" not in capsys.readouterr().err
     with xa.connect(host, journal=tmp_path / "journals") as xen, xen.domain("guest") as dom:
         with pytest.raises(xa.BusyError, match="were imported") as told:
             dom.altp2m()
