@@ -653,12 +653,33 @@ class Breakpoints(Handle):
             self._writers.pop(vcpu, None)
             if page is not None and flags & _X and not flags & _W:
                 return self._fetched(page, event)
+        elif self._is_lost(event):
+            return RESUME
         if page is not None and flags & _W:
             self._outdate(gfn)
             self._writers[vcpu] = gfn
         if watches:
             return self._touched(watches, event, is_code=page is not None)
         return self._through(self._write_view if flags & _W else self._step_view, event)
+
+    def _is_lost(self, event: MemAccess) -> bool:
+        """Tell whether a view has stopped what it is to allow, and make it so again.
+
+        Xen has put the host's rights there; else the instruction would come again for ever.
+        """
+        gfn, tried = int(event.gfn), Access(event.access_flags & Access.RWX.value)
+        view = next(
+            (one for one in (self._step_view, self._write_view) if one.id == event.view), None
+        )
+        if view is None:
+            return False
+        allowed = self._rights(gfn).get(view, Access.RWX)
+        if tried & allowed != tried:
+            return False
+        self._altp2m.verify(self._views)
+        if view.access(gfn) != allowed:  # it was never asked for
+            view.set_access(gfn, allowed)
+        return True
 
     def _touched(self, watches: list[Watch], event: MemAccess, *, is_code: bool) -> Response:
         access = MemoryUse(event, self._domain.memory)

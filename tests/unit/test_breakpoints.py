@@ -495,6 +495,61 @@ def test_altp2m_is_switched_off_and_views_get_other_numbers(
     breakpoints.close()
 
 
+@pytest.mark.timeout(60)
+@WAYS
+def test_a_fetch_that_was_allowed_tells_of_what_is_lost(make: Make, fast: bool, int3: bool) -> None:
+    """Nobody has asked: the guest cannot go on otherwise."""
+    guest = make(INC_EAX + b"\xe2\xfd" + HALT, fast=fast, int3=int3, rax=0, rcx=12)  # LOOP
+    told: list[xa.Lost] = []
+    guest.altp2m.on_lost(told.append)
+
+    def restrict(hit: Hit) -> None:
+        guest.note(hit)
+        if len(guest.seen) == 4:  # somebody takes X from the host p2m, and so from all views
+            guest.host.altp2m_set_mem_access(guest.domid, 0, CODE >> 12, 3)
+
+    guest.breakpoints.insert(CODE, restrict)
+    assert guest.go().halted
+    assert all(lost.reapplied for lost in told)
+    assert {lost.view for lost in told} >= ({guest.breakpoints.hooks} if int3 else set())
+    assert (len(guest.seen), guest.register("rax")) == (12, 12)
+
+
+@pytest.mark.timeout(60)
+@STEPS
+def test_a_fetch_of_a_shadow_that_was_allowed_tells_of_what_is_lost(make: Make, fast: bool) -> None:
+    guest = make(NOP + INC_EAX + b"\xe2\xfd" + HALT, fast=fast, rax=0, rcx=12)  # LOOP
+    told: list[xa.Lost] = []
+    guest.altp2m.on_lost(told.append)
+
+    def restrict(hit: Hit) -> None:
+        hit.breakpoint.remove()  # so that its instruction is executed in the shadow
+        guest.host.altp2m_set_mem_access(guest.domid, 0, CODE >> 12, 3)
+
+    guest.breakpoints.insert(CODE, restrict)
+    guest.breakpoints.insert(CODE + 1, guest.note)
+    assert guest.go().halted
+    assert guest.breakpoints.hooks in {lost.view for lost in told if lost.reapplied}
+    assert (len(guest.seen), guest.register("rax")) == (12, 12)
+
+
+@pytest.mark.timeout(60)
+@STEPS
+def test_a_write_that_was_allowed_is_allowed_again(make: Make, fast: bool) -> None:
+    """The view in which a guest may write to a page with breakpoints has nothing of its own."""
+    there = CODE + 0x100
+    guest = make(INC_EAX + store_byte(there, 0x5A) + HALT, fast=fast, rax=0)
+
+    def restrict(hit: Hit) -> None:
+        guest.note(hit)
+        guest.host.altp2m_set_mem_access(guest.domid, 0, CODE >> 12, 5)
+
+    guest.breakpoints.insert(CODE, restrict)
+    assert guest.go().halted
+    assert (guest.seen, guest.register("rax")) == ([CODE], 1)
+    assert guest.read(there, 1) == b"\x5a"
+
+
 def test_a_view_that_is_reset_while_a_page_is_gone(make: Make) -> None:
     """The other page is guarded all the same: what is written to it does not go to its shadow."""
     there = CODE + 0x100
