@@ -23,8 +23,8 @@ _RELEASES = "{}.{} to {}.{}".format(*SUPPORTED[0], *SUPPORTED[-1])
 _EXIT_CODES = """\
 exit codes:
   0    done; what was to be undone is undone, after Ctrl-C and SIGTERM, too
-  1    refused: by Xen, by the domain's configuration, or there is no such domain or library;
-       doctor has found a problem, state diff a difference
+  1    refused: by Xen, by the domain's configuration, or there is no such domain or library, or
+       nobody reads on; doctor has found a problem, state diff or verify a difference
   2    wrong arguments, or an image, a saved state or a recording that cannot be used
   3    something could not be undone; the message says what is still in place
   130  interrupted before anything was changed
