@@ -173,6 +173,22 @@ def test_remaps_are_arcs_between_their_places() -> None:
         assert arc.y == at[gfn].y
 
 
+def test_the_legend_explains_what_is_there_and_nothing_else() -> None:
+    def words(*access: tuple[int, int, Access], hidden: bool = False) -> set[str | None]:
+        state = State((view(*access, visible=not hidden),), (), (0,))
+        [legend] = (
+            group for group in drawn(state).iter(f"{SVG}g") if "legend" in group.get("class", "")
+        )
+        return {text.text for text in legend.iter(f"{SVG}text")}
+
+    there = words((0x10, 8, Access.R), (0x20, 2, Access.N2RWX))
+    assert {"r--", "n2rwx", "as the host p2m has it", "vCPUs in the view"} <= there
+    assert not {"--x", "hidden from the guest", "remap: from a gfn to what it shows"} & there
+    assert "hidden from the guest" in words((0x10, 8, Access.X), hidden=True)
+    remapped = State((view((0x10, 1, Access.X), remaps=((0x10, -1),)),), pages(1), (0,))
+    assert "remap: from a gfn to what it shows" in svg(remapped)
+
+
 def test_each_of_fifty_hooks_in_4_gib_is_seen() -> None:
     state = hooked(50, 1 << 20)
     root = drawn(state)
