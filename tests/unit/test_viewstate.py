@@ -521,6 +521,19 @@ def test_a_dry_run_tells_what_has_another_effect(
     assert told in out
 
 
+def test_a_dry_run_ends_as_restoring_would(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    view = replace(small().views[0], remaps=())
+    (tmp_path / "many").write_bytes(State((view,) * 14).to_bytes())
+    for options in (["--dry-run"], ["--dry-run", "--json"], []):
+        command = ["state", "restore", str(tmp_path / "many"), "guest", *options]
+        assert cli.main(["--connect", "mock", *command]) == cli.REFUSED
+        out, err = capsys.readouterr()
+        assert "it has 14 views, and the domain may have 9 more" in out
+        assert "cannot be restored there" in err
+
+
 def test_what_xen_has_passed_over_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,9 +36,9 @@ altp2m.capture(contents=True).to_bytes().
                         code is 1 if it has. --sample looks at some gfns of each view only
   save FILE DOMAIN      writes what Xen tells of the views that others have made: access, not remaps
   restore FILE DOMAIN   makes its views in a domain, and keeps them until --duration is over,
-                        Ctrl-C or SIGTERM; --dry-run tells what is in the way, and what would have
-                        another effect there, and changes nothing. Nobody answers what the guest
-                        does against them: Xen then lifts it, page by page
+                        Ctrl-C or SIGTERM; --dry-run tells what is in the way (exit code 1), and
+                        what would have another effect there, and changes nothing. Nobody answers
+                        what the guest does against them: Xen then lifts it, page by page
   import FILE DOMAIN    the same, and they stay when this ends: for the hooks of a toolstack
   export FILE DOMAIN    takes what was imported out, into a file: before a migration, say
 
@@ -254,12 +254,12 @@ def _restore(options: argparse.Namespace, console: Console) -> None:
             rows = [(line,) for line in problems]
             head = "in the way" if problems else "nothing is in the way"
             console.result(document, Table((head,), rows))
-        if options.dry_run:
-            if others and not console.as_json:
-                console.table(Table(("of another effect there",), [(line,) for line in others]))
-            return
+        if options.dry_run and others and not console.as_json:
+            console.table(Table(("of another effect there",), [(line,) for line in others]))
         if problems:
             raise xa.UnsupportedError("the state cannot be restored there", domid=domain.domid)
+        if options.dry_run:
+            return
         signals.hold_back()
         altp2m = stack.enter_context(domain.altp2m(accept=options.accept))
         views = restore(altp2m, state, progress=console.progress("restoring"))
