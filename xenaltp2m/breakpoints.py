@@ -63,6 +63,7 @@ from xenaltp2m.hooks import (
     TouchCallback,
     Watch,
 )
+from xenaltp2m.instructions import LONGEST_ACCESS
 from xenaltp2m.responses import REINJECT, RESUME, STEP, Response
 from xenaltp2m.shadows import Shadows
 from xenaltp2m.types import PAGE_SHIFT, PAGE_SIZE, Access, Gfn
@@ -179,8 +180,8 @@ class Breakpoints(Handle):
         """Of vCPUs whose step is told of: what wants to know when it was executed."""
         self._afters = 0
         """How many watches want to know."""
-        self._writers: dict[int, int] = {}
-        """The gfn that each vCPU is writing to, as far as is known."""
+        self._writers: dict[int, Collection[int]] = {}
+        """The gfns that each vCPU may be writing to, as far as is known."""
         self._views: list[View] = []
         self._ids: set[int] = set()
         self._watch_views: tuple[View, View] | None = None
@@ -239,6 +240,11 @@ class Breakpoints(Handle):
                 found = Response.fast_singlestep(through=view, back_to=self.hooks)
             self._responses[view, told] = found
         return found
+
+    def _again(self, event: Event) -> Response:
+        """Have an instruction come again where it was, for it may have been a hit already."""
+        view = next((view for view in self._views if view.id == event.view), self.hooks)
+        return self._back if view is self.hooks else self._through(view, event)
 
     def _create_view(self, label: str) -> View:
         view = self._altp2m.create_view(label=label)
@@ -606,11 +612,18 @@ class Breakpoints(Handle):
     def _hit(self, breakpoints: list[Breakpoint], event: Event, over: Response) -> Response:
         """Call all that want to know of an execution."""
         registers: dict[str, int] = {}
-        calls = []
+        calls = self._hits(breakpoints, event, registers)
+        return self._call(calls, breakpoints, registers, event, over)
+
+    def _hits(
+        self, breakpoints: list[Breakpoint], event: Event, registers: dict[str, int]
+    ) -> list[tuple[Callable[[Any], object], object]]:
+        """Count an execution, and list whom to call."""
+        calls: list[tuple[Callable[[Any], object], object]] = []
         for one in breakpoints:
             one.hits += 1
             calls.append((one.callback, Hit(one, event, registers)))
-        return self._call(calls, breakpoints, registers, event, over)
+        return calls
 
     def _call(
         self,
@@ -656,11 +669,20 @@ class Breakpoints(Handle):
         elif self._is_lost(event):
             return RESUME
         if page is not None and flags & _W:
-            self._outdate(gfn)
-            self._writers[vcpu] = gfn
+            self._writers[vcpu] = written = self._written_with(gfn, event.offset)
+            for one in written:
+                self._outdate(one)
         if watches:
             return self._touched(watches, event, is_code=page is not None)
         return self._through(self._write_view if flags & _W else self._step_view, event)
+
+    def _written_with(self, gfn: int, offset: int) -> Collection[int]:
+        """Which pages with breakpoints a write may change, that is told of for one of them.
+
+        In ``write`` it goes on into another unheard, which the guest may have mapped beside it.
+        """
+        is_inside = LONGEST_ACCESS <= offset <= PAGE_SIZE - LONGEST_ACCESS
+        return (gfn,) if is_inside else tuple(self._pages)
 
     def _is_lost(self, event: MemAccess) -> bool:
         """Tell whether a view has stopped what it is to allow, and make it so again.
@@ -702,7 +724,7 @@ class Breakpoints(Handle):
 
         if access.written and event.access_flags & AccessFlag.FAULT_IN_GPT and not is_code:
             marking = [*calls("before"), (self._mark, event), *calls("after")]
-            return self._call(marking, watches, registers, event, self._back)
+            return self._call(marking, watches, registers, event, self._again(event))
         assert self._watch_views is not None
         through, used = self._watch_views
         if access.written:
@@ -711,7 +733,25 @@ class Breakpoints(Handle):
         self._awaited.get(int(event.vcpu), []).extend(
             (watch, access) for watch in reached if watch.after is not None
         )
-        return self._call(calls("before"), watches, registers, event, over)
+        found = self._being_fetched(event)
+        before = [*calls("before"), *self._hits(found, event, registers)]
+        still = [event] if found else watches  # what was a hit does not come again
+        return self._call(before, still, registers, event, over)
+
+    def _being_fetched(self, event: MemAccess) -> list[Breakpoint]:
+        """List the breakpoints of an instruction for which page tables are read: it comes now."""
+        if event.view != self.hooks.id or not event.access_flags & AccessFlag.FAULT_IN_GPT:
+            return []
+        registers = event.registers
+        linear = registers.cs_base + registers.rip
+        if event.access_flags & _W or event.gla >> PAGE_SHIFT != linear >> PAGE_SHIFT:
+            return []
+        try:
+            place = self._domain.memory.address_space(registers).translate(linear).physical
+        except XenError:
+            return []  # it is not mapped, and the CPU will tell the guest
+        page = self._pages.get(place >> PAGE_SHIFT)
+        return page.hooks.get(place & _OFFSET, []) if page is not None else []
 
     def _mark(self, event: MemAccess) -> None:
         """Mark an entry of the guest's page tables as used, which the CPU wanted to.
@@ -751,11 +791,11 @@ class Breakpoints(Handle):
 
     def _is_being_written(self, gfn: int) -> bool:
         """Whether a vCPU that was let write to a page may not have done so yet."""
-        if gfn not in self._writers.values():
+        if not any(gfn in written for written in self._writers.values()):
             return False
         self._monitor.flush()  # so that each is where it was sent to
         for vcpu, written in list(self._writers.items()):
-            if written == gfn:
+            if gfn in written:
                 if self._altp2m.vcpu_view(vcpu) != self.hooks.id:
                     return True
                 del self._writers[vcpu]

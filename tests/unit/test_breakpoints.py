@@ -22,6 +22,7 @@ from xenaltp2m.breakpoints import Breakpoints
 from xenaltp2m.handle import Handle
 from xenaltp2m.hooks import Hit
 from xenaltp2m.testing import Failing
+from xenaltp2m.types import PAGE_SIZE
 
 from .hooked import (
     INC_EAX,
@@ -39,6 +40,7 @@ from .machinecode import CODE, FOREVER, HALT, OTHER, STACK, Computer
 
 ONES = 0xFFFF_FFFF
 BP, GP = 3, 13
+NEXT = CODE + PAGE_SIZE
 H = TypeVar("H", bound=Handle)
 
 
@@ -100,6 +102,24 @@ def test_writes_that_may_move_instructions(
     # With the long instruction the place is none where one begins, if it is the next.
     assert guest.seen == [hook] * (1 if distance == 1 else 2)
     assert guest.register("rax") == NOP[0]
+
+
+@WAYS
+@pytest.mark.parametrize("first", [NEXT - 3, NEXT - 2, NEXT - 1])
+def test_a_write_into_two_pages_with_breakpoints(
+    make: Make, fast: bool, int3: bool, first: int
+) -> None:
+    """The second, of which Xen tells nothing, is executed as it was written, too."""
+    store = b"\xc7\x05" + first.to_bytes(4, "little") + (INC_ECX * 4)
+    code = call(CODE, NEXT) + store + call(CODE + 15, NEXT) + HALT
+    routine = NOP * 4 + RET
+    guest = make((code.ljust(NEXT - CODE, NOP)) + routine, fast=fast, int3=int3, rcx=0)
+    for place in (CODE, NEXT + 4):
+        guest.breakpoints.insert(place, guest.note)
+    assert guest.go().halted
+    assert guest.seen == [CODE, NEXT + 4, NEXT + 4]
+    assert guest.read(first, 4) == INC_ECX * 4
+    assert guest.register("rcx") == first + 4 - NEXT
 
 
 @WAYS

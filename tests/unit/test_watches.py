@@ -17,7 +17,7 @@ from xenaltp2m.hooks import Touch, Watch
 from xenaltp2m.symbols import Symbols
 from xenaltp2m.types import PAGE_SIZE
 
-from .hooked import INC_EAX, NOP, STEPS, Hooked, Make, store_byte
+from .hooked import INC_EAX, NOP, STEPS, WAYS, Hooked, Make, store_byte
 from .machinecode import (
     CODE,
     DATA,
@@ -337,6 +337,34 @@ def test_a_page_that_is_mapped_later(make: Make, fast: bool) -> None:
     hook.remove()
     hook.remove()
     assert guest.breakpoints._watched == {}
+
+
+@WAYS
+def test_a_hit_is_one_hit_though_tables_are_marked(make: Make, fast: bool, int3: bool) -> None:
+    """By the instruction at a breakpoint: the entry that leads to its data lies in such a page."""
+    load_linear = b"\x8b\x04\x25" + address(DATA)  # mov, to %eax
+    guest = make(load_linear + HALT, {DATA: b"\5"}, fast=fast, int3=int3)
+    guest.computer.go_long()
+    space = guest.dom.memory.address_space()
+    hook = guest.breakpoints.insert_linear(space, CODE, guest.note)
+    assert guest.go().halted
+    assert guest.seen == [CODE]
+    assert hook.hits == 1
+    assert guest.register("rax") == 5
+
+
+@WAYS
+def test_a_hit_is_not_missed_where_tables_are_watched(make: Make, fast: bool, int3: bool) -> None:
+    """With their reads: each fetch is one, before it comes to the breakpoint."""
+    guest = make(NOP * 2 + HALT, fast=fast, int3=int3)
+    guest.computer.go_long()
+    notes = Notes()
+    guest.breakpoints.watch(TABLES, 8, notes, reads=True)
+    for place in (CODE, CODE + 1):
+        guest.breakpoints.insert(place, guest.note)
+    assert guest.go().halted
+    assert guest.seen == [CODE, CODE + 1]
+    assert notes.touches
 
 
 def test_tables_that_come_one_by_one(make: Make) -> None:
