@@ -36,10 +36,10 @@ from .hooked import (
     call,
     store_byte,
 )
-from .machinecode import CODE, FOREVER, HALT, OTHER, STACK, Computer
+from .machinecode import CODE, DATA, FOREVER, HALT, IDT, OTHER, STACK, TF, Computer, gate
 
 ONES = 0xFFFF_FFFF
-BP, GP = 3, 13
+DB, BP, GP = 1, 3, 13
 NEXT = CODE + PAGE_SIZE
 H = TypeVar("H", bound=Handle)
 
@@ -146,6 +146,22 @@ def test_an_int3_of_the_guests_own_with_prefixes(
     assert guest.computer.vector == BP
     assert guest.seen == [CODE] * (place == CODE)
     assert guest.computer.words(guest.register("rsp"), 1) == [CODE + len(prefix) + 1]
+
+
+@WAYS
+def test_single_steps_of_the_guests_own(make: Make, fast: bool, int3: bool) -> None:
+    """Each instruction's, also of the last before a page with breakpoints: NOP, JMP, NOP."""
+    set_tf = b"\x9c\x81\x0c\x24" + TF.to_bytes(4, "little") + b"\x9d"
+    jump = b"\xe9" + (OTHER - CODE - len(set_tf) - 6).to_bytes(4, "little")
+    handler = OTHER + 0x80
+    count = b"\xff\x05" + DATA.to_bytes(4, "little") + b"\xcf"  # incl, iret
+    other = (NOP + HALT).ljust(0x80, NOP) + count
+    guest = make(set_tf + NOP + jump, {OTHER: other}, fast=fast, int3=int3)
+    guest.computer.write(IDT + 8 * DB, gate(handler, wide=False))
+    guest.breakpoints.insert(OTHER, guest.note)
+    guest.go()
+    assert guest.read(DATA, 1) == b"\3"
+    assert guest.seen == [OTHER]
 
 
 @STEPS

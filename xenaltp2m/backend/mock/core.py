@@ -286,7 +286,7 @@ class Engine:
         self._broke_off = bool(limit) and faulted
         if self._raised is not None:
             raise self._raised
-        if self._no_code is not None:
+        if self._no_code is not None and self._interrupt != DB:
             page, raised = self._no_code  # perhaps of what comes after the end
             now = self.rip
             if page <= now < page + PAGE_SIZE and not (limit == 1 and now != rip):
