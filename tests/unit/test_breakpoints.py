@@ -149,6 +149,26 @@ def test_an_int3_of_the_guests_own_with_prefixes(
 
 
 @WAYS
+def test_code_that_goes_on_into_a_page_with_a_breakpoint_at_its_start(
+    make: Make, fast: bool, int3: bool
+) -> None:
+    """While code elsewhere changes, so that nothing is remembered of either page."""
+    first = NEXT - 2
+    jump = b"\xe9" + (first - CODE - 5).to_bytes(4, "little")
+    loop = NOP * 3 + b"\xe2\xfb"
+    guest = make(jump.ljust(first - CODE, NOP) + loop + HALT, fast=fast, int3=int3, rcx=4)
+
+    def change(hit: Hit) -> None:
+        guest.note(hit)
+        guest.dom.memory.write(CODE + 0x800, bytes([len(guest.seen)]))
+
+    guest.breakpoints.insert(first, change)
+    guest.breakpoints.insert(NEXT, guest.note)
+    assert guest.go().halted
+    assert guest.seen == [first, NEXT] * 4
+
+
+@WAYS
 def test_single_steps_of_the_guests_own(make: Make, fast: bool, int3: bool) -> None:
     """Each instruction's, also of the last before a page with breakpoints: NOP, JMP, NOP."""
     set_tf = b"\x9c\x81\x0c\x24" + TF.to_bytes(4, "little") + b"\x9d"

@@ -557,6 +557,8 @@ class Core:
         self._checked = 0
         self._code_changed = False
         """Whether code was found changed while the engine did not run."""
+        self._looked_too_late = False
+        """Whether the engine has code of a page that it did not know how to stop in."""
         self._exits: dict[int, set[int]] = {}
         """By linear page."""
         self._set_exits()
@@ -608,6 +610,10 @@ class Core:
         if not wanted <= exits:
             exits |= wanted
             self._set_exits()
+            if page == self.engine.rip // PAGE_SIZE + 1 and page * PAGE_SIZE in wanted:
+                # Unicorn is translating into it, and has not seen that it is to stop there.
+                self._looked_too_late = True
+                self.engine.uc.emu_stop()
 
     def check_code(self) -> None:
         """Forget translations of code that was changed by somebody else than the engine."""
@@ -629,9 +635,9 @@ class Core:
 
     def run(self, rip: int, resolve: Resolve, limit: int) -> Fault | SoftwareInterrupt | None:
         """Let the fast engine run; see :meth:`Engine.run`."""
-        if bool(limit) is not self._counts:
+        if bool(limit) is not self._counts or self._looked_too_late:
             self.engine.forget_code()
-            self._counts = bool(limit)
+            self._counts, self._looked_too_late = bool(limit), False
         return self.engine.run(rip, resolve, limit)
 
     def step(
