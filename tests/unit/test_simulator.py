@@ -523,6 +523,27 @@ def test_model_specific_registers_keep_what_is_written(msr: int) -> None:
     assert (computer.register("rax"), computer.register("rdx")) == (0x4433, 0)
 
 
+@pytest.mark.parametrize("paged", [False, True])
+def test_what_exits_comes_first_in_code_that_was_not_seen(paged: bool) -> None:
+    """Though it is known what exits in the next page, and that may not be executed."""
+    following, shadow = CODE + PAGE_SIZE, 0x70000
+    cpuid = b"\x0f\xa2"
+    memory = {following: FOREVER + cpuid, shadow: cpuid + FOREVER}
+    computer = Computer(FOREVER, memory, views=True, rax=0x4000_0000)
+    if paged:
+        computer.go_long()
+    host, domid = computer.host, computer.domid
+    for place in (following, CODE):
+        computer.set(rip=place)
+        computer.run(20)
+    view = computer.view((following >> 12, R), enter=False)
+    host.altp2m_change_gfn(domid, view, CODE >> 12, shadow >> 12)
+    host.altp2m_switch_to_view(domid, view)
+    computer.run(20)
+    words = [computer.register(name) for name in ("rbx", "rcx", "rdx")]
+    assert struct.pack("<3I", *words) == b"XenVMMXenVMM"
+
+
 def test_msr_writes_are_heard() -> None:
     code = b"\xb9" + int32(LSTAR) + b"\xb8\x01\x00\x00\x00\xba\x02\x00\x00\x00\x0f\x30" + STOP
     computer = Computer(code, listen=True)

@@ -444,7 +444,9 @@ class MachineCode(Processor):
                 try:
                     stopped = self._run_engine(limit)
                 except ReadsAhead:
-                    stopped = self._step_once(self._resolve)
+                    stopped = None
+                    if not self.core.exits_at(self._linear_rip):  # now that its page is known
+                        stopped = self._step_once(self._resolve)
             if register("rip") == rip and register("rcx") not in (0, count) and self._repeats(code):
                 self._fault_like()  # with RF after any repetition but the last (SDM 3B, 18.3.1.1)
         except Fault as fault:
