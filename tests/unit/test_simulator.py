@@ -19,7 +19,7 @@ import pytest
 
 from xenaltp2m.abi.vm_event import Flag, Reason
 from xenaltp2m.backend.mock import MockBackend
-from xenaltp2m.backend.mock.core import Engine
+from xenaltp2m.backend.mock.core import Core, Engine
 from xenaltp2m.backend.mock.machine import SHUTDOWN_POWEROFF, SHUTDOWN_REBOOT
 from xenaltp2m.errors import InvalidArgumentError
 from xenaltp2m.types import PAGE_SIZE, Altp2mMode
@@ -521,6 +521,33 @@ def test_model_specific_registers_keep_what_is_written(msr: int) -> None:
     computer = Computer(write + b"\x31\xc0\xba\x01\x00\x00\x00\x0f\x32" + STOP)
     computer.run()
     assert (computer.register("rax"), computer.register("rdx")) == (0x4433, 0)
+
+
+def test_unicorn_is_told_where_to_stop_between_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it has stopped it goes through the list, and asks for pages: the list must stay."""
+    running: list[Engine] = []
+    told: list[bool] = []
+    run, set_exits = Engine.run, Core._set_exits
+
+    def noting_run(engine: Engine, *arguments: Any) -> Any:
+        running.append(engine)
+        try:
+            return run(engine, *arguments)
+        finally:
+            running.remove(engine)
+
+    def noting(core: Core) -> None:
+        told.append(core.engine in running)
+        set_exits(core)
+
+    monkeypatch.setattr(Engine, "run", noting_run)
+    monkeypatch.setattr(Core, "_set_exits", noting)
+    jump = b"\xe9" + int32(OTHER - CODE - 5)
+    computer = Computer(jump + STOP, {OTHER: b"\x0f\xa2" + STOP})
+    computer.run()
+    assert computer.vcpu.halted
+    assert len(told) >= 3  # to begin with, and for each page
+    assert not any(told)
 
 
 @pytest.mark.parametrize("paged", [False, True])

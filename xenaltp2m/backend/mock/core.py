@@ -86,6 +86,14 @@ class ReadsAhead(Exception):  # noqa: N818 - what it does
     """
 
 
+class NewCode(Exception):  # noqa: N818 - what it is about
+    """Unicorn has come to a page without knowing where to stop there.
+
+    It is told between its runs only: within one it may be going through the list (g_tree_foreach,
+    softmmu/cpus.c, Unicorn 2.1), or be translating into the page already.
+    """
+
+
 class Place(NamedTuple):
     """What a page of linear addresses is: a frame, and some of the rights "rwx"."""
 
@@ -557,8 +565,8 @@ class Core:
         self._checked = 0
         self._code_changed = False
         """Whether code was found changed while the engine did not run."""
-        self._looked_too_late = False
-        """Whether the engine has code of a page that it did not know how to stop in."""
+        self._runs = self._new_exits = False
+        """Whether the engine runs, and has come to a page without knowing where to stop there."""
         self._exits: dict[int, set[int]] = {}
         """By linear page."""
         self._set_exits()
@@ -596,7 +604,11 @@ class Core:
         self.engine.forget_pages()
 
     def note_code(self, address: int, mfn: int) -> None:
-        """Code in this frame is about to be executed at this linear page."""
+        """Code in this frame is about to be executed at this linear page.
+
+        Raises:
+            NewCode: The engine, which runs, does not know yet where to stop there.
+        """
         known = self._code.get(mfn)
         page = address // PAGE_SIZE
         if known is None:
@@ -609,11 +621,10 @@ class Core:
         exits = self._exits.setdefault(page, set())
         if not wanted <= exits:
             exits |= wanted
+            if self._runs:
+                self._new_exits = True
+                raise NewCode
             self._set_exits()
-            if page == self.engine.rip // PAGE_SIZE + 1 and page * PAGE_SIZE in wanted:
-                # Unicorn is translating into it, and has not seen that it is to stop there.
-                self._looked_too_late = True
-                self.engine.uc.emu_stop()
 
     def check_code(self) -> None:
         """Forget translations of code that was changed by somebody else than the engine."""
@@ -635,10 +646,23 @@ class Core:
 
     def run(self, rip: int, resolve: Resolve, limit: int) -> Fault | SoftwareInterrupt | None:
         """Let the fast engine run; see :meth:`Engine.run`."""
-        if bool(limit) is not self._counts or self._looked_too_late:
+        if bool(limit) is not self._counts:
             self.engine.forget_code()
-            self._counts, self._looked_too_late = bool(limit), False
-        return self.engine.run(rip, resolve, limit)
+            self._counts = bool(limit)
+        while True:
+            self._runs = True
+            try:
+                return self.engine.run(rip, resolve, limit)
+            except (NewCode, ReadsAhead):
+                if not self._new_exits:
+                    raise
+            finally:
+                self._runs = False
+                if self._new_exits:
+                    self._set_exits()
+                    self._new_exits = False
+            if self.engine.rip != rip:
+                return None
 
     def step(
         self,
