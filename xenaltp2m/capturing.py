@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from xenaltp2m.monitor import Monitor
     from xenaltp2m.view import Progress, View
 
+LOOKED_AT = 1 << 12
+"""How many gfns of each view are looked at once it is made, for Xen may pass over some."""
 _FOUR_GIB = 1 << 20
 _UPPERMOST = 1 << 12
 """Both in pages."""

@@ -15,7 +15,7 @@ from hashlib import sha256
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from xenaltp2m.capturing import describe, heard_by, restore
+from xenaltp2m.capturing import LOOKED_AT, describe, heard_by, restore
 from xenaltp2m.errors import (
     BusyError,
     DomainNotFoundError,
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from xenaltp2m.xen import Xen
 
 _LOOK_SECONDS = 0.05
-_LOOKED_AT = 1 << 12
-"""How many gfns of each view are looked at once it is made again."""
 
 
 class Carried:
@@ -191,7 +189,7 @@ class Carried:
                 for take_up in self._take_up:
                     take_up()
                 if self._altp2m is not None:
-                    self._altp2m.verify(sample=_LOOKED_AT)
+                    self._altp2m.verify(sample=LOOKED_AT)
             except BaseException as error:
                 self._close_all(error)
                 raise

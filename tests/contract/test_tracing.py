@@ -86,15 +86,21 @@ def test_calls_with_other_page_tables_are_left_out(paged: RunningGuest) -> None:
         assert trace.hits["target64"] > 0
 
 
+def all_told(racer: RunningGuest, trace: Trace) -> list[Call | Return]:
+    """Let it make all its calls, and return those that the trace tells."""
+    racer.start()
+    end = time.monotonic() + PATIENCE
+    told: list[Call | Return] = []
+    while racer.lines("done") != [CALLS] * 4:
+        assert time.monotonic() < end
+        told += trace.calls(timeout=0.05)
+    return told
+
+
 def test_too_many_in_a_second_are_counted(racer: RunningGuest) -> None:
     racer.write_word("go", CALLS)
     with Trace(racer.dom, "hit", symbols=racer.image, most_per_second=1e-3) as trace:
-        racer.start()
-        end = time.monotonic() + PATIENCE
-        told = []
-        while racer.lines("done") != [CALLS] * 4:
-            assert time.monotonic() < end
-            told += list(trace.calls(timeout=0.05))
+        told = all_told(racer, trace)
         assert len(told) == 1
         assert trace.dropped == 4 * CALLS - 1
         assert trace.hits == {"hit": 4 * CALLS}
@@ -104,12 +110,7 @@ def test_as_many_as_may_be_in_a_second_are_told(racer: RunningGuest) -> None:
     """However soon one comes after another."""
     racer.write_word("go", CALLS)
     with Trace(racer.dom, "hit", symbols=racer.image, most_per_second=100) as trace:
-        racer.start()
-        end = time.monotonic() + PATIENCE
-        told = []
-        while racer.lines("done") != [CALLS] * 4:
-            assert time.monotonic() < end
-            told += list(trace.calls(timeout=0.05))
+        told = all_told(racer, trace)
         assert 100 <= len(told) <= 4 * CALLS
         assert trace.dropped == 4 * CALLS - len(told)
 

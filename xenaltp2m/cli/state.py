@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import xenaltp2m as xa
-from xenaltp2m.capturing import compare, differences, obstacles, restore, scan
+from xenaltp2m.capturing import LOOKED_AT, compare, differences, obstacles, restore, scan
 from xenaltp2m.carrying import import_views, imported_views, take_out_views
 from xenaltp2m.cli import picture
 from xenaltp2m.cli.arguments import add_accept, add_duration, number_among
@@ -52,10 +52,6 @@ A FILE that is written, or imported, may be -: standard output or input.
   save, export, import  {"file", "views", "pages"}
   restore   {"obstacles": [in words], "differences": [in words], "views": [numbers]}
 """
-
-
-_LOOKED_AT = 1 << 12
-"""How many gfns of each view are looked at once it is made."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -224,7 +220,7 @@ def _export(options: argparse.Namespace, console: Console) -> None:
 
 def _warn_of_what_is_missing(domain: xa.Domain, made: State, console: Console) -> None:
     """Look whether Xen has passed over some of what was made, of which it says nothing."""
-    found = compare(domain, made, sample=_LOOKED_AT)
+    found = compare(domain, made, sample=LOOKED_AT)
     if found:
         more = f", and {len(found) - 1} more" if len(found) > 1 else ""
         console.warn(f"Xen has passed over some of it: {found[0]}{more}")
