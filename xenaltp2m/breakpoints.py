@@ -588,7 +588,7 @@ class Breakpoints(Handle):
         return None
 
     def _breakpoint(self, event: SoftwareBreakpoint) -> Response:
-        gfn, offset = int(event.gfn), event.registers.rip & _OFFSET
+        gfn, offset = self._place(event)
         page = self._pages.get(gfn)
         if event.view == self.hooks.id and page is not None and offset in page.hooks:
             if self._writers:
@@ -599,9 +599,22 @@ class Breakpoints(Handle):
         # The guest's own; or one that was removed since: the instruction comes again.
         return REINJECT if self._is_own(event) else RESUME
 
+    def _place(self, event: SoftwareBreakpoint) -> tuple[Gfn, int]:
+        """Return the gfn and the offset of an int3."""
+        registers, gfn = event.registers, event.gfn
+        if not registers.cs_base:
+            return gfn, registers.rip & _OFFSET
+        linear = registers.linear_rip
+        if linear != registers.cs_base + registers.rip:
+            # Xen adds the base in 64-bit code, too, and does not cut the sum (gfn_of_rip).
+            with suppress(XenError):
+                space = self._domain.memory.address_space(registers)
+                gfn = Gfn(space.translate(linear).physical >> PAGE_SHIFT)
+        return gfn, linear & _OFFSET
+
     def _is_own(self, event: SoftwareBreakpoint) -> bool:
         """Whether the guest has the int3 that it came to: none of ours has a prefix."""
-        gfn, offset = int(event.gfn), event.registers.rip & _OFFSET
+        gfn, offset = self._place(event)
         if event.insn_length > 1:
             return True
         try:
@@ -743,7 +756,7 @@ class Breakpoints(Handle):
         if event.view != self.hooks.id or not event.access_flags & AccessFlag.FAULT_IN_GPT:
             return []
         registers = event.registers
-        linear = registers.cs_base + registers.rip
+        linear = registers.linear_rip
         if event.access_flags & _W or event.gla >> PAGE_SHIFT != linear >> PAGE_SHIFT:
             return []
         try:
@@ -774,7 +787,7 @@ class Breakpoints(Handle):
         return RESUME
 
     def _fetched(self, page: _Page, event: MemAccess) -> Response:
-        gfn, offset = int(event.gfn), event.registers.rip & _OFFSET
+        gfn, offset = int(event.gfn), event.registers.linear_rip & _OFFSET
         if page.planted:  # it is allowed by now; or Xen has reset the view
             if self.hooks.access(gfn) != Access.X:
                 self._altp2m.verify(self._views)

@@ -24,6 +24,7 @@ from xenaltp2m.abi.vm_event import (
     Reason,
     layout,
 )
+from xenaltp2m.abi.x86 import EFER_LMA
 from xenaltp2m.errors import InvalidArgumentError
 from xenaltp2m.responses import EMULATE, LET_THROUGH, REINJECT, RESUME, Response, step_over
 from xenaltp2m.types import Gfn, VcpuId, ViewId
@@ -40,6 +41,9 @@ _SHUTDOWN_WORDS = {
 """``SHUTDOWN_*`` (public/sched.h)."""
 
 
+_U16, _U32 = (1 << 16) - 1, (1 << 32) - 1
+_CODE_L, _BIG = 1 << 9, 1 << 10
+_LIMIT_BITS = 20
 _REASON = 2
 _PAUSED, _HAS_VIEW = int(Flag.VCPU_PAUSED), int(Flag.ALTERNATE_P2M)  # enums are slow
 
@@ -82,6 +86,9 @@ class Registers:
 
     __slots__ = ("_raw",)
     _fields: ClassVar[Mapping[str, layouts.Field]] = MappingProxyType({})
+    _cs_attributes: int
+    """Access rights: 12 bits as Xen packs them (``struct segment_register``)."""
+    _ss_attributes: int
 
     def __init__(self, raw: bytes) -> None:
         self._raw = raw
@@ -98,6 +105,30 @@ class Registers:
     def __repr__(self) -> str:
         return f"<Registers rip={self.rip:#x} rsp={self.rsp:#x} cr3={self.cr3:#x}>"
 
+    @property
+    def word_size(self) -> int:
+        """Bytes of an address in the running code: 8, 4 or 2, by CS.L and CS.D."""
+        attributes = self._cs_attributes
+        if attributes & _CODE_L and self.msr_efer & EFER_LMA:
+            return 8
+        return 4 if attributes & _BIG else 2
+
+    @property
+    def linear_rip(self) -> int:
+        """Linear address of the instruction: outside 64-bit code, rip is an offset within CS."""
+        base = self.cs_base
+        if base and self.word_size < 8:  # 64-bit code ignores the base (SDM 3A, 3.4.4)
+            return (base + self.rip) & _U32
+        return self.rip
+
+    @property
+    def linear_rsp(self) -> int:
+        """Linear address of the top of the stack: outside 64-bit code, in the segment SS."""
+        if self.word_size == 8:
+            return self.rsp
+        size = _U32 if self._ss_attributes & _BIG else _U16
+        return (self.ss_base + (self.rsp & size)) & _U32
+
     def as_dict(self) -> dict[str, int]:
         """Return all of them by name."""
         return {name: getattr(self, name) for name in self._fields}
@@ -106,10 +137,15 @@ class Registers:
 def registers_at(fields: Mapping[str, layouts.Field]) -> type[Registers]:
     """Return the class of registers that lie in such places: looked up, that takes half as long."""
     places = {name: property(_reader(*place)) for name, place in fields.items()}
+    for name in ("cs", "ss"):
+        hidden = f"{name}_arbytes"
+        # An event has them above the limit (struct vm_event_x86_selector_reg).
+        place, shift = (fields[hidden], 0) if hidden in fields else (fields[name], _LIMIT_BITS)
+        places[f"_{name}_attributes"] = property(_reader(*place, shift))
     return type("Registers", (Registers,), {"__slots__": (), "_fields": fields, **places})
 
 
-def _reader(offset: int, width: int) -> Callable[[Registers], int]:
+def _reader(offset: int, width: int, shift: int = 0) -> Callable[[Registers], int]:
     def read_long(registers: Registers) -> int:
         return int.from_bytes(registers._raw[offset : offset + width], "little")
 
@@ -121,7 +157,10 @@ def _reader(offset: int, width: int) -> Callable[[Registers], int]:
         value: int = unpack(registers._raw, offset)[0]
         return value
 
-    return read
+    def read_upper(registers: Registers) -> int:
+        return read(registers) >> shift
+
+    return read_upper if shift else read
 
 
 def _event_registers(version: int) -> type[Registers]:

@@ -7,7 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from xenaltp2m.abi.vm_event import AccessFlag
-from xenaltp2m.abi.x86 import EFER_LMA, page_table_entry_size
+from xenaltp2m.abi.x86 import page_table_entry_size
 from xenaltp2m.errors import InvalidArgumentError, NotMappedError
 from xenaltp2m.types import PAGE_SIZE
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 LONGEST_ACCESS = 64
 """Bytes that an instruction uses at once, but for those that save a CPU's whole state."""
 _LONGEST_INSTRUCTION = 15
-_LONG_CODE, _BIG_CODE = 1 << 29, 1 << 30
-"""CS.L and CS.D where an event has them: ``struct vm_event_x86_selector_reg``."""
 
 
 def access_size(event: MemAccess, memory: Memory) -> int | None:
@@ -31,15 +29,10 @@ def access_size(event: MemAccess, memory: Memory) -> int | None:
     registers = event.registers
     if event.access_flags & AccessFlag.FAULT_IN_GPT:
         return page_table_entry_size(registers.cr4)
-    width = 4
-    if registers.cs & _LONG_CODE and registers.msr_efer & EFER_LMA:
-        width = 8
-    elif not registers.cs & _BIG_CODE:
-        width = 2
+    width, rip = registers.word_size, registers.linear_rip
     disassembler = _disassembler(width)
     if disassembler is None:
         return None
-    rip = registers.rip if width == 8 else registers.cs_base + registers.rip & 0xFFFF_FFFF
     for instruction in disassembler.disasm(_code(registers, rip, memory), rip, 1):
         if instruction.mnemonic.startswith(_WITHOUT_SIZE):
             return None

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
-from xenaltp2m.abi.x86 import CR0_PG, EFER_LMA, FRAME
+from xenaltp2m.abi.x86 import CR0_PG, FRAME
 from xenaltp2m.breakpoints import Breakpoints
 from xenaltp2m.errors import InvalidArgumentError, NotMappedError
 from xenaltp2m.events import DomainEnded, Registers
@@ -54,9 +54,9 @@ class Call:
     """Seconds since the trace began."""
     cr3: int
     stack: int
-    """The stack pointer, which is at the return address."""
+    """Linear address of the top of the stack, where the return address is."""
     caller: int | None
-    """The return address; None where the stack cannot be read."""
+    """Linear return address; None where the stack cannot be read."""
     arguments: tuple[int, ...]
     """As many as were asked for."""
     registers: Registers = field(repr=False, compare=False)
@@ -282,29 +282,31 @@ class Trace(Handle):
             self.dropped += 1
             return
         self._told += 1
-        width = 8 if registers.msr_efer & EFER_LMA else 4
+        width = registers.word_size
         count = (
             self._arguments if isinstance(self._arguments, int) else self._arguments.get(name, 0)
         )
-        caller, arguments = self._stack(registers, count, width)
-        call = Call(name, hit.vcpu, now, cr3, registers.rsp, caller, arguments, registers)
+        stack = registers.linear_rsp
+        caller, arguments = self._stack(registers, stack, count, width)
+        call = Call(name, hit.vcpu, now, cr3, stack, caller, arguments, registers)
         self._callback(call)
         if self._returns and caller is not None:
             self._await(call, width)
 
     def _stack(
-        self, registers: Registers, count: int, width: int
+        self, registers: Registers, stack: int, count: int, width: int
     ) -> tuple[int | None, tuple[int, ...]]:
         """Read the return address, and the arguments wherever they are."""
         in_registers = [getattr(registers, name) for name in _IN_REGISTERS if width == 8][:count]
         on_stack = count - len(in_registers)
         space = self._domain.memory.address_space(registers, mapped=self._mapped)
         try:
-            raw = space.read(registers.rsp, width * (1 + on_stack))
+            raw = space.read(stack, width * (1 + on_stack))
         except (NotMappedError, InvalidArgumentError):
             return None, tuple(in_registers)
         words = [int.from_bytes(raw[at : at + width], "little") for at in range(0, len(raw), width)]
-        return words[0], (*in_registers, *words[1:])
+        caller = words[0] if width == 8 else (registers.cs_base + words[0]) & 0xFFFF_FFFF
+        return caller, (*in_registers, *words[1:])
 
     def _await(self, call: Call, width: int) -> None:
         assert call.caller is not None
@@ -326,11 +328,11 @@ class Trace(Handle):
 
     def _returned(self, hit: Hit) -> None:
         registers = hit.registers
-        came = hit.breakpoint.address, *_thread(registers.cr3, registers.rsp)
+        came = hit.breakpoint.address, *_thread(registers.cr3, registers.linear_rsp)
         call = self._waiting.pop(came, None)
         if call is None:
             return  # somebody else comes by
-        value = registers.rax & (-1 if registers.msr_efer & EFER_LMA else 0xFFFF_FFFF)
+        value = registers.rax & (-1 if registers.word_size == 8 else 0xFFFF_FFFF)
         self._callback(Return(call, hit.vcpu, self._clock.monotonic() - self._begun, value))
 
 

@@ -17,6 +17,7 @@ from typing import TypeVar
 import pytest
 
 import xenaltp2m as xa
+from xenaltp2m.abi.vm_event import encode_request
 from xenaltp2m.backend.mock import MockBackend
 from xenaltp2m.breakpoints import Breakpoints
 from xenaltp2m.handle import Handle
@@ -644,3 +645,83 @@ def test_they_are_told_though_somebody_else_fails(make: Make) -> None:
     guest.breakpoints.insert(CODE, reset)
     assert guest.go().halted
     assert (guest.register("rax"), guest.register("rcx")) == (0, 1)
+
+
+# Code in a segment that does not begin at 0.
+
+BASE = CODE + 0x18
+CODE_32, CODE_64, EFER_LMA = 0xC9B, 0xA9B, 1 << 10
+
+
+def told_of_int3(guest: Hooked, gfn: int, *, length: int = 1, **registers: int) -> xa.Event:
+    """An event as Xen sends it: the simulator has no code segments with a base of their own."""
+    fields = {"software_breakpoint.gfn": gfn, "software_breakpoint.insn_length": length}
+    return told(guest, xa.Reason.SOFTWARE_BREAKPOINT, fields, registers)
+
+
+def told(
+    guest: Hooked, reason: xa.Reason, fields: dict[str, int], registers: dict[str, int]
+) -> xa.Event:
+    raw = encode_request(
+        7,
+        reason,
+        0,
+        flags=xa.Flag.VCPU_PAUSED | xa.Flag.ALTERNATE_P2M,
+        view=int(guest.breakpoints.hooks.id),
+        fields=fields,
+        registers={"cs": CODE_32 << 20 | 0xFFFFF} | registers,
+    )
+    return xa.Event.of(raw)
+
+
+def test_fault_02_a_breakpoint_in_a_code_segment_with_a_base(make: Make) -> None:
+    guest = make(NOP * 0x100 + HALT)
+    guest.breakpoints.insert(BASE + 8, guest.note)
+    event = told_of_int3(guest, CODE >> 12, rip=8, cs_base=BASE)
+    answer = guest.breakpoints(event)
+    assert guest.seen == [8]
+    assert answer is not None
+    assert answer.action is xa.Action.FAST_SINGLESTEP
+
+
+def test_fault_02_a_fetch_in_a_code_segment_with_a_base(make: Make) -> None:
+    guest = make(NOP * 0x100 + HALT, int3=False)
+    guest.breakpoints.insert(BASE + 8, guest.note)
+    fields = {
+        "mem_access.gfn": CODE >> 12,
+        "mem_access.offset": (BASE + 8) & 0xFFF,
+        "mem_access.gla": BASE + 8,
+        "mem_access.flags": int(xa.AccessFlag.X),
+    }
+    guest.breakpoints(told(guest, xa.Reason.MEM_ACCESS, fields, {"rip": 8, "cs_base": BASE}))
+    assert guest.seen == [8]
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["no breakpoint", "a breakpoint beside"])
+def test_fault_02_an_int3_of_the_guests_own_in_a_code_segment_with_a_base(
+    make: Make, hooked: bool
+) -> None:
+    """Its own handler gets it; answered otherwise it would come again for ever."""
+    guest = make(NOP * (BASE + 8 - CODE) + b"\xcc" + HALT)
+    if hooked:
+        guest.breakpoints.insert(CODE + 8, guest.note)
+    event = told_of_int3(guest, CODE >> 12, rip=8, cs_base=BASE)
+    assert guest.breakpoints(event) == xa.Response.reinject()
+    assert guest.seen == []
+
+
+@pytest.mark.parametrize(
+    ("code", "base", "rip"),
+    [(CODE_64, 0x3000, CODE + 8), (CODE_32, 0xFFFF_F000, CODE + 0x1008)],
+    ids=["64-bit code ignores it", "the sum wraps at 4 GiB"],
+)
+def test_fault_02_where_xen_names_another_page(make: Make, code: int, base: int, rip: int) -> None:
+    """``gfn_of_rip`` adds base and rip in any mode, and does not cut the sum to 32 bits."""
+    guest = make(NOP * 0x100 + HALT)
+    guest.computer.go_long()
+    guest.breakpoints.insert(CODE + 8, guest.note)
+    registers = {name: guest.register(name) for name in ("cr0", "cr3", "cr4")}
+    registers |= {"msr_efer": EFER_LMA, "cs": code << 20 | 0xFFFFF, "cs_base": base, "rip": rip}
+    told_gfn = (base + rip) >> 12 if code == CODE_64 else (1 << 64) - 1
+    guest.breakpoints(told_of_int3(guest, told_gfn, **registers))
+    assert guest.seen == [rip]

@@ -109,6 +109,47 @@ def test_each_register_has_its_place(version: int) -> None:
         assert getattr(registers, chosen) == 0xAB
 
 
+LONG, BIG, LMA = 1 << 9, 1 << 10, 1 << 10
+"""CS.L, CS.D or SS.B, EFER.LMA."""
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    ("code", "efer", "rip", "base", "size", "linear"),
+    [
+        (BIG, 0, 0x10, 0x7C08, 4, 0x7C18),
+        (0, 0, 0x10, 0x7C08, 2, 0x7C18),
+        (BIG, 0, 0x2_0000, 0xFFFF_F000, 4, 0x1_F000),  # the sum has 32 bits
+        (BIG, LMA, 0x10, 0x7C08, 4, 0x7C18),  # compatibility mode
+        (LONG, 0, 0x10, 0x7C08, 2, 0x7C18),  # CS.L means nothing outside IA-32e mode
+        (LONG, LMA, 0xFFFF_8000_0000_0010, 0x7C08, 8, 0xFFFF_8000_0000_0010),
+    ],
+)
+def test_fault_02_where_code_and_stack_are(
+    version: int, code: int, efer: int, rip: int, base: int, size: int, linear: int
+) -> None:
+    """SDM 3A, 3.4.4 and 5.2.1: 64-bit code ignores the bases of CS and SS."""
+    raw = encode_request(
+        version,
+        6,
+        0,
+        registers={"rip": rip, "rsp": rip, "msr_efer": efer, "cs_base": base, "ss_base": base,
+                   "cs": code << 20 | 0xFFFFF, "ss": BIG << 20 | 0xFFFFF},
+    )  # fmt: skip
+    registers = xa.Event.of(raw).registers
+    assert registers.word_size == size
+    assert registers.linear_rip == linear
+    assert registers.linear_rsp == linear
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_fault_02_a_stack_of_16_bits(version: int) -> None:
+    """SS.B is clear: SP is used, and the rest of ESP is anything (SDM 3A, 6.2.3)."""
+    registers = {"rsp": 0xABCD_1000, "ss_base": 0x9_0008, "cs": 0xFFFF, "ss": 0xFFFF}
+    found = xa.Event.of(encode_request(version, 6, 0, registers=registers)).registers
+    assert found.linear_rsp == 0x9_1008
+
+
 def test_a_register_of_another_version_is_an_attribute_error() -> None:
     registers = xa.Event.of(blank(6, 1)).registers
     assert "npt_base" not in dir(registers)
