@@ -6,20 +6,25 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from xenaltp2m.errors import ClosedError, LeftoverError, ReplayError, XenError
+from xenaltp2m.signals import guard, uninterruptible
+
+_T = TypeVar("_T")
 
 
 class UndoList:
     """Steps that take back what was done, last first.
 
-    A step that fails stays in the list, so that a second try does just what is left.
+    A step that fails stays in the list, so that a second try does just what is left. Signals wait
+    while steps are taken.
     """
 
     def __init__(self) -> None:
-        self._steps: list[tuple[str, Callable[[], None]]] = []
+        self._steps: list[tuple[str, Callable[[], object]]] = []
 
     def __bool__(self) -> bool:
         return bool(self._steps)
@@ -33,6 +38,19 @@ class UndoList:
             undo: Takes it back; raises a XenError where it cannot.
         """
         self._steps.append((what, undo))
+
+    def do(self, what: str, act: Callable[[], _T], undo: Callable[[_T], object]) -> _T:
+        """Do something and remember how to take it back, with no signal between the two.
+
+        Args:
+            what: As for :meth:`push`.
+            act: Does it.
+            undo: Takes back what ``act`` returned.
+        """
+        with guard.holding_back():
+            done = act()
+            self._steps.append((what, partial(undo, done)))
+        return done
 
     @property
     def left(self) -> list[str]:
@@ -52,6 +70,7 @@ class UndoList:
         """Forget every step: their object is gone."""
         self._steps.clear()
 
+    @uninterruptible
     def unwind(self, doing: str) -> None:
         """Take every step, last first; one that fails does not stop the others.
 
@@ -61,7 +80,7 @@ class UndoList:
         Raises:
             LeftoverError: Some failed; the first failure is its cause.
         """
-        failed: list[tuple[str, Callable[[], None]]] = []
+        failed: list[tuple[str, Callable[[], object]]] = []
         failures: list[XenError] = []
         left: list[str] = []
         differs: ReplayError | None = None
@@ -123,8 +142,11 @@ class Handle:
         """True once closed."""
         return self._closed
 
+    @uninterruptible
     def close(self) -> None:
         """Take back what was done through this handle; again is harmless.
+
+        Signals wait until it is done.
 
         Raises:
             LeftoverError: Something could not be taken back. The handle stays open and a second
@@ -189,6 +211,7 @@ class Handle:
         self._check_open()
         return self
 
+    @uninterruptible
     def __exit__(
         self,
         kind: type[BaseException] | None,

@@ -1,65 +1,168 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Signals, where a process that dies at the wrong moment leaves a guest frozen."""
+"""Signals: hold their handlers back where an exception would leave a guest half changed.
+
+CPython runs a handler between two bytecodes of the main thread: where a function begins or a
+generator goes on, after a call, and at a jump backwards (``CHECK_EVAL_BREAKER`` in ``ceval.c``,
+3.11 to 3.13). So an exception such as :class:`KeyboardInterrupt` may fall between a call that
+changed the guest and the line that notes how to undo it; also into the first bytecode of an
+``__exit__``, which then does nothing. It cannot fall between the return of an ``__enter__`` and the
+body of its ``with`` statement.
+
+Hence three rules. Changing a guest and noting how to undo it is one block of
+:meth:`SignalGuard.holding_back`. Undoing is another. Each handle belongs to a parent, which closes
+it where its own ``__exit__`` was skipped.
+"""
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import contextlib
+import functools
+import itertools
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from types import FrameType
+from typing import Any, ParamSpec, TypeAlias, TypeVar
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_Handler: TypeAlias = "Callable[[int, FrameType | None], Any] | int | None"
 
 ENDING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-"""Those that somebody ends a process with who waits for it to end in order."""
+"""Signals that request an orderly exit."""
+
+# signal's functions of these names make enums, which takes ten times as long as the call.
+_get: Callable[[int], _Handler] = _signal.getsignal
+_set: Callable[[int, _Handler], _Handler] = _signal.signal
+_DEFAULT = int(signal.SIG_DFL)
+_NUMBERS = tuple(set(map(int, signal.valid_signals())) - {signal.SIGKILL, signal.SIGSTOP})
 
 
 class SignalGuard:
-    """Makes signals that would kill the process raise SystemExit while a monitor is open."""
+    """Holds signal handlers back, and turns signals that would kill the process into SystemExit.
+
+    Only handlers in Python matter: they run in the main thread, so in another thread a block is
+    never interrupted and nothing is done.
+    """
 
     def __init__(self) -> None:
-        self._count = 0
-        self._guarded: list[signal.Signals] = []
+        self._monitors = 0
+        self._guarded: list[int] = []
+        self._depth = 0
+        """How many blocks of :meth:`holding_back` are open."""
+        self._handlers: dict[int, _Handler] = {}
+        """The handlers that :attr:`_waiting` stands in for."""
+        self._came: list[int] = []
+        self._waiting = self._wait  # one object, to be recognised
 
     def enter(self) -> None:
-        """Count one more monitor."""
-        self._count += 1
+        """Count one more monitor, while which SIGTERM and SIGHUP raise :class:`SystemExit`."""
+        self._monitors += 1
         if self._guarded or not _in_main_thread():
             return
         for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is signal.SIG_DFL:
-                signal.signal(number, _exit)
+            if self._handler(number) == _DEFAULT:
+                self._handle(number, _exit)
                 self._guarded.append(number)
 
     def leave(self) -> None:
         """Count one less; the last puts the signals back."""
-        self._count -= 1
-        if not self._count and _in_main_thread():
+        self._monitors -= 1
+        if not self._monitors and _in_main_thread():
             for number in self._guarded:
-                if signal.getsignal(number) is _exit:
-                    signal.signal(number, signal.SIG_DFL)
+                if self._handler(number) is _exit:
+                    self._handle(number, _DEFAULT)
             self._guarded.clear()
 
-    @contextlib.contextmanager
-    def holding_back(self) -> Iterator[None]:
-        """Let signals with handlers in Python wait until the block is done."""
-        if not _in_main_thread():
-            yield
+    def holding_back(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context manager in whose block no handler runs: they run at its end.
+
+        Blocks nest. The block must not await or yield, nor call back into a user's code.
+        """
+        return self if _in_main_thread() else _NOTHING
+
+    def checkpoint(self) -> None:
+        """Run the handlers of signals that came, where nothing is half done in an outermost block.
+
+        For long operations. In an inner block it does nothing: the outer one is half done.
+        """
+        if self._came and self._depth == 1 and _in_main_thread():
+            self._run_those_that_came()
+
+    def __enter__(self) -> None:
+        if self._depth:
+            self._depth += 1
             return
-        came: list[int] = []
-        before = {}
         try:
-            for number in ENDING:
-                if callable(handler := signal.getsignal(number)):
-                    before[number] = handler
-                    signal.signal(number, lambda which, _: came.append(which))
-            yield
+            for number in itertools.compress(_NUMBERS, map(callable, map(_get, _NUMBERS))):
+                handler = _get(number)
+                if handler is not self._waiting:
+                    self._handlers[number] = handler
+                    _set(number, self._waiting)
+            self._depth = 1
+        except BaseException:
+            self._let_go()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        if self._depth > 1:
+            self._depth -= 1
+        else:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Put the handlers back, and run those whose signals came.
+
+        A signal may come meanwhile and its handler raise: the rest is done all the same.
+        """
+        try:
+            self._depth = 0
+            while self._handlers:
+                number, handler = next(iter(self._handlers.items()))
+                if _get(number) is self._waiting:
+                    _set(number, handler)
+                self._handlers.pop(number, None)
+            self._run_those_that_came()
         finally:
-            for number, handler in before.items():
-                over = handler is _exit and not self._count  # the last monitor was closed
-                signal.signal(number, signal.SIG_DFL if over else handler)
-            for which in came:
-                signal.raise_signal(which)
+            if self._handlers or self._came:
+                self._let_go()
+
+    def _run_those_that_came(self) -> None:
+        while self._came:
+            number = self._came.pop(0)
+            # Not raise_signal: asyncio was told through its wake-up descriptor when it came.
+            _run(self._handler(number), number, sys._getframe())
+
+    def _wait(self, number: int, frame: FrameType | None) -> None:
+        """Stand in for a handler."""
+        if not self._depth:  # handlers are being exchanged
+            _run(self._handler(number), number, frame)
+        elif number not in self._came:
+            self._came.append(number)
+
+    def _handler(self, number: int) -> _Handler:
+        """Return what a signal does outside of blocks."""
+        return self._handlers[number] if number in self._handlers else _get(number)
+
+    def _handle(self, number: int, handler: _Handler) -> None:
+        """Change what a signal does outside of blocks."""
+        if self._depth:
+            self._handlers[number] = handler
+            handler = self._waiting
+        _set(number, handler)
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def _run(handler: _Handler, number: int, frame: FrameType | None) -> None:
+    if callable(handler):
+        handler(number, frame)
+    elif handler == _DEFAULT:  # the last monitor was closed meanwhile
+        _set(number, handler)
+        signal.raise_signal(number)
 
 
 def _in_main_thread() -> bool:
@@ -74,3 +177,14 @@ def _exit(number: int, frame: FrameType | None) -> None:
 
 guard = SignalGuard()
 """The process's one."""
+
+
+def uninterruptible(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let no signal handler run within a function: they run when it has ended."""
+
+    @functools.wraps(function)
+    def whole(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with guard.holding_back():
+            return function(*args, **kwargs)
+
+    return whole
