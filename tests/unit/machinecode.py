@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from xenaltp2m.abi.vm_event import layout
+from xenaltp2m.abi.x86 import Segment
 from xenaltp2m.backend.mock import MockBackend
 from xenaltp2m.backend.mock.simulator import MachineCode
 from xenaltp2m.types import PAGE_SIZE, Altp2mMode
@@ -159,6 +160,15 @@ class Computer(Guest):
         if ring:
             self.set(cs_sel=USER_CODE, cs_arbytes=self.register("cs_arbytes") | at_ring)
             self.set(ss_sel=USER_DATA, ss_arbytes=0xC93 | at_ring, rsp=USER_STACK)
+
+    def go_real(self, **bases: int) -> None:
+        """Have real mode, with the segments at the given bases and the vectors at 0."""
+        self.set(cr0=ET, idtr_base=0, idtr_limit=0x3FF)
+        for name in ("cs", "ds", "es", "ss"):
+            base = bases.get(name, 0)
+            kind = 0x9B if name == "cs" else 0x93
+            self.vcpu.set_segment(name, Segment(base, 0xFFFF, kind))
+            self.vcpu.set_register(f"{name}_sel", base >> 4)
 
     def go_long(self, flags: int = PRESENT | WRITABLE, cr4: int = 0, efer: int = 0) -> None:
         """Have 64-bit mode, with the first 2 MiB in small pages where they are."""

@@ -31,6 +31,7 @@ from .machinecode import (
     FOREVER,
     GDT,
     HALT,
+    HANDLERS,
     HOLE,
     HOLE_32,
     IDT,
@@ -152,6 +153,176 @@ def test_code_in_a_hole_faults() -> None:
     computer.describe()
     assert computer.handled()[:2] == [0, HOLE]  # hvm_hap_nested_page_fault: #GP(0)
     assert computer.vector == GP
+
+
+# Segments.
+
+BOOT_SECTOR = 0x7C10
+"""07c0:0010."""
+
+
+def in_a_segment(code: bytes, base: int, offset: int, **options: Any) -> Computer:
+    """32-bit code at an offset of a code segment with a base."""
+    computer = Computer(b"", {base + offset: code}, **options)
+    computer.set(cs_base=base, rip=offset)
+    return computer
+
+
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize(
+    ("base", "offset"),
+    [
+        (CODE - 0x40, 0x40),
+        (CODE + 0xFF0, 0),
+        (CODE + 0x123, 0xED8),  # the linear page ends within the code, the segment's does not
+        (0xFFFF_F010, CODE + 0x1010),  # and the sum wraps
+    ],
+)
+def test_fault_02_code_in_a_segment_with_a_base(base: int, offset: int, counted: bool) -> None:
+    call = b"\xe8\x01\x00\x00\x00\x90\x5b"  # call 1f; nop; 1: pop %ebx
+    code = b"\xb8\x05\x00\x00\x00" + store_eax(DATA) + call + b"\x0f\xa2" + STOP
+    linear = base + offset & 0xFFFF_FFFF
+    computer = Computer(b"", {linear: code})
+    computer.set(cs_base=base, rip=offset)
+    computer.host.run(computer.domid, 1000 if counted else None)
+    assert computer.vcpu.halted
+    assert computer.words(DATA, 1) == [5]
+    assert computer.register("rip") == offset + len(code)
+    assert computer.words(STACK - 4, 1) == [offset + 15]  # where the call returns to
+
+
+def test_fault_02_each_step_in_a_segment_with_a_base() -> None:
+    computer = in_a_segment(NOP + b"\x0f\xa2" + NOP + STOP, CODE - 0x40, 0x44, listen=True)
+    computer.switch("singlestep", True)
+    computer.vcpu.single_step = True
+    seen = []
+    while not computer.vcpu.halted:
+        computer.run()
+        for request in computer.take():
+            seen.append((request.register("rip"), request["singlestep.gfn"]))
+            computer.answer(request)
+    # CPUID is completed by Xen, so that the step comes after its successor
+    assert seen == [(0x45, CODE >> 12), (0x48, CODE >> 12), (0x49, CODE >> 12)]
+
+
+def test_fault_02_a_fetch_that_a_view_denies_is_told_at_its_linear_address() -> None:
+    code = NOP * 0x20 + STOP
+    computer = in_a_segment(code, CODE + 0xF80, 0x70, views=True, listen=True)
+    computer.view((CODE + 0x1000 >> 12, R))
+    request = heard(computer, Reason.MEM_ACCESS)
+    assert request.register("rip") == 0x80
+    assert request["mem_access.gla"] == CODE + 0x1000
+    assert request["mem_access.gfn"] == CODE + 0x1000 >> 12
+
+
+def test_fault_02_an_int3_in_a_segment_with_a_base() -> None:
+    computer = in_a_segment(NOP + INT3, CODE + 0xFF8, 0x10, listen=True)
+    computer.switch("software_breakpoint", True)
+    request = heard(computer, Reason.SOFTWARE_BREAKPOINT)
+    assert request.register("rip") == 0x11
+    assert request["software_breakpoint.gfn"] == CODE + 0x1009 >> 12
+
+
+def test_fault_02_a_far_jump_into_another_segment() -> None:
+    computer = Computer(
+        b"\xea\x10\x00\x00\x00\x28\x00", {OTHER + 0x30: b"\x0f\xa2\x66\x8c\xcb" + STOP}
+    )
+    computer.describe()
+    descriptor = 0x0040_9A00_0000_FFFF | (OTHER + 0x20) << 16  # 32-bit code, limit 0xffff
+    computer.write(GDT + 40, struct.pack("<Q", descriptor))
+    computer.set(gdtr_limit=47)
+    computer.run()
+    assert computer.vcpu.halted
+    assert computer.register("rbx") & 0xFFFF == computer.register("cs_sel") == 0x28
+    assert computer.register("cs_base") == OTHER + 0x20
+    assert computer.register("rip") == 0x10 + 2 + 3 + 2
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_fault_02_real_mode(counted: bool) -> None:
+    """Code, data and stack are each in a segment of their own."""
+    call = b"\xe8\x01\x00\x90\x5b"  # call 1f; nop; 1: pop %bx
+    code = b"\xb8\x34\x12\xa3\x00\x01" + call + b"\x26\x89\x1e\x02\x00\x0f\xa2" + STOP
+    computer = Computer(b"", {BOOT_SECTOR: code})
+    computer.go_real(cs=0x7C00, ds=DATA + 0x10, es=OTHER + 0x20, ss=0x30000)
+    computer.set(rip=0x10, rsp=0x200)
+    computer.host.run(computer.domid, 1000 if counted else None)
+    assert computer.vcpu.halted
+    assert computer.register("rip") == 0x10 + len(code)
+    assert computer.read(DATA + 0x110, 2) == b"\x34\x12"
+    assert computer.read(OTHER + 0x22, 2) == computer.read(0x301FE, 2) == b"\x19\x00"
+
+
+def test_fault_02_a_far_jump_of_real_mode() -> None:
+    computer = Computer(b"", {BOOT_SECTOR: b"\xea\x04\x00\x03\x20", 0x20034: b"\x0f\xa2" + STOP})
+    computer.go_real(cs=0x7C00)
+    computer.set(rip=0x10)
+    computer.run()
+    assert computer.vcpu.halted
+    assert (computer.register("cs_sel"), computer.register("cs_base")) == (0x2003, 0x20030)
+    assert computer.register("rip") == 4 + 4
+
+
+@pytest.mark.parametrize(("code", "vector"), [("cc", BP), ("cd20", 0x20), ("0f0b", UD), ("f1", DB)])
+def test_fault_02_exceptions_of_real_mode(code: str, vector: int) -> None:
+    """SDM 3B, 21.1.4: by the vectors at the IDT's base; IRET goes back."""
+    raw = bytes.fromhex(code)
+    handler = b"\x9c\x58" + (b"\x36\x83\x06\xfa\x00\x02" if vector == UD else b"") + IRET
+    computer = Computer(
+        b"",
+        {
+            4 * vector: struct.pack("<HH", 0x40, 0x2000),
+            BOOT_SECTOR: raw + STOP,
+            0x20040: handler,  # pushf; pop %ax; for UD2: addw $2, %ss:0xfa
+        },
+    )
+    computer.go_real(cs=0x7C00, ss=0x30FF0)
+    computer.set(rip=0x10, rsp=0xABCD_0100, rflags=IF | CF | 2)
+    computer.run()
+    assert computer.vcpu.halted
+    assert computer.vcpu.delivered[0][0] == vector
+    frame = struct.unpack("<HHH", computer.read(0x310EA, 6))
+    assert frame == (0x10 + len(raw), 0x7C0, IF | CF | 2)
+    assert computer.register("rax") & 0xFFFF == CF | 2
+    assert computer.register("rsp") == 0xABCD_0100
+    assert computer.register("rip") == 0x10 + len(raw) + 2
+
+
+def test_fault_02_a_vector_beyond_the_table_of_real_mode_is_a_triple_fault() -> None:
+    computer = Computer(b"", {BOOT_SECTOR: b"\xcd\x20"})
+    computer.go_real(cs=0x7C00)
+    computer.set(rip=0x10, idtr_limit=0x1F)
+    computer.run()
+    assert computer.model.shutdown_code == SHUTDOWN_REBOOT
+
+
+def test_fault_02_16_bit_protected_mode() -> None:
+    """Through a gate of 16 bits, onto a stack of 16 bits, both with a base."""
+    computer = Computer(b"", {CODE + 0x30: b"\x90\xcd\x20" + STOP, HANDLERS + 0x48: HALT})
+    computer.describe()
+    code = 0x0000_9A00_0000_FFFF | (CODE + 0x20) << 16
+    handlers = 0x0000_9A00_0000_FFFF | (HANDLERS + 0x40) << 16
+    computer.write(GDT + 40, struct.pack("<2Q", code, handlers))
+    entry = struct.pack("<HHHH", 8, 0x30, 0x8600, 0xFFFF)
+    computer.write(IDT + 8 * 0x20, entry)
+    computer.set(gdtr_limit=55, cs_sel=0x28, cs_base=CODE + 0x20, cs_arbytes=0x9B, rip=0x10)
+    computer.set(ss_base=DATA + 0x10, ss_arbytes=0x93, rsp=0x1234_0004)
+    computer.run()
+    assert computer.register("rip") == 9
+    assert (computer.register("cs_sel"), computer.register("cs_base")) == (0x30, HANDLERS + 0x40)
+    assert computer.register("rsp") == 0x1234_FFFE  # SP wraps
+    frame = computer.read(DATA + 0x10, 4) + computer.read(DATA + 0x10 + 0xFFFE, 2)
+    assert struct.unpack("<HHH", frame) == (0x28, 2, 0x13)
+
+
+def test_fault_02_64_bit_mode_ignores_bases() -> None:
+    computer = Computer(b"\xb0\x05\xa2" + struct.pack("<Q", DATA) + STOP)
+    computer.go_long()
+    computer.set(cs_base=0x5000, ds_base=0x6000, ss_base=0x7000)
+    computer.run()
+    assert computer.vcpu.halted
+    assert computer.read(DATA, 1) == b"\x05"
+    assert computer.register("cs_base") == 0x5000
 
 
 # Exceptions.
@@ -408,6 +579,23 @@ def test_instructions_of_ring_3_under_smep_and_smap(cr4: int) -> None:
     computer.write(IDT + 16 * 0x20, bytes(kind))
     assert computer.handled()[:2] == [CODE + 2, USER_CODE]
     assert computer.vector == 0x20
+
+
+@pytest.mark.parametrize("code", ["f7f1", "8ed8"], ids=["#DE", "#GP"])
+def test_fault_20_an_exception_after_another(ring_3: Computer, code: str) -> None:
+    """The first was delivered and returned from: no double fault, and so for ever."""
+    raw = bytes.fromhex(code)
+    back = b"\x48\x83\x04\x24\x02\x48" + IRET  # rip += 2
+    with_code = b"\x48\x83\xc4\x08" + back
+    load_and_store = b"\x8b\x04\x25" + int32(OTHER) + b"\x89\x04\x25" + int32(CODE + 0x800)
+    ring_3.write(OTHER, int32(0x1000))  # no selector
+    ring_3.write(CODE, load_and_store + b"\x31\xc9" + raw * 3 + UD2)
+    vector = DE if code == "f7f1" else GP
+    ring_3.write(CODE + 0x100, back if vector == DE else with_code)
+    ring_3.write(IDT + 16 * vector, gate(CODE + 0x100, wide=True))
+    ring_3.run(40)
+    assert ring_3.vector == UD
+    assert [one for one, _ in ring_3.vcpu.delivered] == [vector] * 3 + [UD]
 
 
 # The trap flag.

@@ -280,7 +280,7 @@ def segment_of(raw: int) -> Segment:
 
 _WITH_ERROR_CODE = frozenset({8, 10, 11, 12, 13, 14, 17, 21})
 _CONTRIBUTORY = frozenset({0, 10, 11, 12, 13})
-_INTERRUPT_GATE, _TRAP_GATE = 0xE, 0xF
+_INTERRUPT_GATE, _TRAP_GATE, _WIDE = 0x6, 0x7, 0x8
 
 
 def has_error_code(vector: int) -> bool:
@@ -308,7 +308,12 @@ class Gate(NamedTuple):
     @property
     def masks_interrupts(self) -> bool:
         """Whether IF is cleared."""
-        return self.kind == _INTERRUPT_GATE
+        return self.kind & ~_WIDE == _INTERRUPT_GATE
+
+    @property
+    def width(self) -> int:
+        """Of what is pushed, outside of long mode."""
+        return 4 if self.kind & _WIDE else 2
 
     @classmethod
     def of(cls, raw: bytes, vector: int, external: int) -> Gate:
@@ -320,11 +325,12 @@ class Gate(NamedTuple):
         low = int.from_bytes(raw[:8], "little")
         kind = low >> 40 & 0x1F
         code = vector * 8 + 2 + external
-        if kind not in (_INTERRUPT_GATE, _TRAP_GATE):
+        narrow = kind in (_INTERRUPT_GATE, _TRAP_GATE) and len(raw) == 8
+        if not narrow and kind not in (_INTERRUPT_GATE | _WIDE, _TRAP_GATE | _WIDE):
             raise Fault(GP, code)
         if not low >> 47 & 1:
             raise Fault(NP, code)
-        offset = (low & 0xFFFF) | (low >> 48) << 16
+        offset = (low & 0xFFFF) | (0 if narrow else low >> 48 << 16)
         if len(raw) == 16:
             offset |= int.from_bytes(raw[8:12], "little") << 32
         return cls(

@@ -49,7 +49,7 @@ _LIST = 0x100
 """Where in the frame the addresses for that are."""
 _MOST_FORGOTTEN = (PAGE_SIZE - _LIST) // 8
 LONGEST_INSTRUCTION = 15
-_LAST_ADDRESS = (1 << 64) - 1
+_LAST_OF_32_BITS, _LAST_ADDRESS = (1 << 32) - 1, (1 << 64) - 1
 _INVALID_INSTRUCTION, _EXCEPTION = 10, 21
 """``UC_ERR_*``."""
 _KINDS = {16: "r", 17: "w", 18: "x"}
@@ -65,12 +65,14 @@ SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs")
 """As QEMU numbers them."""
 _SEGMENT = struct.Struct("<I4xQII")
 """``SegmentCache``: selector, base, limit, flags."""
-_WORDS = struct.Struct("<16Q")
+_WORDS, _FLAGS, _EXCEPTION_NUMBER = struct.Struct("<16Q"), struct.Struct("<I"), struct.Struct("<i")
+_BEHIND_DR0 = 8 * 8 + 4 * 8
+"""Debug registers and what is set in them; then comes ``old_exception``."""
 _HF_CPL, _HF_CS32, _HF_SS32, _HF_ADDSEG, _HF_PE, _HF_LMA, _HF_CS64 = (
     3, 1 << 4, 1 << 5, 1 << 6, 1 << 7, 1 << 14, 1 << 15,
 )  # fmt: skip
 """``hflags``: what of the segments the translator looks at (QEMU, target/i386/cpu.h)."""
-_BIG, _LONG = 1 << 22, 1 << 21
+_BIG = 1 << 22
 _ARITHMETIC, _CC_OP_EFLAGS = 0x8D5, 1
 _USABLE, _CODE_OR_DATA = 1 << 7, 1 << 4
 
@@ -188,6 +190,8 @@ class Engine:
         self.uc.reg_write(x86.UC_X86_REG_CR4, 0)
         self.initial = self.uc.context_save()
         self._places = self._find_places()
+        self._now = self.new_state()
+        """A copy of what Unicorn has, for what it cannot be asked for."""
 
     # Memory.
 
@@ -203,7 +207,7 @@ class Engine:
             if _KINDS[access] != "x":
                 self._raised = raised
                 return False
-            if not 0 <= address - self.rip // PAGE_SIZE * PAGE_SIZE <= PAGE_SIZE:
+            if not 0 <= address - self.linear_rip // PAGE_SIZE * PAGE_SIZE <= PAGE_SIZE:
                 return self._anything(entry)
             self._no_code = address, raised
             return False
@@ -230,7 +234,8 @@ class Engine:
     @property
     def _user(self) -> bool:
         """Whether the CPU is at privilege level 3; instructions change that while it runs."""
-        return self._register(self._x86.UC_X86_REG_CS) & 3 == 3
+        self.uc.context_update(self._now.saved)
+        return self._now.privilege == 3
 
     def _register(self, register: int) -> int:
         """Read one of up to 64 bits; faster than what the package offers."""
@@ -296,10 +301,10 @@ class Engine:
             raise self._raised
         if self._no_code is not None and self._interrupt != DB:
             page, raised = self._no_code  # perhaps of what comes after the end
-            now = self.rip
-            if page <= now < page + PAGE_SIZE and not (limit == 1 and now != rip):
+            started, now = self.rip == rip, self.linear_rip
+            if page <= now < page + PAGE_SIZE and (started or limit != 1):
                 raise raised
-            if now == rip and now < page:
+            if started and now < page:
                 raise ReadsAhead if self.reads_ahead else raised
         if self._interrupt is not None:
             return SoftwareInterrupt(self._interrupt)
@@ -314,6 +319,12 @@ class Engine:
         """The instruction pointer."""
         return self._register(self._x86.UC_X86_REG_RIP)
 
+    @property
+    def linear_rip(self) -> int:
+        """Where the instruction is; far transfers change the code segment while it runs."""
+        self.uc.context_update(self._now.saved)
+        return self._now.linear_rip
+
     # Registers.
 
     def new_state(self) -> State:
@@ -323,7 +334,7 @@ class Engine:
     def _find_places(self) -> Places:
         """Find where Unicorn keeps registers in what it saves of a CPU, by writing some."""
         uc, x86 = self.uc, self._x86
-        marks = {"regs": x86.UC_X86_REG_RAX, "rip": x86.UC_X86_REG_RIP}
+        marks = {"regs": x86.UC_X86_REG_RAX, "rip": x86.UC_X86_REG_RIP, "dr0": x86.UC_X86_REG_DR0}
         kept = uc.context_save()
         found = {}
         for number, (name, register) in enumerate(marks.items()):
@@ -334,7 +345,11 @@ class Engine:
         fs_base = _where(uc.context_save(), mark + 1)
         uc.context_restore(kept)
         segments = fs_base - 8 - SEGMENTS.index("fs") * _SEGMENT.size
-        return Places(found["regs"], found["rip"], segments - 8, segments)
+        exception = found["dr0"] + _BEHIND_DR0
+        raw = ctypes.string_at(kept.context, kept.size)
+        if _EXCEPTION_NUMBER.unpack_from(raw, exception) != (-1,):
+            raise _lost()
+        return Places(found["regs"], found["rip"], segments - 8, segments, exception)
 
     def load(self, vcpu: Vcpu, state: State, held: bytes) -> None:
         """Go on with a vCPU: its state, changed where its context is not as ``held`` has it."""
@@ -347,7 +362,7 @@ class Engine:
         if now[_GENERAL] != held[_GENERAL]:
             state.put_general(vcpu)
         rest_changed = now[_REST] != held[_REST]
-        if rest_changed and changed(*_SEGMENT_FIELDS):
+        if (rest_changed and changed(*_SEGMENT_FIELDS)) or state.wraps:
             state.put_segments(vcpu)
         uc.context_restore(state.saved)
         flags = vcpu.register("rflags")
@@ -418,6 +433,8 @@ class Places(NamedTuple):
     rip: int
     hflags: int
     segments: int
+    exception: int
+    """The one being delivered, with which the next makes a double fault: ``old_exception``."""
 
 
 class State:
@@ -441,11 +458,16 @@ class State:
 
     def put_segments(self, vcpu: Vcpu) -> None:
         """Set the segment registers, whatever the guest's tables say."""
-        at = self._places.segments
+        at, hflags = self._places.segments, self._hflags
+        wide = bool(hflags & _HF_LMA) and vcpu.segment("cs").is_64_bit
         flags = {}
         bases = 0
         for number, name in enumerate(SEGMENTS):
             base, limit, attributes = vcpu.segment(name)
+            if wide and name not in ("fs", "gs"):
+                base = 0  # which the CPU ignores, and Unicorn does not (SDM 1, 3.4.4)
+            elif name == "cs" and base + vcpu.register("rip") > _LAST_OF_32_BITS:
+                base = base - (1 << 32) & _LAST_ADDRESS  # the sum wraps
             flags[name] = (attributes & 0xFF) << 8 | (attributes & 0xF00) << 12
             _SEGMENT.pack_into(
                 self._raw, at, vcpu.register(f"{name}_sel"), base, limit, flags[name]
@@ -454,17 +476,41 @@ class State:
             at += _SEGMENT.size
             if name in ("ds", "es", "ss"):
                 bases |= base
-        [hflags] = struct.unpack_from("<I", self._raw, self._places.hflags)
         hflags &= ~(_HF_CPL | _HF_CS32 | _HF_SS32 | _HF_ADDSEG | _HF_CS64)
         hflags |= vcpu.segment("ss").privilege
-        if hflags & _HF_LMA and flags["cs"] & _LONG:  # cpu_x86_load_seg_cache
+        if wide:  # cpu_x86_load_seg_cache
             hflags |= _HF_CS32 | _HF_SS32 | _HF_CS64
         else:
             hflags |= _HF_CS32 if flags["cs"] & _BIG else 0
             hflags |= _HF_SS32 if flags["ss"] & _BIG else 0
             if bases or not hflags & _HF_CS32 or not hflags & _HF_PE:
                 hflags |= _HF_ADDSEG
-        struct.pack_into("<I", self._raw, self._places.hflags, hflags)
+        _FLAGS.pack_into(self._raw, self._places.hflags, hflags)
+
+    @property
+    def _hflags(self) -> int:
+        flags: int = _FLAGS.unpack_from(self._raw, self._places.hflags)[0]
+        return flags
+
+    @property
+    def privilege(self) -> int:
+        """The current privilege level."""
+        return self._hflags & _HF_CPL
+
+    @property
+    def linear_rip(self) -> int:
+        """Where the instruction is."""
+        code = self._places.segments + SEGMENTS.index("cs") * _SEGMENT.size
+        rip: int
+        base: int
+        _, base, _, _ = _SEGMENT.unpack_from(self._raw, code)
+        [rip] = struct.unpack_from("<Q", self._raw, self._places.rip)
+        return (base + rip) & _LAST_ADDRESS
+
+    @property
+    def wraps(self) -> bool:
+        """Whether it is at no address that code of 32 bits can have, for Unicorn adds 64 bits."""
+        return not self._hflags & _HF_CS64 and self.linear_rip > _LAST_OF_32_BITS
 
     def mend_flags(self) -> None:
         """Set right the arithmetic flags of an instruction that Unicorn counted and that faulted.
@@ -480,6 +526,8 @@ class State:
 
     def take(self, vcpu: Vcpu) -> None:
         """Give a vCPU's context the general registers, rip and the segment registers."""
+        # Unicorn delivers none, and so never sees the end of one.
+        _EXCEPTION_NUMBER.pack_into(self._raw, self._places.exception, -1)
         values = _WORDS.unpack_from(self._raw, self._places.general)
         context, at = vcpu.context, _GENERAL.start
         context[at : at + 128] = _WORDS.pack(*(values[number] for number in _ORDER))
@@ -517,8 +565,12 @@ def _where(saved: Any, mark: int) -> int:
     raw = ctypes.string_at(saved.context, saved.size)
     at = raw.find(mark.to_bytes(8, "little"))
     if at < 0 or raw.find(mark.to_bytes(8, "little"), at + 1) >= 0:
-        raise RuntimeError("this version of unicorn keeps registers where they are not found")
+        raise _lost()
     return at
+
+
+def _lost() -> RuntimeError:
+    return RuntimeError("this version of unicorn keeps registers where they are not found")
 
 
 def null_stack(privilege: int) -> Segment:

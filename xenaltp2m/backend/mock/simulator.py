@@ -10,6 +10,7 @@ come in. What leaves guest mode goes the way of every vCPU of the mock
 from __future__ import annotations
 
 import contextlib
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from errno import EFAULT
@@ -108,7 +109,7 @@ _SOFTWARE = SOFTWARE_INTERRUPT, SOFTWARE_EXCEPTION
 _FROM_BEHIND = *_SOFTWARE, PRIVILEGED_EXCEPTION
 """Kinds of exceptions whose handlers return behind the instruction."""
 _RIGHTS = {"r": R, "w": W, "x": X}
-_U16, _U32 = 0xFFFF, 0xFFFF_FFFF
+_U16, _U32, _U64 = 0xFFFF, 0xFFFF_FFFF, (1 << 64) - 1
 _IRET, _EMULATED_PREFIXES = b"\xcf", b"\x48\x66"
 _PAGE_OF_32_BITS = _U32 & ~(PAGE_SIZE - 1)
 _LONG, _BIG = 1 << 9, 1 << 10
@@ -211,7 +212,7 @@ class MachineCode(Processor):
         try:
             return self._walk_freely(self._linear_rip, "x", self.privilege == 3) // PAGE_SIZE
         except Fault:
-            return (1 << 64) - 1
+            return _U64
 
     # Memory as this vCPU sees it.
 
@@ -414,15 +415,16 @@ class MachineCode(Processor):
 
     def _step_once(
         self,
+        code: bytes,
         resolve: Callable[[int, str, bool], Place],
         on_access: Callable[[Seen], None] | None = None,
     ) -> Fault | SoftwareInterrupt | None:
-        """One instruction, or one repetition (SDM 3C, Monitor Trap Flag)."""
+        """Execute one instruction, ``code``, or one repetition (SDM 3C, Monitor Trap Flag)."""
         register = self.vcpu.register
         rip, count = register("rip"), register("rcx")
         stopped = self._step_engine(resolve, on_access)
-        mask = -1 if self.long else _U32
-        was_last = register("rip") == rip and count & mask == 1 and not register("rcx") & mask
+        found = self._repeats(code) if register("rip") == rip else None
+        was_last = found and (count & found.mask, register("rcx") & found.mask) == (1, 0)
         if stopped is None and was_last:  # Unicorn goes on when it comes to the next, only
             stopped = self._step_engine(resolve, on_access)
         return stopped
@@ -439,16 +441,18 @@ class MachineCode(Processor):
                 return done, int(done is not Done.HELD)
             rip, count = register("rip"), register("rcx")
             if self.vcpu.monitor_trap_flag:
-                stopped = self._step_once(self._resolve)
+                stopped = self._step_once(code, self._resolve)
             else:
                 try:
                     stopped = self._run_engine(limit)
                 except ReadsAhead:
                     stopped = None
                     if not self.core.exits_at(self._linear_rip):  # now that its page is known
-                        stopped = self._step_once(self._resolve)
-            if register("rip") == rip and register("rcx") not in (0, count) and self._repeats(code):
-                self._fault_like()  # with RF after any repetition but the last (SDM 3B, 18.3.1.1)
+                        stopped = self._step_once(self._fetch(self._linear_rip), self._resolve)
+            if register("rip") == rip and register("rcx") != count:
+                found = self._repeats(code)
+                if found and register("rcx") & found.mask:
+                    self._fault_like()  # as for any repetition but the last (SDM 3B, 18.3.1.1)
         except Fault as fault:
             stopped = fault
             if fault.vector == PF:
@@ -573,12 +577,15 @@ class MachineCode(Processor):
         if trap.vector == PF:
             vcpu.set_register("cr2", trap.cr2)
         register, long = vcpu.register, self._long_mode
+        rip = register("rip") + (trap.length if trap.kind in _FROM_BEHIND else 0)
+        flags = register("rflags")
+        if not register("cr0") & CR0_PE:
+            self._through_vector_table(trap.vector, [rip, register("cs_sel"), flags])
+            return
         gate, code = self._find_gate(trap)
         inner = code.privilege if not code.attributes & 4 else self.privilege
         changes = inner < self.privilege
         stack_selector, stack, top = self._find_stack(gate, inner)
-        rip = register("rip") + (trap.length if trap.kind in _FROM_BEHIND else 0)
-        flags = register("rflags")
         if trap.kind == HARDWARE_EXCEPTION and trap.vector != DB:
             flags |= FLAG_RF
         frame = [rip, register("cs_sel"), flags]
@@ -586,13 +593,7 @@ class MachineCode(Processor):
             frame += [register("rsp"), register("ss_sel")]
         if has_error_code(trap.vector) and trap.kind == HARDWARE_EXCEPTION:
             frame.insert(0, trap.error_code)
-        width = 8 if long else 4
-        data = b"".join((word & ((1 << 8 * width) - 1)).to_bytes(width, "little") for word in frame)
-        top = (top - len(data)) & ((1 << 64) - 1 if long else _U32)
-        base = top + (0 if long else stack.base)
-        for at in reversed(range(0, len(data), width)):  # pushed one after another
-            self._resolve(base + at, "w", user=False)
-        self._write(base, data)
+        top = self._push(frame, 8 if long else gate.width, stack, top)
         cleared = FLAG_TF | FLAG_NT | FLAG_RF | FLAG_VM | (FLAG_IF if gate.masks_interrupts else 0)
         vcpu.set_register("rflags", register("rflags") & ~cleared)
         vcpu.set_register("rip", gate.offset)
@@ -602,6 +603,34 @@ class MachineCode(Processor):
         if changes:
             vcpu.set_register("ss_sel", stack_selector)
             vcpu.set_segment("ss", stack)
+
+    def _through_vector_table(self, vector: int, frame: list[int]) -> None:
+        """In real mode (SDM 3B, 21.1.4): offset and segment, and no error code."""
+        vcpu, register = self.vcpu, self.vcpu.register
+        if 4 * vector + 3 > register("idtr_limit"):
+            raise Fault(GP, 0)
+        offset, selector = struct.unpack("<HH", self._read(register("idtr_base") + 4 * vector, 4))
+        top = self._push(frame, 2, vcpu.segment("ss"), register("rsp"))
+        cleared = FLAG_IF | FLAG_TF | FLAG_AC | FLAG_RF
+        vcpu.set_registers({"rflags": register("rflags") & ~cleared, "rsp": top, "rip": offset})
+        vcpu.set_registers({"cs_sel": selector, "cs_base": selector << 4})
+
+    def _push(self, frame: list[int], width: int, stack: Segment, top: int) -> int:
+        """Push words, the last first; all of them or none. The new stack pointer."""
+        long = self._long_mode
+        mask = _U64 if long else _U32 if stack.attributes & _BIG else _U16
+        base, limit = (0, _U64) if long else (stack.base, _U32)
+        parts = []
+        for word in reversed(frame):
+            top = top & ~mask | (top - width) & mask
+            data = (word & _U64).to_bytes(8, "little")[:width]
+            for start, count in pages(base + (top & mask) & limit, width):
+                parts.append((self._resolve(start, "w", user=False).mfn, start, data[:count]))
+                data = data[count:]
+        for mfn, start, data in parts:
+            frame_page = self.monitor.domain.machine.frames.page(mfn)
+            frame_page[start % PAGE_SIZE :][: len(data)] = data
+        return top
 
     def _find_gate(self, trap: Trap) -> tuple[Gate, Segment]:
         """The gate of an exception or interrupt, and the code segment it leads to."""
@@ -690,7 +719,7 @@ class MachineCode(Processor):
         return 4 if self.long or self.vcpu.register("cs_arbytes") & _BIG else 2
 
     def _execute_alone(self) -> Waits[Done]:
-        stopped = self._step_once(self._resolve)
+        stopped = self._step_once(self._fetch(self._linear_rip), self._resolve)
         return Done.NATIVE if stopped is None else (yield from self._interrupted(stopped))
 
     def _dispatch(self, found: Decoded) -> Waits[Done]:
@@ -732,7 +761,7 @@ class MachineCode(Processor):
     def _effect(self, found: Decoded) -> Effect | None:
         """What an instruction does, in the words of the other vCPUs; None: the core can do it."""
         register, opcode = self.vcpu.register, found.opcode
-        mask = (1 << 64) - 1 if self.long else _U32
+        mask = _U64 if self.long else _U32
         number, operand = found.modrm >> 3 & 7, found.modrm & 7
         if found.rex & 4:
             number += 8
@@ -901,7 +930,7 @@ class MachineCode(Processor):
             return True
         fault = None
         for part in self._parts(code, kind, data):
-            fault = self._step_in_host(kind, part, replaced)
+            fault = self._step_in_host(kind, part, code, is_replaced=bool(replaced))
             if fault is not None:
                 break
         if fault is None:
@@ -958,7 +987,7 @@ class MachineCode(Processor):
         self, linear: int, access: str, count: int, width: int, backwards: bool
     ) -> tuple[int, int]:
         """``hvmemul_linear_to_phys``: where it is, and for how many repetitions in one piece."""
-        linear &= (1 << 64) - 1 if self.long else _U32
+        linear &= _U64 if self.long else _U32
         if not self._paged:
             return linear, count
         user, step = self.privilege == 3, -PAGE_SIZE if backwards else PAGE_SIZE
@@ -988,7 +1017,9 @@ class MachineCode(Processor):
             found += self._bytes_in_host(physical, count)
         return found or b"\0"
 
-    def _step_in_host(self, kind: Flag, data: bytes, code: bytes) -> Fault | None:
+    def _step_in_host(
+        self, kind: Flag, data: bytes, code: bytes, *, is_replaced: bool
+    ) -> Fault | None:
         """One instruction whose accesses no view restricts."""
         core, domain = self.core, self.monitor.domain
         frames = domain.machine.frames
@@ -999,7 +1030,7 @@ class MachineCode(Processor):
         def resolve(linear: int, access: str, user: bool) -> Place:
             physical = self._walk_freely(linear, access, user)
             found = domain.host_lookup(physical // PAGE_SIZE, populate=True, unshare=access == "w")
-            if access == "x" and code:
+            if access == "x" and is_replaced:
                 return Place(
                     self._overlay(core.scratch, frames.peek(found.mfn), linear, rip, code), "x"
                 )
@@ -1027,10 +1058,10 @@ class MachineCode(Processor):
             room[:] = given[: len(room)]
 
         try:
-            stopped = self._step_once(resolve, on_access)
+            stopped = self._step_once(code, resolve, on_access)
         except Fault as fault:
             stopped = fault
-            if fault.vector == PF and not code:
+            if fault.vector == PF and not is_replaced:
                 fault.address = self._exact(fault.address, fault.kind)
         finally:
             for mfn, content in {**patched, **kept}.items():
