@@ -25,7 +25,8 @@ A shadow whose page was written to is *stale*: until it is copied anew it may no
 that the next vCPU that wants to tells. Writes that move the bounds of instructions are noticed
 then: int3 is put where an instruction begins only while the bytes before it, as many as an
 instruction may have, are those that stood there at first. Where they are not, every fetch from the
-page is looked at.
+page is looked at. Bytes in the page before, by the page tables of a vCPU, count as well: that page
+is executed as it is, and may not be written to in ``hooks`` and ``step``.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from xenaltp2m.abi.x86 import (
     PTE_PRESENT,
     page_table_entry_size,
 )
-from xenaltp2m.errors import AlreadyError, InvalidArgumentError, XenError
+from xenaltp2m.errors import AlreadyError, InvalidArgumentError, NotMappedError, XenError
 from xenaltp2m.events import (
     Event,
     MemAccess,
@@ -78,6 +79,8 @@ if TYPE_CHECKING:
 _INT3 = 0xCC
 _BEFORE = 14
 """Bytes before an address from which on an instruction may reach behind it."""
+_MOST_LEADS = 8
+"""Pages that come before one: a guest that maps it after more of them is stepped there."""
 _OFFSET = PAGE_SIZE - 1
 _W, _X = AccessFlag.W, AccessFlag.X
 _READ_ONES, _WRITE_NOWHERE = (
@@ -86,34 +89,60 @@ _READ_ONES, _WRITE_NOWHERE = (
 )
 
 
-class _Page:
+def _nothing_to_do() -> None: ...
+
+
+class _Mapped:
+    """A page of the guest's, mapped to read."""
+
+    __slots__ = ("_unmap", "memory")
+
+    def __init__(self, memory: memoryview, unmap: Callable[[], None]) -> None:
+        self.memory, self._unmap = memory, unmap
+
+    def unmap(self) -> None:
+        """Let go of it; again is harmless."""
+        self._unmap()
+        self._unmap = _nothing_to_do
+
+    def map_again(self, memory: memoryview, unmap: Callable[[], None]) -> None:
+        """Have another mapping of it instead: another frame may be there now."""
+        self.unmap()
+        self.memory, self._unmap = memory, unmap
+
+
+class _Page(_Mapped):
     """A page with breakpoints."""
 
-    __slots__ = ("before", "hooks", "memory", "planted", "shadow", "shadow_gfn", "unmap")
+    __slots__ = ("before", "guess", "hooks", "inside", "leads", "planted", "shadow", "shadow_gfn")
 
     def __init__(
         self, memory: memoryview, shadow_gfn: int, shadow: memoryview, unmap: Callable[[], None]
     ) -> None:
-        self.memory = memory
+        super().__init__(memory, unmap)
         self.shadow_gfn = shadow_gfn
         self.shadow = shadow
-        self.unmap = unmap
         self.planted = False
         """Whether the shadow is what it should be, and may be executed."""
         self.hooks: dict[int, list[Breakpoint]] = {}
         """By offset."""
         self.before: dict[int, bytes] = {}
-        """What stood before each at first."""
-
-    def map_again(self, memory: memoryview, unmap: Callable[[], None]) -> None:
-        """Have another mapping of it instead: another frame may be there now."""
-        self.unmap()
-        self.memory, self.unmap = memory, unmap
+        """What stood before each at first, in this page."""
+        self.leads: dict[int, _Lead] = {}
+        """By gfn: the pages before this one, of breakpoints at its start."""
+        self.guess: int | None = None
+        """That of them which is only taken for one, until a vCPU's page tables are seen."""
+        self.inside: set[int] = set()
+        """Offsets that were seen to be inside an instruction."""
 
     def can_be_planted(self) -> bool:
         """Whether each breakpoint is where an instruction begins, as far as one can know."""
         memory = self.memory
-        return all(memory[_start(at) : at] == before for at, before in self.before.items())
+        return (
+            not self.inside
+            and all(memory[_start(at) : at] == before for at, before in self.before.items())
+            and all(lead.is_as_it_was() for lead in self.leads.values())
+        )
 
     def fill(self) -> None:
         """Make the shadow what it should be."""
@@ -121,6 +150,25 @@ class _Page:
         for offset in self.hooks:
             content[offset] = _INT3
         self.shadow[:] = content
+
+
+class _Lead(_Mapped):
+    """The page before one with breakpoints: instructions that begin here may reach into that."""
+
+    __slots__ = ("ends",)
+
+    def __init__(self, memory: memoryview, unmap: Callable[[], None]) -> None:
+        super().__init__(memory, unmap)
+        self.ends: dict[int, bytes] = {}
+        """What stood at its end at first, by the offset of a breakpoint in the page after it."""
+
+    def note(self, offset: int) -> None:
+        """Remember as many bytes as an instruction there may have that reaches a breakpoint."""
+        self.ends.setdefault(offset, bytes(self.memory[offset - _BEFORE :]))
+
+    def is_as_it_was(self) -> bool:
+        """Whether nobody has changed these since."""
+        return all(self.memory[at - _BEFORE :] == end for at, end in self.ends.items())
 
 
 def _start(offset: int) -> int:
@@ -161,6 +209,8 @@ class Breakpoints(Handle):
         self._pages: dict[int, _Page] = {}
         self._watched: dict[int, list[Watch]] = {}
         """By gfn."""
+        self._leads: dict[int, set[int]] = {}
+        """By gfn: after which pages with breakpoints it comes before, by their gfns."""
         self._linear: list[LinearBreakpoint] = []
         self._set_up()
         # This one answers what those had waiting that are closed.
@@ -193,6 +243,7 @@ class Breakpoints(Handle):
         self._heard: list[type[Event]] = []
         """What was not heard of before, and will not be after."""
         pages, self._pages = self._pages, {}
+        self._leads = {}
         try:
             for kind in (MemAccess, SoftwareBreakpoint):
                 with suppress(AlreadyError):
@@ -204,7 +255,10 @@ class Breakpoints(Handle):
             self._back = RESUME.in_view(self.hooks)
             for gfn, before in pages.items():
                 page = self._take(gfn)
-                page.hooks, page.before = before.hooks, before.before
+                page.hooks, page.before, page.inside = before.hooks, before.before, before.inside
+                page.guess = before.guess
+                for gfn_before, lead in before.leads.items():
+                    self._lead(gfn, gfn_before).ends = lead.ends
             if self._watched:
                 self._create_watch_views()
                 for gfn in self._watched:
@@ -306,13 +360,58 @@ class Breakpoints(Handle):
         self._check_not_shadow(gfn)
         page = self._pages.get(gfn) or self._take(gfn)
         made = Breakpoint(self, address, callback)
-        if offset not in page.hooks:
-            page.hooks[offset] = []
-            page.before[offset] = bytes(page.memory[_start(offset) : offset])
-            if page.planted:
-                page.shadow[offset] = _INT3
-        page.hooks[offset].append(made)
+        if offset in page.hooks:
+            page.hooks[offset].append(made)
+            return made
+        page.hooks[offset] = [made]
+        page.before[offset] = bytes(page.memory[_start(offset) : offset])
+        if offset < _BEFORE and page.shadow_gfn:
+            undo = UndoList()
+            undo.push("", made.remove)
+            try:
+                self._outdate(gfn)  # the next fetch tells which page comes before
+                self._note_ends(gfn, page, offset)
+            except BaseException as error:
+                self._roll_back(undo, error, heir=self._undo)
+                raise
+        elif page.planted:
+            page.shadow[offset] = _INT3
         return made
+
+    def _note_ends(self, gfn: int, page: _Page, offset: int) -> None:
+        """Remember what comes before a breakpoint in the page before its own."""
+        if not page.leads and gfn:
+            with suppress(InvalidArgumentError, NotMappedError):  # a hole is not executed
+                self._lead(gfn, gfn - 1)
+                page.guess = gfn - 1
+        for lead in page.leads.values():
+            lead.note(offset)
+
+    def _lead(self, gfn: int, before: int) -> _Lead:
+        """Have writes noticed to the page that comes before one with breakpoints."""
+        page = self._pages[gfn]
+        memory, unmap = self._map(before)
+        lead = page.leads[before] = _Lead(memory, unmap)
+        self._leads.setdefault(before, set()).add(gfn)
+        try:
+            self._set_rights(before)
+        except BaseException as error:
+            undo = UndoList()
+            undo.push("", partial(self._lead_no_more, gfn, before))
+            self._roll_back(undo, error, heir=self._undo)
+            raise
+        return lead
+
+    def _lead_no_more(self, gfn: int, before: int) -> None:
+        """Have them noticed no more."""
+        lead = self._pages[gfn].leads.pop(before)
+        undo = UndoList()
+        undo.push(f"mapping of gfn {before:#x} of domain {self._domid}", lead.unmap)
+        self._leads[before].remove(gfn)
+        if not self._leads[before]:
+            del self._leads[before]
+        undo.push("", partial(self._set_rights, before))
+        undo.unwind(f"removing the breakpoints of gfn {gfn:#x}")
 
     def insert_linear(
         self, space: AddressSpace, address: int, callback: Callback
@@ -418,11 +517,16 @@ class Breakpoints(Handle):
         if page.hooks[offset]:
             return
         del page.hooks[offset], page.before[offset]
-        if page.hooks:
-            if page.planted:
-                page.shadow[offset] = page.memory[offset]
-        else:
+        page.inside.discard(offset)
+        if not page.hooks:
             self._release(gfn)
+            return
+        if page.planted:
+            page.shadow[offset] = page.memory[offset]
+        for lead in page.leads.values():
+            lead.ends.pop(offset, None)
+        if not any(at < _BEFORE for at in page.hooks):
+            self._drop_leads(gfn)
 
     def verify(self) -> list[Gfn]:
         """Ask Xen whether the views are as they should be, and make them so again.
@@ -439,7 +543,7 @@ class Breakpoints(Handle):
         self._check_open()
         lost = []
         is_on = self._backend.altp2m_get_domain_state(self._domid)
-        for gfn in self._pages.keys() | self._watched.keys():
+        for gfn in self._pages.keys() | self._watched.keys() | self._leads.keys():
             page = self._pages.get(gfn)
             rights = self._rights(gfn)
             as_it_was = is_on and all(view.effective_access(gfn) == rights[view] for view in rights)
@@ -465,6 +569,8 @@ class Breakpoints(Handle):
             try:
                 self._outdate(gfn)
                 page.map_again(*self._map(gfn))
+                for before, lead in page.leads.items():
+                    lead.map_again(*self._map(before))
             except XenError as failure:
                 failures.append(failure)
         if lost.failure is None:
@@ -492,7 +598,8 @@ class Breakpoints(Handle):
     def _rights(self, gfn: int) -> dict[View, Access]:
         """What may be done with a page in each view but ``write``, where everything may."""
         page, watches = self._pages.get(gfn), self._watched.get(gfn, ())
-        code = Access.RX if page is not None and page.shadow_gfn else Access.RWX
+        guarded = gfn in self._leads or (page is not None and page.shadow_gfn)
+        code = Access.RX if guarded else Access.RWX
         hooks = step = code
         if page is not None:
             hooks = Access.RW
@@ -560,9 +667,16 @@ class Breakpoints(Handle):
             raise
         return page
 
+    def _drop_leads(self, gfn: int) -> None:
+        page = self._pages[gfn]
+        page.guess = None
+        for before in list(page.leads):
+            self._lead_no_more(gfn, before)
+
     def _release(self, gfn: int) -> None:
         """Show a page itself again."""
         page = self._pages[gfn]
+        self._drop_leads(gfn)
         undo = UndoList()
         undo.push("", page.unmap)
         if page.shadow_gfn:
@@ -673,7 +787,8 @@ class Breakpoints(Handle):
     def _violation(self, event: MemAccess) -> Response | None:
         gfn, flags, vcpu = int(event.gfn), event.access_flags, int(event.vcpu)
         page, watches = self._pages.get(gfn), self._watched.get(gfn)
-        if page is None and watches is None:
+        is_code = page is not None or gfn in self._leads
+        if not is_code and watches is None:
             return self._nothing(event) if gfn in self._shadows else self._strange(event)
         if event.view == self.hooks.id:
             self._writers.pop(vcpu, None)
@@ -681,12 +796,12 @@ class Breakpoints(Handle):
                 return self._fetched(page, event)
         elif self._is_lost(event):
             return RESUME
-        if page is not None and flags & _W:
+        if is_code and flags & _W:
             self._writers[vcpu] = written = self._written_with(gfn, event.offset)
             for one in written:
                 self._outdate(one)
         if watches:
-            return self._touched(watches, event, is_code=page is not None)
+            return self._touched(watches, event, is_code=is_code)
         return self._through(self._write_view if flags & _W else self._step_view, event)
 
     def _written_with(self, gfn: int, offset: int) -> Collection[int]:
@@ -694,8 +809,10 @@ class Breakpoints(Handle):
 
         In ``write`` it goes on into another unheard, which the guest may have mapped beside it.
         """
-        is_inside = LONGEST_ACCESS <= offset <= PAGE_SIZE - LONGEST_ACCESS
-        return (gfn,) if is_inside else tuple(self._pages)
+        if not LONGEST_ACCESS <= offset <= PAGE_SIZE - LONGEST_ACCESS:
+            return tuple(self._pages)
+        own = {gfn} & self._pages.keys()
+        return own | self._leads.get(gfn, set())
 
     def _is_lost(self, event: MemAccess) -> bool:
         """Tell whether a view has stopped what it is to allow, and make it so again.
@@ -792,7 +909,7 @@ class Breakpoints(Handle):
             if self.hooks.access(gfn) != Access.X:
                 self._altp2m.verify(self._views)
             return RESUME
-        if page.shadow_gfn and page.can_be_planted():
+        if page.shadow_gfn and self._knows_before(page, event) and page.can_be_planted():
             if not self._is_being_written(gfn):
                 page.fill()
                 page.planted = True
@@ -801,6 +918,34 @@ class Breakpoints(Handle):
         found = page.hooks.get(offset) if event.offset == offset else None
         over = self._through(self._step_view, event)
         return over if found is None else self._hit(found, event, over)
+
+    def _knows_before(self, page: _Page, event: MemAccess) -> bool:
+        """Learn by the page tables in use which page comes before one that is to be executed."""
+        if min(page.hooks) >= _BEFORE:
+            return True
+        registers, gfn = event.registers, int(event.gfn)
+        linear = event.gla if event.access_flags & AccessFlag.GLA_VALID else registers.linear_rip
+        start = linear & -PAGE_SIZE
+        if 0 < start - registers.linear_rip <= _BEFORE:  # it begins before, and reaches to here
+            page.inside |= {at for at in page.hooks if at <= event.offset}
+        try:
+            space = self._domain.memory.address_space(registers)
+            before = space.translate(start - 1).physical >> PAGE_SHIFT
+        except XenError:
+            return True  # nothing is there
+        if before in page.leads:
+            page.guess = None
+            return True
+        if page.guess is not None:
+            self._lead_no_more(gfn, page.guess)
+            page.guess = None
+        if len(page.leads) >= _MOST_LEADS or before in self._shadows:
+            return False
+        lead = self._lead(gfn, before)
+        for offset in page.hooks:
+            if offset < _BEFORE:
+                lead.note(offset)
+        return True
 
     def _is_being_written(self, gfn: int) -> bool:
         """Whether a vCPU that was let write to a page may not have done so yet."""
@@ -888,7 +1033,9 @@ class Breakpoints(Handle):
 
     def _unmap(self, gfn: int) -> None:
         if gfn in self._pages:
-            self._pages[gfn].unmap()
+            page = self._pages[gfn]
+            for one in (page, *page.leads.values()):
+                one.unmap()
             del self._pages[gfn]
 
     def _hear_no_more(self, kind: type[Event]) -> None:

@@ -37,7 +37,20 @@ from .hooked import (
     call,
     store_byte,
 )
-from .machinecode import CODE, DATA, FOREVER, HALT, IDT, OTHER, STACK, TF, Computer, gate
+from .machinecode import (
+    CODE,
+    DATA,
+    FOREVER,
+    HALT,
+    IDT,
+    OTHER,
+    PRESENT,
+    STACK,
+    TF,
+    WRITABLE,
+    Computer,
+    gate,
+)
 
 ONES = 0xFFFF_FFFF
 DB, BP, GP = 1, 3, 13
@@ -725,3 +738,114 @@ def test_fault_02_where_xen_names_another_page(make: Make, code: int, base: int,
     told_gfn = (base + rip) >> 12 if code == CODE_64 else (1 << 64) - 1
     guest.breakpoints(told_of_int3(guest, told_gfn, **registers))
     assert guest.seen == [rip]
+
+
+# Instructions that begin in the page before a breakpoint's.
+
+MOV_EAX = 0xB8
+FUNCTION = b"\x40\x41\x42\x43" + RET  # inc eax, ecx, edx, ebx: an operand of mov $…, %eax
+OPERAND = 0x43424140
+
+
+def changing_the_page_before(last: int, function: int) -> bytes:
+    """Call a function, change the last byte before it, execute from there; and change it back."""
+    code = b""
+    for part in (
+        lambda at: call(at, function),
+        lambda at: store_byte(last, MOV_EAX),
+        lambda at: call(at, last),
+        lambda at: b"\xa3" + DATA.to_bytes(4, "little"),  # mov %eax, (DATA)
+        lambda at: store_byte(last, NOP[0]),
+        lambda at: call(at, function),
+    ):
+        code += part(CODE + len(code))
+    return code + HALT
+
+
+@WAYS
+@pytest.mark.parametrize("offset", [0, 3])
+def test_fault_03_a_write_to_the_page_before(
+    make: Make, fast: bool, int3: bool, offset: int
+) -> None:
+    """The int3 would be an operand: no breakpoint is where an instruction then begins."""
+    code = changing_the_page_before(NEXT - 1, NEXT).ljust(PAGE_SIZE, NOP) + FUNCTION
+    guest = make(code, fast=fast, int3=int3, rax=0)
+    guest.breakpoints.insert(NEXT + offset, guest.note)
+    assert guest.go().halted
+    assert guest.read(DATA, 4) == OPERAND.to_bytes(4, "little")
+    assert guest.seen == [NEXT + offset] * 2
+    assert guest.read(NEXT - 1, 6) == NOP + FUNCTION
+
+
+@STEPS
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "with a breakpoint there"])
+def test_fault_03_a_page_that_is_before_by_the_page_tables_only(
+    make: Make, fast: bool, beside: bool
+) -> None:
+    """Two frames that lie apart are mapped side by side, which the breakpoints cannot know yet."""
+    apart = OTHER + 8 * PAGE_SIZE
+    code = changing_the_page_before(NEXT - 1, NEXT).ljust(PAGE_SIZE, NOP)
+    guest = make(code, {apart: FUNCTION}, fast=fast, rax=0)
+    guest.computer.go_long()
+    guest.computer.set(cs_arbytes=CODE_32)  # compatibility mode
+    guest.computer.map(NEXT, apart | PRESENT | WRITABLE)
+    guest.breakpoints.insert(apart, guest.note)
+    if beside:
+        guest.breakpoints.insert(CODE, guest.note)
+    assert guest.go().halted
+    assert guest.read(DATA, 4) == OPERAND.to_bytes(4, "little")
+    assert guest.seen == [CODE] * beside + [NEXT] * 2
+    guest.dom.memory.write(apart - 1, b"\x5a")  # the physical one is left alone
+
+
+@STEPS
+def test_fault_03_a_breakpoint_within_an_instruction_of_the_page_before(
+    make: Make, fast: bool
+) -> None:
+    """It was so at first: what is executed first shows it."""
+    jump = b"\xe9" + (NEXT - 1 - CODE - 5).to_bytes(4, "little")
+    code = jump.ljust(PAGE_SIZE - 1, NOP) + bytes([MOV_EAX]) + FUNCTION[:4] + HALT
+    guest = make(code, fast=fast, rax=0)
+    guest.breakpoints.insert(NEXT, guest.note)
+    assert guest.go().halted
+    assert guest.register("rax") == OPERAND
+    assert guest.seen == []
+
+
+@WAYS
+def test_fault_03_writes_elsewhere_in_the_page_before(make: Make, fast: bool, int3: bool) -> None:
+    """They go where they should, and cost a hit nothing but time."""
+    code = b"".join(store_byte(NEXT - 0x100 + at, at) for at in range(4))
+    code += call(CODE + len(code), NEXT) + HALT
+    guest = make(code.ljust(PAGE_SIZE, NOP) + FUNCTION, fast=fast, int3=int3)
+    hook = guest.breakpoints.insert(NEXT, guest.note)
+    assert guest.go().halted
+    assert guest.read(NEXT - 0x100, 4) == bytes(range(4))
+    assert guest.seen == [NEXT]
+    before = guest.breakpoints.hooks.access(CODE >> 12)
+    assert before == (xa.Access.RX if int3 else xa.Access.RWX)
+    hook.remove()
+    assert guest.breakpoints.hooks.access(CODE >> 12) == xa.Access.RWX
+
+
+def test_fault_03_pages_before_are_made_again(make: Make) -> None:
+    """After a breakpoint in one is removed, and after Xen has reset the view."""
+    code = changing_the_page_before(NEXT - 1, NEXT).ljust(PAGE_SIZE, NOP) + FUNCTION
+    guest = make(code, rax=0)
+    guest.breakpoints.insert(NEXT, guest.note)
+    beside = guest.breakpoints.insert(CODE, guest.note)
+    beside.remove()
+    assert guest.breakpoints.hooks.access(CODE >> 12) == xa.Access.RX
+    guest.host.altp2m_set_mem_access(guest.domid, 0, CODE >> 12, 7)
+    assert guest.breakpoints.verify() == [CODE >> 12]
+    assert guest.breakpoints.hooks.effective_access(CODE >> 12) == xa.Access.RX
+    assert guest.go().halted
+    assert guest.read(DATA, 4) == OPERAND.to_bytes(4, "little")
+    assert guest.seen == [NEXT] * 2
+
+
+def test_fault_03_nothing_is_before_the_first_page(make: Make) -> None:
+    guest = make(b"\xe9" + (-CODE - 5 & ONES).to_bytes(4, "little"), {0: NOP + HALT})
+    guest.breakpoints.insert(0, guest.note)
+    assert guest.go().halted
+    assert guest.seen == [0]

@@ -430,7 +430,7 @@ class _Watch:
             told["tried"] = _tried(event)
         told["rip"] = event.registers.rip
         if self._image is not None:
-            told["symbol"] = self._symbol(event.registers.rip)
+            told["symbol"] = self._symbol(event.registers.linear_rip)
             if isinstance(event, xa.MemAccess):
                 told["target"] = self._symbol(_linear(event))
         if self._registers:
@@ -447,7 +447,7 @@ class _Watch:
         else:
             told = event.as_dict()
             parts += [f"{name} {_word(told[name])}" for name in event.fields]
-        parts.append(self._place("rip", event.registers.rip))
+        parts.append(self._place("rip", event.registers.linear_rip))
         if isinstance(event, xa.MemAccess) and (linear := _linear(event)) is not None:
             parts.append(self._place("gla", linear))
         return "\n".join(["  ".join(parts), *(self._register_rows(event))])
