@@ -8,22 +8,26 @@ for them, and gives both back when it is closed.
 from __future__ import annotations
 
 import math
+import re
 import time
+from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping
 from contextlib import aclosing, closing
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, TypeAlias
 
 from xenaltp2m.abi.x86 import CR0_PG, FRAME
 from xenaltp2m.breakpoints import Breakpoints
-from xenaltp2m.errors import InvalidArgumentError, NotMappedError
+from xenaltp2m.errors import InvalidArgumentError, NotMappedError, OutOfMemoryError
 from xenaltp2m.events import DomainEnded, Registers
 from xenaltp2m.handle import Handle
-from xenaltp2m.hooks import Hit
+from xenaltp2m.hooks import Breakpoint, Hit
 from xenaltp2m.memory import AddressSpace, MappedPages
 from xenaltp2m.symbols import Image, Symbols
+from xenaltp2m.types import PAGE_SHIFT
 
 if TYPE_CHECKING:
     from xenaltp2m.domain import Domain
@@ -32,10 +36,18 @@ if TYPE_CHECKING:
     from xenaltp2m.types import VcpuId
 
 _Place: TypeAlias = "int | tuple[AddressSpace, int]"
+_StackPage: TypeAlias = tuple[int, int]
+"""The page tables, or 0 for all of them, and the number of a page."""
 _MOST_WAITING = 1 << 16
 """Calls whose return is waited for: some never come back."""
 _MOST_PLACES = 1 << 10
 """Places that traced functions come back to."""
+_CALL, _CALL_SIZE = 0xE8, 5
+"""``call rel32``."""
+_MOST_TAKEN = 256
+"""Bytes of arguments that a function outside 64-bit code may take off the stack (``ret n``)."""
+_RETURNS_TWICE = re.compile(r"(_|__|__x)?(setjmp|sigsetjmp|savectx|vfork|getcontext)([@#].*)?")
+"""The names by which gcc knows such functions (``special_function_p``)."""
 _IN_REGISTERS = "rdi", "rsi", "rdx", "rcx", "r8", "r9"
 """The first six arguments (System V ABI, AMD64)."""
 _CR3_ADDRESS = FRAME
@@ -82,8 +94,9 @@ class Trace(Handle):
     Attributes:
         hits: How often each function was called, by name, whatever was left out.
         dropped: How many calls were left out because there were too many in a second.
-        unfinished: Of how many calls the return was not waited for any longer, for there were too
-            many.
+        waiting: Of how many calls the return is awaited.
+        unfinished: Of how many calls the return is awaited no more: longjmp has left them, their
+            return address leads nowhere, or there were too many.
         reapplied: How many pages with breakpoints :meth:`verify` has found reset by Xen.
         busy: Seconds that were spent on calls and returns, callbacks included.
         ended: How the domain ended, once it has.
@@ -131,7 +144,7 @@ class Trace(Handle):
         """So many are told in a span of time, which is a second or what one takes."""
         self._span = self._most / most_per_second if most_per_second else math.inf
         self.hits: Counter[str] = Counter(dict.fromkeys(names, 0))
-        self.dropped = self.unfinished = self.reapplied = 0
+        self.dropped = self.waiting = self.unfinished = self.reapplied = 0
         self.busy = 0.0
         self._until = math.inf
         self.ended: DomainEnded | None = None
@@ -140,10 +153,14 @@ class Trace(Handle):
         self._span_ends, self._told = 0.0, 0
         self._seen: deque[Seen] = deque()
         self._callback: Callable[[Seen], object] = self._seen.append
-        self._waiting: dict[tuple[int, int, int], Call] = {}
-        """By the address it will come back to, guest-physical, whose stack it has, and where."""
-        self._return_places: set[int] = set()
-        """Where breakpoints are for these: they stay, for it will be called from there again."""
+        self._places: dict[int, _ReturnPlace] = {}
+        """By guest-physical address: their breakpoints stay, for the next call from there."""
+        self._stacks: dict[_StackPage, list[_Frame]] = {}
+        """Shadow stacks: frames that are awaited, by address."""
+        self._frames: dict[_Frame, None] = {}
+        """The same, oldest first."""
+        self._twice: dict[tuple[_ReturnPlace, _StackPage, int], list[Call]] = {}
+        """Calls that have returned and may again, by the place and the stack pointer."""
         try:
             self._open(places, fast, accept)
         except BaseException as error:
@@ -289,9 +306,9 @@ class Trace(Handle):
         stack = registers.linear_rsp
         caller, arguments = self._stack(registers, stack, count, width)
         call = Call(name, hit.vcpu, now, cr3, stack, caller, arguments, registers)
+        if self._returns:
+            self._await(call)
         self._callback(call)
-        if self._returns and caller is not None:
-            self._await(call, width)
 
     def _stack(
         self, registers: Registers, stack: int, count: int, width: int
@@ -308,34 +325,195 @@ class Trace(Handle):
         caller = words[0] if width == 8 else (registers.cs_base + words[0]) & 0xFFFF_FFFF
         return caller, (*in_registers, *words[1:])
 
-    def _await(self, call: Call, width: int) -> None:
-        assert call.caller is not None
-        try:
-            space = self.address_space(call)
-            place = space.translate(call.caller).physical
-        except (NotMappedError, InvalidArgumentError):
-            return
-        if place not in self._return_places:
-            if len(self._return_places) >= _MOST_PLACES:
-                self.unfinished += 1
-                return
-            self._breakpoints.insert(place, self._returned)
-            self._return_places.add(place)
-        if len(self._waiting) >= _MOST_WAITING:
-            del self._waiting[next(iter(self._waiting))]
+    def _await(self, call: Call) -> None:
+        """Wait for the return of a call."""
+        key, slot = _stack_of(call.registers, call.stack), call.stack
+        self._leave(key, slot, call.vcpu)
+        place = self._place_of_return(call)
+        frame = self._frame_at(key, slot)
+        if frame is not None and frame.place is not place:
+            self._give_up(frame)  # CALL has overwritten its return address
+            frame = None
+        if place is None:
             self.unfinished += 1
-        self._waiting[place, *_thread(call.cr3, call.stack + width)] = call
+            return
+        if frame is None:
+            frame = _Frame(key, slot, place)
+            insort(self._stacks.setdefault(key, []), frame, key=_slot)
+            self._frames[frame] = None
+            place.arm(self._breakpoints, self._left_by_call)
+        frame.calls.append(call)  # a tail call, if there was one before
+        self.waiting += 1
+        if self.waiting > _MOST_WAITING:
+            self._give_up_oldest()
 
-    def _returned(self, hit: Hit) -> None:
+    def _place_of_return(self, call: Call) -> _ReturnPlace | None:
+        """Return where a call comes back to, with a breakpoint there; None if there can be none."""
+        if call.caller is None:
+            return None
+        space = self.address_space(call)
+        try:
+            physical = space.translate(call.caller).physical
+            place = self._places.get(physical)
+            if place is None and len(self._places) < _MOST_PLACES:
+                wrap = (1 << 64) - 1 if call.registers.word_size == 8 else 0xFFFF_FFFF
+                place = _ReturnPlace(self._site(space, call.caller, wrap))
+                self._breakpoints.insert(physical, partial(self._returned, place))
+                self._places[physical] = place
+        except (NotMappedError, InvalidArgumentError, OutOfMemoryError):
+            return None  # the guest has put the address there: it may be anything
+        return place
+
+    def _site(self, space: AddressSpace, caller: int, wrap: int) -> int | None:
+        """Return the physical address of the CALL before a return address; None if not known.
+
+        Only ``call rel32`` to a symbol is certain: other bytes may be the end of something else.
+        """
+        site = caller - _CALL_SIZE
+        try:
+            code = space.read(site, _CALL_SIZE)
+            target = caller + int.from_bytes(code[1:], "little", signed=True)
+            found = self._symbols.locate(target & wrap) if code[0] == _CALL else None
+            return space.translate(site).physical if found and not found.offset else None
+        except (NotMappedError, InvalidArgumentError):
+            return None
+
+    def _left_by_call(self, hit: Hit) -> None:
+        """Give up calls that longjmp has left: their frame is where this CALL puts its own."""
         registers = hit.registers
-        came = hit.breakpoint.address, *_thread(registers.cr3, registers.linear_rsp)
-        call = self._waiting.pop(came, None)
-        if call is None:
-            return  # somebody else comes by
-        value = registers.rax & (-1 if registers.word_size == 8 else 0xFFFF_FFFF)
-        self._callback(Return(call, hit.vcpu, self._clock.monotonic() - self._begun, value))
+        top = registers.linear_rsp
+        slot = top - registers.word_size
+        key = _stack_of(registers, slot)
+        frame = self._frame_at(key, slot)
+        if frame is not None:
+            self._give_up(frame)
+        self._leave(key, top, hit.vcpu)
+
+    def _frame_at(self, key: _StackPage, slot: int) -> _Frame | None:
+        frames = self._stacks.get(key, ())
+        at = bisect_left(frames, slot, key=_slot)
+        return frames[at] if at < len(frames) and frames[at].slot == slot else None
+
+    def _leave(self, key: _StackPage, top: int, vcpu: VcpuId) -> None:
+        """Give up calls whose return address is below the top of their stack.
+
+        In the same page, and by the same vCPU, it is the same stack: others seldom share a page.
+        """
+        frames = self._stacks.get(key, ())
+        for frame in frames[: bisect_left(frames, top, key=_slot)]:
+            if frame.calls[0].vcpu == vcpu:
+                self._give_up(frame)
+
+    def _give_up(self, frame: _Frame) -> None:
+        self._remove(frame)
+        self.unfinished += len(frame.calls)
+
+    def _give_up_oldest(self) -> None:
+        frame = next(iter(self._frames))
+        frame.calls.popleft()
+        self.waiting -= 1
+        self.unfinished += 1
+        if not frame.calls:
+            self._remove(frame)
+
+    def _remove(self, frame: _Frame) -> None:
+        frames = self._stacks[frame.key]
+        frames.remove(frame)
+        if not frames:
+            del self._stacks[frame.key]
+        del self._frames[frame]
+        self.waiting -= len(frame.calls)
+        frame.place.disarm()
+
+    def _returned(self, place: _ReturnPlace, hit: Hit) -> None:
+        registers = hit.registers
+        top, width = registers.linear_rsp, registers.word_size
+        frame = self._frame_of_return(place, hit, top - width)
+        calls: deque[Call] = deque()
+        if frame is not None:
+            self._remove(frame)
+            calls = frame.calls
+        self._leave(_stack_of(registers, top - 1), top, hit.vcpu)
+        again = place, _stack_of(registers, top), top
+        if not calls:
+            calls.extend(self._twice.get(again, ()))
+        elif twice := [call for call in calls if _RETURNS_TWICE.fullmatch(call.name)]:
+            self._twice[again] = twice
+            if len(self._twice) > _MOST_PLACES:
+                del self._twice[next(iter(self._twice))]
+        now = self._clock.monotonic() - self._begun
+        value = registers.rax & (-1 if width == 8 else 0xFFFF_FFFF)
+        try:
+            while calls:
+                self._callback(Return(calls.pop(), hit.vcpu, now, value))
+        finally:
+            self.unfinished += len(calls)
+
+    def _frame_of_return(self, place: _ReturnPlace, hit: Hit, slot: int) -> _Frame | None:
+        """Find the frame whose return address a RET has just taken off the stack.
+
+        Outside 64-bit code it may have taken arguments along (``ret n``).
+        """
+        registers = hit.registers
+        frame = self._frame_at(_stack_of(registers, slot), slot)
+        if frame is not None and frame.place is place:
+            return frame
+        if registers.word_size == 8:
+            return None
+        found = [
+            frame
+            for key in {_stack_of(registers, slot), _stack_of(registers, slot - _MOST_TAKEN)}
+            for frame in self._stacks.get(key, ())
+            if frame.place is place
+            and slot - _MOST_TAKEN <= frame.slot < slot
+            and frame.calls[0].vcpu == hit.vcpu
+        ]
+        return max(found, key=_slot, default=None)
 
 
-def _thread(cr3: int, stack: int) -> tuple[int, int]:
-    """Tell threads apart: by the stack, and in the lower half by whose it is."""
-    return 0 if stack & _UPPER_HALF else cr3 & _CR3_ADDRESS, stack
+class _ReturnPlace:
+    """Where calls come back to, and the CALL before it.
+
+    A CALL that is executed while calls wait that it has made, from the same place of the stack,
+    shows that these have been left: by longjmp, or by an exception of C++. It has a breakpoint only
+    while some wait.
+    """
+
+    __slots__ = ("_breakpoint", "_site", "_waiting")
+
+    def __init__(self, site: int | None) -> None:
+        self._site, self._waiting = site, 0
+        self._breakpoint: Breakpoint | None = None
+
+    def arm(self, breakpoints: Breakpoints, callback: Callable[[Hit], object]) -> None:
+        self._waiting += 1
+        if self._waiting == 1 and self._site is not None:
+            self._breakpoint = breakpoints.insert(self._site, callback)
+
+    def disarm(self) -> None:
+        self._waiting -= 1
+        if not self._waiting and self._breakpoint is not None:
+            self._breakpoint.remove()
+
+
+class _Frame:
+    """A return address on a stack, and the calls that end with it: tail calls share one."""
+
+    __slots__ = ("calls", "key", "place", "slot")
+
+    def __init__(self, key: _StackPage, slot: int, place: _ReturnPlace) -> None:
+        self.key, self.slot, self.place = key, slot, place
+        self.calls: deque[Call] = deque()
+
+
+_slot = attrgetter("slot")
+
+
+def _stack_of(registers: Registers, address: int) -> _StackPage:
+    """Return the page of a stack.
+
+    Kernels have their stacks at the same addresses by all page tables.
+    """
+    if address & _UPPER_HALF:
+        return 0, address >> PAGE_SHIFT
+    return registers.cr3 & _CR3_ADDRESS, address >> PAGE_SHIFT

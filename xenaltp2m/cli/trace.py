@@ -64,7 +64,8 @@ and a last line {"summary": {...}}:
   calls, seconds, rate    in all
   busy         the part of the time that was spent here, a vCPU waiting, from 0 to 1
   dropped      calls that --rate has left out
-  unfinished   calls whose return was not waited for any longer
+  waiting      calls that had not returned at the end
+  unfinished   calls whose return was given up: longjmp has left them, or there were too many
   reapplied    pages that Xen had reset, and that were made again
   by_function  {name: calls}
 """
@@ -431,6 +432,7 @@ class _Teller:
                 "rate": round(self._course.rate(total), 3),
                 "busy": round(busy, 6),
                 "dropped": trace.dropped,
+                "waiting": trace.waiting,
                 "unfinished": trace.unfinished,
                 "reapplied": trace.reapplied,
                 "by_function": dict(trace.hits),
@@ -441,7 +443,8 @@ class _Teller:
         self._console.table(self._table())
         more = [f"{100 * busy:.0f} % of the time in handlers"]
         more += [f"{trace.dropped} left out by --rate"] if trace.dropped else []
-        more += [f"{trace.unfinished} returns not waited for"] if trace.unfinished else []
+        more += [f"{trace.waiting} not returned yet"] if trace.waiting else []
+        more += [f"{trace.unfinished} left without a return"] if trace.unfinished else []
         more += [f"{counted(trace.reapplied, 'page')} made again"] if trace.reapplied else []
         self._console.line(", ".join(more))
 
