@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import weakref
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from errno import EBUSY, EINVAL, ENOMEM, EPERM, ESRCH
 from typing import TypeVar
@@ -750,14 +750,15 @@ OPERAND = 0x43424140
 def changing_the_page_before(last: int, function: int) -> bytes:
     """Call a function, change the last byte before it, execute from there; and change it back."""
     code = b""
-    for part in (
+    parts: list[Callable[[int], bytes]] = [
         lambda at: call(at, function),
         lambda at: store_byte(last, MOV_EAX),
         lambda at: call(at, last),
         lambda at: b"\xa3" + DATA.to_bytes(4, "little"),  # mov %eax, (DATA)
         lambda at: store_byte(last, NOP[0]),
         lambda at: call(at, function),
-    ):
+    ]
+    for part in parts:
         code += part(CODE + len(code))
     return code + HALT
 
