@@ -43,7 +43,9 @@ from xenaltp2m.abi.x86 import (
     PTE_ACCESSED,
     PTE_DIRTY,
     PTE_PRESENT,
+    Repeated,
     page_table_entry_size,
+    repeated,
 )
 from xenaltp2m.errors import AlreadyError, InvalidArgumentError, NotMappedError, XenError
 from xenaltp2m.events import (
@@ -65,6 +67,7 @@ from xenaltp2m.hooks import (
     Watch,
 )
 from xenaltp2m.instructions import LONGEST_ACCESS
+from xenaltp2m.repetitions import Repetitions
 from xenaltp2m.responses import REINJECT, RESUME, STEP, Response
 from xenaltp2m.shadows import Shadows
 from xenaltp2m.types import PAGE_SHIFT, PAGE_SIZE, Access, Gfn
@@ -81,6 +84,9 @@ _BEFORE = 14
 """Bytes before an address from which on an instruction may reach behind it."""
 _MOST_LEADS = 8
 """Pages that come before one: a guest that maps it after more of them is stepped there."""
+_LONGEST_INSTRUCTION = 15
+_REPEATS = frozenset(b"\xf2\xf3\x66\x67\x26\x2e\x36\x3e\x64\x65")
+"""What a repeated string instruction begins with: REP, sizes, segments."""
 _OFFSET = PAGE_SIZE - 1
 _W, _X = AccessFlag.W, AccessFlag.X
 _READ_ONES, _WRITE_NOWHERE = (
@@ -212,6 +218,7 @@ class Breakpoints(Handle):
         self._leads: dict[int, set[int]] = {}
         """By gfn: after which pages with breakpoints it comes before, by their gfns."""
         self._linear: list[LinearBreakpoint] = []
+        self._repetitions = Repetitions()
         self._set_up()
         # This one answers what those had waiting that are closed.
         monitor._answerers = [
@@ -272,17 +279,23 @@ class Breakpoints(Handle):
             super().abandon()
             raise
 
-    def _through(self, view: View, event: Event) -> Response:
+    def _through(self, view: View, event: Event, *, tell: bool = False) -> Response:
         """Have an instruction executed in a view.
 
         From its first step on it is one that is told of, or none: Xen tells of no step once it has
         begun a fast one.
+
+        Args:
+            view: The view.
+            event: The instruction is about to be executed.
+            tell: Whether the end of the step is to be told of in any case.
         """
         told = False
-        if self._awaited or self._afters or not self._fast:
+        if self._awaited or self._afters or not self._fast or tell:
             vcpu = int(event.vcpu)
             if event.view == self.hooks.id:
-                if self._afters or not self._fast:
+                self._repetitions.forget(vcpu)
+                if self._afters or not self._fast or tell:
                     self._awaited[vcpu] = []
                 else:
                     self._awaited.pop(vcpu, None)
@@ -338,7 +351,9 @@ class Breakpoints(Handle):
 
     # Inserting and removing.
 
-    def insert(self, address: int, callback: Callback) -> Breakpoint:
+    def insert(
+        self, address: int, callback: Callback, *, each_iteration: bool = False
+    ) -> Breakpoint:
         """Have something called before each execution of an instruction.
 
         It may be done while the guest runs, and in a callback. There may be several at an address;
@@ -348,6 +363,8 @@ class Breakpoints(Handle):
             address: Guest-physical, of the first byte of the instruction.
             callback: Called with a :class:`Hit`. What it raises is raised where the monitor runs,
                 once the vCPU was answered.
+            each_iteration: Whether each iteration of a repeated string instruction (REP MOVS) is a
+                hit; by default all together are one, also where an interrupt comes in between.
 
         Raises:
             InvalidArgumentError: The address is not in memory.
@@ -359,7 +376,7 @@ class Breakpoints(Handle):
         check_gfn(gfn)
         self._check_not_shadow(gfn)
         page = self._pages.get(gfn) or self._take(gfn)
-        made = Breakpoint(self, address, callback)
+        made = Breakpoint(self, address, callback, each_iteration)
         if offset in page.hooks:
             page.hooks[offset].append(made)
             return made
@@ -414,7 +431,12 @@ class Breakpoints(Handle):
         undo.unwind(f"removing the breakpoints of gfn {gfn:#x}")
 
     def insert_linear(
-        self, space: AddressSpace, address: int, callback: Callback
+        self,
+        space: AddressSpace,
+        address: int,
+        callback: Callback,
+        *,
+        each_iteration: bool = False,
     ) -> LinearBreakpoint:
         """As :meth:`insert`, by a linear address, which need not be mapped yet.
 
@@ -427,6 +449,7 @@ class Breakpoints(Handle):
                 tables must stay tables: remove the breakpoint when the process ends.
             address: Linear.
             callback: As for :meth:`insert`.
+            each_iteration: As for :meth:`insert`.
 
         Raises:
             InvalidArgumentError: The guest has paging off, or this is no address.
@@ -436,7 +459,7 @@ class Breakpoints(Handle):
         if not space.paging.cr0 & CR0_PG:
             raise InvalidArgumentError("paging is off there: linear addresses are physical")
         space.check(address)
-        made = LinearBreakpoint(self, space, address, callback)
+        made = LinearBreakpoint(self, space, address, callback, each_iteration)
         try:
             made._follow()
         except BaseException as error:
@@ -707,9 +730,12 @@ class Breakpoints(Handle):
         if event.view == self.hooks.id and page is not None and offset in page.hooks:
             if self._writers:
                 self._writers.pop(int(event.vcpu), None)
-            is_own = page.memory[offset] == _INT3
-            over = REINJECT if is_own else self._through(self._step_view, event)
-            return self._hit(page.hooks[offset], event, over)
+            first = page.memory[offset]
+            again = self._repeated(page, offset, event) if first in _REPEATS else None
+            over = REINJECT
+            if first != _INT3:
+                over = self._through(self._step_view, event, tell=again is not None)
+            return self._hit(page.hooks[offset], event, over, again)
         # The guest's own; or one that was removed since: the instruction comes again.
         return REINJECT if self._is_own(event) else RESUME
 
@@ -736,17 +762,40 @@ class Breakpoints(Handle):
         except InvalidArgumentError:
             return True  # no such page: then none of ours was there
 
-    def _hit(self, breakpoints: list[Breakpoint], event: Event, over: Response) -> Response:
+    def _repeated(self, page: _Page, offset: int, event: Event) -> Repeated | None:
+        """Decode a repeated string instruction; None for any other."""
+        registers = event.registers
+        code = bytes(page.memory[offset : offset + _LONGEST_INSTRUCTION])
+        if _REPEATS.issuperset(code):  # it goes on in the next page
+            with suppress(XenError):
+                space = self._domain.memory.address_space(registers)
+                code = space.read(registers.linear_rip, _LONGEST_INSTRUCTION)
+        size = registers.word_size
+        return repeated(code, size == 8, min(size, 4))
+
+    def _hit(
+        self,
+        breakpoints: list[Breakpoint],
+        event: Event,
+        over: Response,
+        again: Repeated | None = None,
+    ) -> Response:
         """Call all that want to know of an execution."""
         registers: dict[str, int] = {}
-        calls = self._hits(breakpoints, event, registers)
+        calls = self._hits(breakpoints, event, registers, again)
         return self._call(calls, breakpoints, registers, event, over)
 
     def _hits(
-        self, breakpoints: list[Breakpoint], event: Event, registers: dict[str, int]
+        self,
+        breakpoints: list[Breakpoint],
+        event: Event,
+        registers: dict[str, int],
+        again: Repeated | None = None,
     ) -> list[tuple[Callable[[Any], object], object]]:
-        """Count an execution, and list whom to call."""
+        """Count an execution, or an iteration, and list whom to call."""
         calls: list[tuple[Callable[[Any], object], object]] = []
+        if again is not None and self._repetitions.goes_on(breakpoints[0].address, again, event):
+            breakpoints = [one for one in breakpoints if one.each_iteration]
         for one in breakpoints:
             one.hits += 1
             calls.append((one.callback, Hit(one, event, registers)))
@@ -859,12 +908,15 @@ class Breakpoints(Handle):
         through, used = self._watch_views
         if access.written:
             through = self._write_view if is_code else used
-        over = self._through(through, event)
+        found, again = self._being_fetched(event), None
+        if found:
+            gfn, offset = divmod(found[0].address, PAGE_SIZE)
+            again = self._repeated(self._pages[gfn], offset, event)
+        over = self._through(through, event, tell=again is not None)
         self._awaited.get(int(event.vcpu), []).extend(
             (watch, access) for watch in reached if watch.after is not None
         )
-        found = self._being_fetched(event)
-        before = [*calls("before"), *self._hits(found, event, registers)]
+        before = [*calls("before"), *self._hits(found, event, registers, again)]
         still = [event] if found else watches  # what was a hit does not come again
         return self._call(before, still, registers, event, over)
 
@@ -916,8 +968,9 @@ class Breakpoints(Handle):
                 self.hooks.set_access(gfn, Access.X)
             return RESUME
         found = page.hooks.get(offset) if event.offset == offset else None
-        over = self._through(self._step_view, event)
-        return over if found is None else self._hit(found, event, over)
+        again = self._repeated(page, offset, event) if found is not None else None
+        over = self._through(self._step_view, event, tell=again is not None)
+        return over if found is None else self._hit(found, event, over, again)
 
     def _knows_before(self, page: _Page, event: MemAccess) -> bool:
         """Learn by the page tables in use which page comes before one that is to be executed."""
@@ -962,6 +1015,7 @@ class Breakpoints(Handle):
     def _stepped(self, event: Singlestep) -> Response | None:
         if event.view not in self._ids or event.view == self.hooks.id:
             return None
+        self._repetitions.stepped(event)
         self._writers.pop(int(event.vcpu), None)
         registers: dict[str, int] = {}
         calls = [

@@ -114,6 +114,11 @@ class Registers:
         return 4 if attributes & _BIG else 2
 
     @property
+    def privilege(self) -> int:
+        """The current privilege level, which is SS.DPL (SDM 3C, 25.4.1)."""
+        return self._ss_attributes >> 5 & 3
+
+    @property
     def linear_rip(self) -> int:
         """Linear address of the instruction: outside 64-bit code, rip is an offset within CS."""
         base = self.cs_base

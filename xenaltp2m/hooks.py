@@ -114,12 +114,16 @@ class Breakpoint:
     Attributes:
         address: Guest-physical.
         hits: How often it was hit.
+        each_iteration: Whether each iteration of a repeated string instruction is a hit.
     """
 
-    def __init__(self, owner: Breakpoints, address: int, callback: Callback) -> None:
+    def __init__(
+        self, owner: Breakpoints, address: int, callback: Callback, each_iteration: bool = False
+    ) -> None:
         self._owner = owner
         self.address = address
         self.callback = callback
+        self.each_iteration = each_iteration
         self.hits = 0
 
     def __repr__(self) -> str:
@@ -195,10 +199,16 @@ class LinearBreakpoint:
     """
 
     def __init__(
-        self, owner: Breakpoints, space: AddressSpace, address: int, callback: Callback
+        self,
+        owner: Breakpoints,
+        space: AddressSpace,
+        address: int,
+        callback: Callback,
+        each_iteration: bool = False,
     ) -> None:
         self._owner = owner
         self.space, self.address, self.callback = space, address, callback
+        self.each_iteration = each_iteration
         self.physical: int | None = None
         self.hits = self.moves = 0
         self._there: Breakpoint | None = None
@@ -248,7 +258,9 @@ class LinearBreakpoint:
         self.moves += 1
         self.physical = None
         if physical is not None:
-            self._there = self._owner.insert(physical, self._hit)
+            self._there = self._owner.insert(
+                physical, self._hit, each_iteration=self.each_iteration
+            )
             self.physical = physical  # not before: if that fails, it is tried again
 
     def _look(self) -> tuple[dict[int, int], int | None]:

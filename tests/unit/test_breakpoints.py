@@ -42,6 +42,7 @@ from .machinecode import (
     DATA,
     FOREVER,
     HALT,
+    HANDLERS,
     IDT,
     OTHER,
     PRESENT,
@@ -673,14 +674,19 @@ def told_of_int3(guest: Hooked, gfn: int, *, length: int = 1, **registers: int) 
 
 
 def told(
-    guest: Hooked, reason: xa.Reason, fields: dict[str, int], registers: dict[str, int]
+    guest: Hooked,
+    reason: xa.Reason,
+    fields: dict[str, int],
+    registers: dict[str, int],
+    vcpu: int = 0,
+    view: xa.View | None = None,
 ) -> xa.Event:
     raw = encode_request(
         7,
         reason,
-        0,
+        vcpu,
         flags=xa.Flag.VCPU_PAUSED | xa.Flag.ALTERNATE_P2M,
-        view=int(guest.breakpoints.hooks.id),
+        view=int((view or guest.breakpoints.hooks).id),
         fields=fields,
         registers={"cs": CODE_32 << 20 | 0xFFFFF} | registers,
     )
@@ -850,3 +856,127 @@ def test_fault_03_nothing_is_before_the_first_page(make: Make) -> None:
     guest.breakpoints.insert(0, guest.note)
     assert guest.go().halted
     assert guest.seen == [0]
+
+
+# Repeated string instructions.
+
+REP_STOSB, REPNE_SCASB = b"\xf3\xaa", b"\xf2\xae"
+TIMER = 0x20
+
+
+def move(register: int, value: int) -> bytes:
+    return bytes([0xB8 + register]) + value.to_bytes(4, "little")
+
+
+def fill(at: int, count: int) -> bytes:
+    """mov $at, %edi; mov $count, %ecx; rep stosb."""
+    return move(7, at) + move(1, count) + REP_STOSB
+
+
+FILL = len(fill(0, 0)) - len(REP_STOSB)
+"""Where its REP STOSB is."""
+
+
+@WAYS
+@pytest.mark.parametrize("each", [False, True], ids=["executions", "iterations"])
+def test_fault_11_a_repeated_instruction(make: Make, fast: bool, int3: bool, each: bool) -> None:
+    guest = make(fill(DATA, 10) + HALT, fast=fast, int3=int3, rax=0x5A)
+    hook = guest.breakpoints.insert(CODE + FILL, guest.note, each_iteration=each)
+    behind = guest.breakpoints.insert(CODE + FILL + 2, guest.note)
+    assert guest.go().halted
+    assert guest.read(DATA, 11) == b"\x5a" * 10 + b"\0"
+    assert (hook.hits, behind.hits) == (10 if each else 1, 1)
+
+
+@WAYS
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_fault_11_executions_that_begin_alike_are_several(
+    make: Make, fast: bool, int3: bool, count: int
+) -> None:
+    """The same registers and the same stack: only the end of each step tells them apart."""
+    loop = fill(DATA, count) + b"\x4b\x75" + bytes([256 - FILL - 5])  # dec %ebx; jnz
+    guest = make(loop + HALT, fast=fast, int3=int3, rbx=4)
+    hook = guest.breakpoints.insert(CODE + FILL, guest.note)
+    both = guest.breakpoints.insert(CODE + FILL, guest.note, each_iteration=True)
+    assert guest.go().halted
+    assert hook.hits == 4
+    assert both.hits == 4 * max(count, 1)
+
+
+@WAYS
+def test_fault_11_a_search_that_goes_on_where_it_found(make: Make, fast: bool, int3: bool) -> None:
+    """REPNE ends early; the next execution begins with the registers the last one ended with."""
+    loop = REPNE_SCASB + b"\x75\x03\x43\xeb\xf9"  # jne: end; inc %ebx; jmp: search
+    guest = make(
+        loop + HALT,
+        {DATA: b"..a.aa..."},
+        fast=fast,
+        int3=int3,
+        rax=ord("a"),
+        rbx=0,
+        rcx=9,
+        rdi=DATA,
+    )
+    hook = guest.breakpoints.insert(CODE, guest.note)
+    assert guest.go().halted
+    assert guest.register("rbx") == 3
+    assert hook.hits == 4
+
+
+@WAYS
+@pytest.mark.parametrize("nested", [False, True], ids=["alone", "its handler does the same"])
+def test_fault_11_an_interrupt_between_iterations(
+    make: Make, fast: bool, int3: bool, nested: bool
+) -> None:
+    handler = CODE + 0x100
+    routine = CODE + 0x200
+    saving = b"\x60" + (move(7, OTHER) + move(1, 3) + call(handler + 11, routine)) * nested
+    handling = saving + b"\x61\xcf"  # pusha … popa; iret
+    code = move(7, DATA) + move(1, 10) + call(CODE + 10, routine) + HALT
+    code = code.ljust(0x100, NOP) + handling.ljust(0x100, NOP) + REP_STOSB + RET
+    guest = make(code, fast=fast, int3=int3, rax=0x5A)
+    guest.computer.write(IDT + 8 * TIMER, gate(handler, wide=False))
+
+    def interrupt(hit: Hit) -> None:
+        if hit.breakpoint.hits in (1, 4) and hit.registers.rdi < OTHER:
+            kind = int(xa.TrapType.EXTERNAL_INTERRUPT)
+            guest.host.hvm_inject_trap(guest.domid, 0, TIMER, kind, ONES, 0, 0)
+
+    hook = guest.breakpoints.insert(routine, guest.note)
+    each = guest.breakpoints.insert(routine, interrupt, each_iteration=True)
+    handled = guest.breakpoints.insert(handler, guest.note)
+    assert guest.go().halted
+    assert guest.read(DATA, 11) == b"\x5a" * 10 + b"\0"
+    assert guest.read(OTHER, 4) == (b"\x5a" * 3 * nested).ljust(4, b"\0")
+    assert handled.hits >= 1
+    assert hook.hits == 1 + handled.hits * nested
+    assert each.hits >= 10 + 3 * handled.hits * nested
+
+
+@pytest.mark.parametrize("ring", [0, 3])
+def test_fault_11_another_vcpu_goes_on(make: Make, ring: int) -> None:
+    """Threads move between iterations; what has other page tables in user mode is another."""
+    guest = make(REP_STOSB + HALT)
+    hook = guest.breakpoints.insert(CODE, guest.note)
+    ss = (0xC93 | ring << 5) << 20
+    at = {"cs": CODE_32 << 20, "ss": ss, "rip": CODE, "rsp": STACK, "cr3": 0x1000}
+
+    def hit(vcpu: int, count: int, **registers: int) -> int:
+        state = at | {"rcx": count, "rdi": DATA + 10 - count} | registers
+        fields = {"software_breakpoint.gfn": CODE >> 12, "software_breakpoint.insn_length": 1}
+        guest.breakpoints(told(guest, xa.Reason.SOFTWARE_BREAKPOINT, fields, state, vcpu))
+        return hook.hits
+
+    def stepped(vcpu: int, count: int, **registers: int) -> None:
+        state = at | {"rcx": count, "rdi": DATA + 10 - count} | registers
+        view = guest.breakpoints._step_view
+        guest.breakpoints(told(guest, xa.Reason.SINGLESTEP, {}, state, vcpu, view))
+
+    assert hit(0, 10) == 1
+    stepped(0, 9, rip=HANDLERS, rsp=STACK - 0x1000)  # interrupted
+    assert hit(0, 10) == 2  # another thread begins, on another vCPU
+    stepped(0, 9)
+    assert hit(1, 9, rsp=STACK - 64) == 3  # somebody else's stack
+    stepped(1, 8, rsp=STACK - 64)
+    assert hit(1, 9, cr3=0x2000) == (4 if ring else 3)
+    assert hit(1, 9) == (4 if ring else 3)

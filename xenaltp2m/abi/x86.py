@@ -413,6 +413,8 @@ class Repeated(NamedTuple):
     """Of the address size: so much of rcx, rsi and rdi is used."""
     source: str
     """The segment that rsi is in."""
+    length: int
+    """Bytes of the instruction."""
 
     @property
     def is_movs(self) -> bool:
@@ -431,6 +433,8 @@ def repeated(code: bytes, long: bool, default_size: int) -> Repeated | None:
     opcode = code[len(prefixes)] if len(prefixes) < len(code) else 0
     if opcode not in _STRING or not {0xF2, 0xF3} & {*prefixes}:
         return None
+    if not long and any(0x40 <= one < 0x50 for one in prefixes):
+        return None  # INC and DEC
     is_wide = long and 0x48 <= prefixes[-1] < 0x50
     size = 8 if is_wide else 6 - default_size if 0x66 in prefixes else default_size
     bits = 64 if long else 8 * default_size
@@ -438,7 +442,8 @@ def repeated(code: bytes, long: bool, default_size: int) -> Repeated | None:
         bits = {64: 32, 32: 16, 16: 32}[bits]
     segments = [_SEGMENT_PREFIXES[one] for one in prefixes if one in _SEGMENT_PREFIXES]
     source = segments[-1] if segments else "ds"
-    return Repeated(opcode, size if opcode & 1 else 1, (1 << bits) - 1, source)
+    width = size if opcode & 1 else 1
+    return Repeated(opcode, width, (1 << bits) - 1, source, len(prefixes) + 1)
 
 
 _IMMEDIATE = frozenset({0xCD, 0xE4, 0xE5, 0xE6, 0xE7})
