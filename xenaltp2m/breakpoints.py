@@ -564,7 +564,7 @@ class Breakpoints(Handle):
             NotMappedError: A page with breakpoints is gone: remove them.
         """
         self._check_open()
-        lost = []
+        lost: set[int] = set()
         is_on = self._backend.altp2m_get_domain_state(self._domid)
         for gfn in self._pages.keys() | self._watched.keys() | self._leads.keys():
             page = self._pages.get(gfn)
@@ -573,12 +573,13 @@ class Breakpoints(Handle):
             if as_it_was and page is not None and page.shadow_gfn:
                 as_it_was = self._shadows.is_hidden(page.shadow_gfn)
             if not as_it_was:
-                lost.append(Gfn(gfn))
+                has_some = page is not None or gfn in self._watched
+                lost |= {gfn} if has_some else self._leads[gfn]
         if lost or not (is_on and self._shadows.are_hidden()):
             for one in self._altp2m.verify(self._views):
                 if one.failure is not None:
                     raise one.failure
-        return lost
+        return [Gfn(gfn) for gfn in lost]
 
     def _found_lost(self, lost: Lost) -> None:
         """What was written to the pages meanwhile, nobody has told of; some may be others now."""

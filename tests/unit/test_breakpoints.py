@@ -844,7 +844,7 @@ def test_fault_03_pages_before_are_made_again(make: Make) -> None:
     beside.remove()
     assert guest.breakpoints.hooks.access(CODE >> 12) == xa.Access.RX
     guest.host.altp2m_set_mem_access(guest.domid, 0, CODE >> 12, 7)
-    assert guest.breakpoints.verify() == [CODE >> 12]
+    assert guest.breakpoints.verify() == [NEXT >> 12]
     assert guest.breakpoints.hooks.effective_access(CODE >> 12) == xa.Access.RX
     assert guest.go().halted
     assert guest.read(DATA, 4) == OPERAND.to_bytes(4, "little")
