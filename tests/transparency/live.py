@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Judges programs on real Xen, in dom0 of the lab: ``python3 -m tests.transparency.live 0 2000``.
+
+A line for each that differs goes to standard output, with what it takes to run it again.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import xenaltp2m as xa
+from xenaltp2m.symbols import Image
+
+from .compare import Verdict, describe, judge
+from .machine import IMAGE, Machine, Stuck
+from .programs import generate
+
+NAME, CONFIG, VCPUS = "programs", "/lab/external-2.cfg", 2
+_PATIENCE = 20.0
+
+
+@contextmanager
+def live(xen: xa.Xen) -> Iterator[Machine]:
+    """Start the guest; it waits, paused, for programs."""
+    settings = [f'kernel="{IMAGE.resolve()}"', f'name="{NAME}"', 'on_crash="preserve"']
+    subprocess.run(["xl", "create", "-q", "-e", CONFIG, *settings], check=True)
+    try:
+        with xen.domain(NAME) as dom:
+            end = time.monotonic() + _PATIENCE
+            while not all(dom.vcpu(vcpu).info().online for vcpu in range(VCPUS)):
+                if time.monotonic() > end:
+                    raise Stuck("a vCPU has not come up")
+            xen.backend.domain_pause(int(dom.domid))
+            yield Machine(dom, Image.open(IMAGE), VCPUS)
+    finally:
+        subprocess.run(["xl", "destroy", NAME], check=False, capture_output=True)
+
+
+def main() -> int:
+    """Judge a range of seeds; the exit status is 1 if any differs."""
+    seeds = iter(range(int(sys.argv[1]), int(sys.argv[2])))
+    judged = differing = hits = 0
+    waiting: list[int] = []
+    with xa.connect("libxc") as xen:
+        for seed in seeds:
+            waiting.append(seed)
+            try:
+                with live(xen) as machine:
+                    while waiting:
+                        verdict = judge(generate(waiting[-1]), machine)
+                        judged, hits = judged + 1, hits + verdict.hits
+                        if verdict.differences:
+                            differing += 1
+                            print(describe(verdict), flush=True)
+                        waiting.pop()
+                        if verdict.ended:
+                            waiting += [one for one in (next(seeds, None),) if one is not None]
+            except (Stuck, xa.XenError) as error:
+                judged, differing = judged + 1, differing + 1
+                print(f"seed {waiting.pop()}: {error}", flush=True)
+    print(f"{judged} programs, {hits} hits, {differing} differ", flush=True)
+    return differing > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
