@@ -118,13 +118,15 @@ def _tables(program: Program, image: Image) -> dict[int, bytes]:
     return found
 
 
-def _control(program: Program, vcpu: int, part: Part, halts: bool) -> bytes:
+def _control(
+    program: Program, vcpu: int, part: Part, *, halts: bool, kept_flags: int
+) -> bytes:
     """A vCPU's control block, for programs.S."""
     selector = {Mode.FLAT: FLAT_CODE, Mode.LONG: LONG_CODE}.get(program.mode, CODE_SEGMENT)
     start = part.entry - program.code_base
     log, stack = LOGS + 0x4000 * vcpu, OWN_STACKS + 0x400 * (vcpu + 1)
     return struct.pack(
-        "<9I", log, MOST_EXCEPTIONS, STEPS, start, part.size, selector, stack, 0, halts
+        "<10I", log, MOST_EXCEPTIONS, STEPS, start, part.size, selector, stack, 0, halts, kept_flags
     )
 
 
@@ -165,6 +167,8 @@ class Machine:
 
     halts = False
     """Whether vCPUs wait by HLT once they have ended."""
+    kept_flags = 0xFFFFFFFF
+    """Which flags of a debug exception's frame are compared."""
 
     def __init__(self, dom: xa.Domain, image: Image, vcpus: int) -> None:
         self.dom, self.vcpus = dom, vcpus
@@ -180,7 +184,9 @@ class Machine:
         memory = bytearray(LAST - FIRST)
         parts = {**_tables(program, self._image), **program.memory}
         for vcpu, part in enumerate(program.parts):
-            parts[CONTROL + 256 * vcpu] = _control(program, vcpu, part, self.halts)
+            parts[CONTROL + 256 * vcpu] = _control(
+                program, vcpu, part, halts=self.halts, kept_flags=self.kept_flags
+            )
         for address, content in parts.items():
             memory[address - FIRST : address - FIRST + len(content)] = content
         self.dom.memory.write(FIRST, bytes(memory))

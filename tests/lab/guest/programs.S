@@ -20,7 +20,8 @@
         .set CODE_SELECTOR, 20
         .set OWN_STACK, 24              /* where to wait */
         .set DONE, 28
-        .set HALTS, 32                  /* whether it waits by HLT, for which nobody wakes it */
+        .set HALTS, 32                  /* whether it waits by HLT, from which nobody wakes it */
+        .set KEPT_FLAGS, 36             /* which flags of a debug exception's frame are kept */
         .set RESULT, 64
         .set VECTORS_STATE, 0x800       /* FXSAVE, 512 bytes for each vCPU */
         .set FIRST_TASK, 0x40           /* vCPU 0's TSS; the next one's is 16 bytes on */
@@ -77,7 +78,7 @@ function handle32
         mov $FLAT_DATA, %eax
         mov %eax, %ds
         mov %eax, %es
-        mov %esp, %ebp                  /* es, ds, edi to eax, vector at 40, error, eip, cs, eflags */
+        mov %esp, %ebp          /* es, ds, edi to eax, vector at 40, error, eip, cs, eflags */
         xor %ebx, %ebx
         str %bx
         sub $FIRST_TASK, %ebx
@@ -86,7 +87,11 @@ function handle32
         shl $1, %ecx
         add $CONTROL + VECTORS_STATE, %ecx
         add $CONTROL, %ebx
-        mov LOG(%ebx), %edi
+        cmpl $DEBUG, 40(%ebp)
+        jne 1f
+        mov KEPT_FLAGS(%ebx), %eax
+        and %eax, 56(%ebp)
+1:      mov LOG(%ebx), %edi
         addl $32, LOG(%ebx)
         .irp offset, 0, 4, 8, 12, 16
         mov 40 + \offset(%ebp), %eax
@@ -183,7 +188,11 @@ function handle64
         shl $1, %ecx
         add $CONTROL + VECTORS_STATE, %ecx
         add $CONTROL, %ebx
-        mov LOG(%rbx), %edi
+        cmpl $DEBUG, REGISTERS(%rbp)
+        jne 1f
+        mov KEPT_FLAGS(%rbx), %eax
+        and %eax, REGISTERS + 32(%rbp)
+1:      mov LOG(%rbx), %edi
         addl $32, LOG(%rbx)
         .irp offset, 0, 4, 8, 12, 16, 20
         mov REGISTERS + 2 * \offset(%rbp), %rax
