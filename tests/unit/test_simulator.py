@@ -1743,3 +1743,14 @@ def test_without_unicorn_the_error_says_what_to_install(monkeypatch: pytest.Monk
     domid = host.add_domain(memory_kib=2048)
     with pytest.raises(ImportError, match=r"pip install 'xenaltp2m\[sim\]'"):
         host.boot(domid, GOOD)
+
+
+@pytest.mark.parametrize("counted", [None, 1000])
+def test_flags_survive_a_store_to_a_page_that_was_not_used_before(counted: int | None) -> None:
+    """9 + 9 carries out of bit 3: AF (SDM 1, 3.4.3.1), for the second PUSHF, too."""
+    code = b"\x01\xf6" + b"\x9c\x59" + b"\x9c\x5f" + HALT  # ADD ESI, ESI; the stack is new
+    computer = Computer(code, rsi=0x3014C9)
+    computer.host.run(computer.domid, counted)
+    expected = 2 | 1 << 4
+    assert (computer.register("rcx"), computer.register("rdi")) == (expected, expected)
+    computer.close()

@@ -211,6 +211,9 @@ class Engine:
                 return self._anything(entry)
             self._no_code = address, raised
             return False
+        if self._counts and _KINDS[access] != "x":
+            self._now.settle_flags()
+            self.uc.context_restore(self._now.saved)
         entry.paddr = place.mfn * PAGE_SIZE
         entry.perms = sum(_PERMISSIONS[right] for right in place.rights)
         self.remembered[address & -PAGE_SIZE] = place
@@ -511,6 +514,14 @@ class State:
     def wraps(self) -> bool:
         """Whether it is at no address that code of 32 bits can have, for Unicorn adds 64 bits."""
         return not self._hflags & _HF_CS64 and self.linear_rip > _LAST_OF_32_BITS
+
+    def settle_flags(self) -> None:
+        """Have the arithmetic flags be those in ``cc_src``, where a counted instruction has them.
+
+        Unicorn puts them there before it, and then, when it asks for a page, goes back to how they
+        were kept (disas_insn, gen_compute_eflags; unicorn_fill_tlb, cpu_restore_state; 2.1.4).
+        """
+        struct.pack_into("<I", self._raw, self._places.rip + 40, _CC_OP_EFLAGS)
 
     def mend_flags(self) -> None:
         """Set right the arithmetic flags of an instruction that Unicorn counted and that faulted.
