@@ -6,12 +6,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import xenaltp2m as xa
 from xenaltp2m.types import PAGE_SIZE
 
 from .machine import FIRST, Machine, Stuck, executions, log_of
-from .programs import DATA, DATA_PAGES, EACH, Mode, Program
+from .programs import DATA, DATA_PAGES, EACH, Program
 
 MOST_BREAKPOINTS, MOST_WATCHES = 12, 3
 STEPPED_EACH = 4
@@ -61,7 +62,7 @@ def plan(program: Program, executed: Counter[int] | None) -> Plan:
     """
     chance = random.Random(f"plan {program.seed}")
     starts = sorted(set(program.starts))
-    behind = {after for at, after in zip(starts, starts[1:], strict=False) if at in program.exits}
+    behind = {after for at, after in pairwise(starts) if at in program.exits}
     offered = [at for at in starts if at not in behind]
     reached = [at for at in offered if executed is None or executed[at]]
     count = chance.randrange(1, MOST_BREAKPOINTS + 1)
@@ -87,7 +88,7 @@ def judge(program: Program, machine: Machine) -> Verdict:
         stepped = machine.run_stepped(program)
         lines = _differences(free.memory, stepped.memory)
         verdict.differences += [f"stepped: {line}" for line in lines]
-        executed = executions(program, stepped.trace)
+        executed = executions(program, stepped, machine.image)
     verdict.plan = chosen = plan(program, executed)
     try:
         memory = _run_hooked(program, machine, chosen, executed, verdict)
@@ -153,8 +154,9 @@ def _differences(free: bytes, other: bytes) -> list[str]:
                 lines.append(f"vCPU {vcpu} raised {_words(found)}, free {_words(expected)}")
                 break
     places = [at for at in range(len(free)) if free[at] != other[at]]
-    for at in places[:_SHOWN]:
-        lines.append(f"{FIRST + at:#x} is {other[at]:#04x}, free {free[at]:#04x}")
+    lines += [
+        f"{FIRST + at:#x} is {other[at]:#04x}, free {free[at]:#04x}" for at in places[:_SHOWN]
+    ]
     if len(places) > _SHOWN:
         lines.append(f"and {len(places) - _SHOWN} more, up to {FIRST + places[-1]:#x}")
     return lines

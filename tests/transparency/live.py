@@ -9,13 +9,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import xenaltp2m as xa
 from xenaltp2m.symbols import Image
 
-from .compare import Verdict, describe, judge
+from .compare import describe, judge
 from .machine import IMAGE, Machine, Stuck
 from .programs import generate
 
@@ -38,7 +39,12 @@ class Live(Machine):
 @contextmanager
 def live(xen: xa.Xen) -> Iterator[Machine]:
     """Start the guest; it waits, paused, for programs."""
-    settings = [f"vcpus={VCPUS}", f'kernel="{IMAGE.resolve()}"', f'name="{NAME}"', 'on_crash="preserve"']
+    settings = [
+        f"vcpus={VCPUS}",
+        f'kernel="{IMAGE.resolve()}"',
+        f'name="{NAME}"',
+        'on_crash="preserve"',
+    ]
     subprocess.run(["xl", "create", "-q", "-e", CONFIG, *settings], check=True)
     try:
         with xen.domain(NAME) as dom:
@@ -54,26 +60,24 @@ def live(xen: xa.Xen) -> Iterator[Machine]:
 
 def main() -> int:
     """Judge a range of seeds; the exit status is 1 if any differs."""
-    seeds = iter(range(int(sys.argv[1]), int(sys.argv[2])))
+    seeds = deque(range(int(sys.argv[1]), int(sys.argv[2])))
     judged = differing = hits = 0
-    waiting: list[int] = []
     with xa.connect("libxc") as xen:
-        for seed in seeds:
-            waiting.append(seed)
-            try:
-                with live(xen) as machine:
-                    while waiting:
-                        verdict = judge(generate(waiting[-1]), machine)
-                        judged, hits = judged + 1, hits + verdict.hits
-                        if verdict.differences:
-                            differing += 1
-                            print(describe(verdict), flush=True)
-                        waiting.pop()
-                        if verdict.ended:
-                            waiting += [one for one in (next(seeds, None),) if one is not None]
-            except (Stuck, xa.XenError) as error:
-                judged, differing = judged + 1, differing + 1
-                print(f"seed {waiting.pop()}: {error}", flush=True)
+        while seeds:
+            with live(xen) as machine:
+                is_usable = True
+                while seeds and is_usable:
+                    judged, seed = judged + 1, seeds.popleft()
+                    try:
+                        verdict = judge(generate(seed), machine)
+                        hits += verdict.hits
+                        is_usable = verdict.ended
+                        lines = describe(verdict) if verdict.differences else None
+                    except (Stuck, xa.XenError) as error:
+                        is_usable, lines = False, f"seed {seed}: {error}"
+                    if lines is not None:
+                        differing += 1
+                        print(lines, flush=True)
     print(f"{judged} programs, {hits} hits, {differing} differ", flush=True)
     return differing > 0
 

@@ -47,6 +47,7 @@ PATIENCE = 2.0
 STEPS = 5
 """How many debug exceptions a program may raise by TF before it is cleared."""
 _RUNNING = 1
+_DR6_BS = 1 << 14
 _PE, _MP, _ET, _NE, _WP, _PG = (1 << bit for bit in (0, 1, 4, 5, 16, 31))
 _PAE, _OSFXSR, _OSXMMEXCPT = (1 << bit for bit in (5, 9, 10))
 _LME_LMA = 1 << 8 | 1 << 10
@@ -118,9 +119,7 @@ def _tables(program: Program, image: Image) -> dict[int, bytes]:
     return found
 
 
-def _control(
-    program: Program, vcpu: int, part: Part, *, halts: bool, kept_flags: int
-) -> bytes:
+def _control(program: Program, vcpu: int, part: Part, *, halts: bool, kept_flags: int) -> bytes:
     """A vCPU's control block, for programs.S."""
     selector = {Mode.FLAT: FLAT_CODE, Mode.LONG: LONG_CODE}.get(program.mode, CODE_SEGMENT)
     start = part.entry - program.code_base
@@ -172,7 +171,7 @@ class Machine:
 
     def __init__(self, dom: xa.Domain, image: Image, vcpus: int) -> None:
         self.dom, self.vcpus = dom, vcpus
-        self._image = image
+        self.image = image
         self._backend, self._domid = dom.xen.backend, int(dom.domid)
 
     def begin(self, vcpu: int, registers: dict[str, int]) -> None:
@@ -182,7 +181,7 @@ class Machine:
     def put(self, program: Program) -> None:
         """Write a program into memory, with nothing left of the one before, and begin it."""
         memory = bytearray(LAST - FIRST)
-        parts = {**_tables(program, self._image), **program.memory}
+        parts = {**_tables(program, self.image), **program.memory}
         for vcpu, part in enumerate(program.parts):
             parts[CONTROL + 256 * vcpu] = _control(
                 program, vcpu, part, halts=self.halts, kept_flags=self.kept_flags
@@ -246,18 +245,32 @@ class Machine:
         return Outcome(memory, trace)
 
 
-def executions(program: Program, trace: dict[int, list[int]]) -> Counter[int]:
-    """Count how often each instruction was executed: a repeated one once, not each iteration."""
+def executions(program: Program, stepped: Outcome, image: Image) -> Counter[int]:
+    """Count how often each instruction was executed: a repeated one once, not each iteration.
+
+    A step ends before the single-step trap that its instruction has raised (SDM 3A, table 7-2):
+    where the trap is delivered next, the instruction it will return to was not executed yet.
+    """
     found: Counter[int] = Counter()
-    for steps in trace.values():
+    trap = image.address("vectors64" if program.mode.is_long else "vectors32") + 16
+    for vcpu, steps in stepped.trace.items():
+        returns = {
+            ip + program.code_base & 0xFFFFFFFF
+            for vector, _, ip, _, _, _, dr6, _ in log_of(stepped.memory, vcpu)
+            if vector == 1 and dr6 & _DR6_BS
+        }
         last = None
-        for step in steps:
-            if program.mode.is_long and FIRST + ALIAS <= step < LAST + ALIAS:
-                step -= ALIAS
-            if step != last:
-                found[step] += 1
-            last = step
+        for step, after in zip(steps, [*steps[1:], 0], strict=True):
+            is_trap = after == trap and step in returns
+            if step != last and not is_trap:
+                found[_physical(program, step)] += 1
+            last = None if is_trap else step
     return found
+
+
+def _physical(program: Program, linear: int) -> int:
+    is_alias = program.mode.is_long and FIRST + ALIAS <= linear < LAST + ALIAS
+    return linear - ALIAS if is_alias else linear
 
 
 def log_of(memory: bytes, vcpu: int) -> list[tuple[int, ...]]:

@@ -22,7 +22,9 @@ CONTROL, OWN_STACKS, LOGS = 0x210000, 0x213000, 0x220000
 CODE, DATA, STACKS = 0x300000, 0x310000, 0x320000
 EACH = 0x8000
 """Bytes of data, and of stack, that each vCPU has; it uses DATA_PAGES of them."""
-DATA_PAGES, STACK_BYTES, COUNTERS_AT = 3, 0x4000, 0x3800
+DATA_PAGES, STACK_BYTES = 3, 0x4000
+COUNTERS_AT, POINTER_AT, VECTORS_AT = 0x3800, 0x3A00, 0x3C00
+"""Behind its pages of data: loops' counters, a far pointer, and what its vector registers have."""
 CODE_BYTES = 0x4000
 ALIAS = 0x200000
 """With paging on, everything from GDT on is here, too, so much above."""
@@ -31,6 +33,7 @@ MOST_EXCEPTIONS, LOG_ENTRY = 60, 32
 FLAT_CODE, FLAT_DATA, LONG_CODE, CODE_SEGMENT, DATA_SEGMENT, STACK_SEGMENT = range(8, 56, 8)
 FIRST_TASK, TASK_BYTES = 0x40, 256
 _TF, _ALWAYS = 0x100, 0x002
+_FCW, _MXCSR = 0x37F, 0x1F80
 _SAFE = b"\x90\xf8\xf9\xf5\xfc\x98\x99"
 """NOP, CLC, STC, CMC, CLD, CWDE, CDQ: instructions of one byte that may stand for each other."""
 
@@ -38,15 +41,15 @@ _SAFE = b"\x90\xf8\xf9\xf5\xfc\x98\x99"
 class Mode(Enum):
     """What code the program is of."""
 
-    FLAT = 32, False
-    BASED = "based 32", False
-    BASED_16 = 16, False
-    LONG = 64, True
+    FLAT = "32-bit code, flat"
+    BASED = "32-bit code in segments with bases"
+    BASED_16 = "16-bit code in segments with bases"
+    LONG = "64-bit code, with paging on"
 
     @property
     def is_long(self) -> bool:
-        """Whether it is 64-bit code, with paging on."""
-        return self.value[1]
+        """Whether it has 64-bit registers."""
+        return self is Mode.LONG
 
 
 @dataclass
@@ -175,25 +178,32 @@ class Writer:
         kind = chance.randrange(5)
         register = self.register()
         if kind == 0:
-            self.emit(self.prefix(size) + bytes([operation | 1, 0xC0 | self.register() << 3 | register]))
+            self.emit(
+                self.prefix(size) + bytes([operation | 1, 0xC0 | self.register() << 3 | register])
+            )
         elif kind == 1:
             value = self.immediate(2 if size == 2 else 4)
             self.emit(self.prefix(size) + bytes([0x81, 0xC0 | operation | register]) + value)
         elif kind == 2:
             self.emit(
-                self.prefix(size, memory=True) + bytes([operation | 3])
+                self.prefix(size, memory=True)
+                + bytes([operation | 3])
                 + self.memory(register, self.readable(size))
             )
         elif kind == 3:
             lock = b"\xf0" if operation != 0x38 and chance.random() < 0.2 else b""
             self.emit(
-                lock + self.prefix(size, memory=True) + bytes([operation | 1])
+                lock
+                + self.prefix(size, memory=True)
+                + bytes([operation | 1])
                 + self.memory(register, self.place(size))
             )
         else:
             self.emit(
-                self.prefix(1, memory=True) + bytes([0x80])
-                + self.memory(operation >> 3, self.place(1)) + self.immediate(1)
+                self.prefix(1, memory=True)
+                + bytes([0x80])
+                + self.memory(operation >> 3, self.place(1))
+                + self.immediate(1)
             )
 
     def store(self) -> None:
@@ -206,7 +216,8 @@ class Writer:
     def load(self) -> None:
         size = self.size()
         self.emit(
-            self.prefix(size, memory=True) + b"\x8b"
+            self.prefix(size, memory=True)
+            + b"\x8b"
             + self.memory(self.register(), self.readable(size))
         )
 
@@ -221,7 +232,9 @@ class Writer:
             self.emit(lock + self.prefix(size, memory=True) + opcode + self.memory(1, address))
         else:
             self.emit(
-                lock + self.prefix(size, memory=True) + opcode
+                lock
+                + self.prefix(size, memory=True)
+                + opcode
                 + self.memory(self.register(), address)
             )
 
@@ -253,9 +266,7 @@ class Writer:
             self.simple()
             self.emit(b"\xc9")
         elif kind == 3:
-            self.emit(
-                self.prefix(4, memory=True) + b"\xff" + self.memory(6, self.readable(8))
-            )
+            self.emit(self.prefix(4, memory=True) + b"\xff" + self.memory(6, self.readable(8)))
             self.emit(self.prefix(4, memory=True) + b"\x8f" + self.memory(0, self.place(8)))
         else:
             self.emit(self.prefix(4) + b"\x9c")
@@ -274,7 +285,9 @@ class Writer:
         counter = self.data + COUNTERS_AT + 4 * self.loops
         self.loops += 1
         self.emit(
-            self.prefix(4, memory=True) + b"\xc7" + self.memory(0, counter)
+            self.prefix(4, memory=True)
+            + b"\xc7"
+            + self.memory(0, counter)
             + struct.pack("<I", self.chance.randrange(2, 9))
         )
         start = len(self.code)
@@ -367,7 +380,7 @@ class Writer:
         program = self.program
         at = self.at + len(self.code)
         if self.wide:
-            pointer = self.data + COUNTERS_AT + 0x400
+            pointer = self.data + POINTER_AT
             self.emit(b"\xc7" + self.memory(0, pointer + 4) + struct.pack("<I", LONG_CODE))
             length = len(b"\xc7" + self.memory(0, pointer) + b"1234")
             jump = b"\xff" + self.memory(5, pointer)
@@ -379,7 +392,8 @@ class Writer:
         length = len(prefix) + 7
         selector = FLAT_CODE if program.mode is Mode.FLAT else CODE_SEGMENT
         self.emit(
-            prefix + b"\xea"
+            prefix
+            + b"\xea"
             + struct.pack("<IH", at + length - program.code_base & 0xFFFFFFFF, selector)
         )
 
@@ -475,11 +489,8 @@ def _fill(writer: Writer, blocks: int) -> None:
     """Write so many blocks of code, the first of which sets registers up, and an end."""
     kinds, weights = zip(*_KINDS, strict=True)
     address32 = b"\x67" if writer.small else b""
-    writer.emit(b"\xdb\xe3")  # FNINIT
-    for register in range(8):
-        writer.emit(
-            address32 + b"\x0f\x10" + writer.memory(register, writer.data + 16 * register)
-        )
+    writer.emit(address32 + b"\x0f\xae" + writer.memory(1, writer.data + VECTORS_AT))  # FXRSTOR
+    writer.emit(b"\xdb\xe3")  # FNINIT: FXRSTOR leaves FIP as it is in the simulator
     writer.move_immediate()  # there is always something to change
     for block in range(blocks):
         end = (block + 1) * BLOCK
@@ -510,7 +521,9 @@ def _functions(writer: Writer) -> None:
             kind = writer.chance.randrange(3)
             if kind == 0:
                 writer.emit(
-                    b"\xf0" + writer.prefix(4, memory=True) + b"\xff"
+                    b"\xf0"
+                    + writer.prefix(4, memory=True)
+                    + b"\xff"
                     + writer.memory(0, DATA + 2 * EACH)
                 )
             elif kind == 1:
@@ -539,6 +552,8 @@ def generate(seed: int) -> Program:
     for vcpu in range(vcpus):
         data = DATA + vcpu * EACH
         program.memory[data] = chance.randbytes(DATA_PAGES * PAGE_SIZE)
+        vectors = struct.pack("<H22xI", _FCW, _MXCSR).ljust(160, b"\0") + chance.randbytes(256)
+        program.memory[data + VECTORS_AT] = vectors
         writer = Writer(program, chance, vcpu)
         writer.functions = shared.functions
         writer.at = start
