@@ -31,6 +31,7 @@ is executed as it is, and may not be written to in ``hooks`` and ``step``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from functools import partial
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from xenaltp2m.monitor import Monitor
     from xenaltp2m.view import View
 
+_LOG = logging.getLogger(__name__)
 _INT3 = 0xCC
 _BEFORE = 14
 """Bytes before an address from which on an instruction may reach behind it."""
@@ -737,8 +739,40 @@ class Breakpoints(Handle):
             if first != _INT3:
                 over = self._through(self._step_view, event, tell=again is not None)
             return self._hit(page.hooks[offset], event, over, again)
-        # The guest's own; or one that was removed since: the instruction comes again.
-        return REINJECT if self._is_own(event) else RESUME
+        if self._is_own(event):
+            return REINJECT
+        last_gfn, offset = self._last_byte(event)
+        page = self._pages.get(last_gfn)
+        if event.view == self.hooks.id and page is not None and offset in page.hooks:
+            self._found_inside(page, last_gfn, {offset})
+            return self._through(self._step_view, event)
+        return RESUME  # it was removed since: the instruction comes again
+
+    def _found_inside(self, page: _Page, gfn: int, offsets: set[int]) -> None:
+        """Have no int3 in a page any more: a breakpoint is inside an instruction."""
+        for offset in offsets - page.inside:
+            page.inside.add(offset)
+            _LOG.warning(
+                "the breakpoint at %#x is inside an instruction: its page is stepped from now on",
+                gfn << PAGE_SHIFT | offset,
+            )
+        self._outdate(gfn)
+
+    def _last_byte(self, event: SoftwareBreakpoint) -> tuple[int, int]:
+        """Return where the byte is that makes an instruction an int3: prefixes may come before.
+
+        Raises:
+            XenError: It is in another page than the first byte, and that one is not mapped.
+        """
+        gfn, offset = self._place(event)
+        behind = event.insn_length - 1
+        if 0 < behind <= _BEFORE:
+            offset += behind
+            if offset >= PAGE_SIZE:
+                registers = event.registers
+                space = self._domain.memory.address_space(registers)
+                return divmod(space.translate(registers.linear_rip + behind).physical, PAGE_SIZE)
+        return gfn, offset
 
     def _place(self, event: SoftwareBreakpoint) -> tuple[Gfn, int]:
         """Return the gfn and the offset of an int3."""
@@ -754,13 +788,11 @@ class Breakpoints(Handle):
         return gfn, linear & _OFFSET
 
     def _is_own(self, event: SoftwareBreakpoint) -> bool:
-        """Whether the guest has the int3 that it came to: none of ours has a prefix."""
-        gfn, offset = self._place(event)
-        if event.insn_length > 1:
-            return True
+        """Whether the guest has the int3 that it came to."""
         try:
+            gfn, offset = self._last_byte(event)
             return self._domain.memory.read(gfn << PAGE_SHIFT | offset, 1)[0] == _INT3
-        except InvalidArgumentError:
+        except (InvalidArgumentError, NotMappedError):
             return True  # no such page: then none of ours was there
 
     def _repeated(self, page: _Page, offset: int, event: Event) -> Repeated | None:
@@ -981,7 +1013,7 @@ class Breakpoints(Handle):
         linear = event.gla if event.access_flags & AccessFlag.GLA_VALID else registers.linear_rip
         start = linear & -PAGE_SIZE
         if 0 < start - registers.linear_rip <= _BEFORE:  # it begins before, and reaches to here
-            page.inside |= {at for at in page.hooks if at <= event.offset}
+            self._found_inside(page, gfn, {at for at in page.hooks if at <= event.offset})
         try:
             space = self._domain.memory.address_space(registers)
             before = space.translate(start - 1).physical >> PAGE_SHIFT

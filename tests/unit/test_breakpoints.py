@@ -980,3 +980,35 @@ def test_fault_11_another_vcpu_goes_on(make: Make, ring: int) -> None:
     stepped(1, 8, rsp=STACK - 64)
     assert hit(1, 9, cr3=0x2000) == (4 if ring else 3)
     assert hit(1, 9) == (4 if ring else 3)
+
+
+# A breakpoint where no instruction begins.
+
+
+@WAYS
+def test_fault_04_a_breakpoint_behind_a_prefix(
+    make: Make, fast: bool, int3: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A NOP with a prefix: the int3 has it, too, and is nobody's breakpoint."""
+    guest = make(INC_EAX + b"\x66\x90" + b"\xe2\xfb" + HALT, fast=fast, int3=int3, rax=0, rcx=3)
+    inside = guest.breakpoints.insert(CODE + 2, guest.note)
+    guest.breakpoints.insert(CODE, guest.note)
+    assert guest.go().halted
+    assert guest.register("rax") == 3
+    assert guest.seen == [CODE] * 3
+    if int3:
+        [message] = caplog.messages
+        assert message.startswith(f"the breakpoint at {CODE + 2:#x} is inside an instruction")
+        inside.remove()
+        assert not guest.breakpoints._pages[CODE >> 12].inside
+
+
+@STEPS
+def test_fault_04_prefixes_and_int3_in_two_pages(make: Make, fast: bool) -> None:
+    """The guest's own: its handler gets it; the breakpoint's page is read by its page tables."""
+    jump = b"\xe9" + (NEXT - 1 - CODE - 5).to_bytes(4, "little")
+    guest = make(jump.ljust(PAGE_SIZE - 1, NOP) + b"\x66" + b"\xcc" + HALT, fast=fast)
+    guest.breakpoints.insert(NEXT + 1, guest.note)
+    guest.go()
+    assert guest.computer.vector == BP
+    assert guest.seen == []
