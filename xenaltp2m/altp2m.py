@@ -28,6 +28,7 @@ from xenaltp2m.view import (
     refusal_of,
     view_exists,
 )
+from xenaltp2m.viewstate import MAX_LABEL, is_label
 
 if TYPE_CHECKING:
     from xenaltp2m.abi.releases import Release
@@ -126,7 +127,7 @@ class Altp2m(Handle):
             default_access: What pages get that the view copies from the host p2m on first use.
                 Xen ignores it before 4.19, and up to 4.21 for what it copies along in a superpage.
                 ``N``, ``X`` and ``N2RWX`` may stop a guest whose memory is mapped in superpages.
-            label: A name for people.
+            label: A name for people, of at most 1024 characters.
 
         Raises:
             InvalidArgumentError: No view is left, or the access would crash the guest.
@@ -135,6 +136,10 @@ class Altp2m(Handle):
         ``xc_altp2m_create_view``.
         """
         self._check_open()
+        if label is not None and not is_label(label):
+            raise InvalidArgumentError(
+                f"a view's label is text of at most {MAX_LABEL} characters, not {label!r:.80}"
+            )
         release = self._backend.release
         if default_access is Access.DEFAULT:
             default_access = self._host_default()

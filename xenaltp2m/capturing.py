@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from xenaltp2m.altp2m import warning_of_default
@@ -119,21 +119,18 @@ def _placed(runs: Runs[Any], places: Mapping[int, Place]) -> FrozenRuns[Any]:
     """Return runs, those of added pages one by one, before the others."""
     if not places:
         return runs.frozen()
-    low, high = min(places), max(places)
+    added = sorted(places)
     own: list[tuple[Place, int, Any]] = []
     rest: list[tuple[Place, int, Any]] = []
     for first, end, value in runs:
-        if end <= low or first > high:
-            rest.append((first, end - first, value))
-            continue
-        edges = sorted({first, end, *(gfn for gfn in places if first <= gfn < end)} | {
-            gfn + 1 for gfn in places if first <= gfn < end
-        })  # fmt: skip
-        for start, stop in pairwise(edges):
-            if start in places:
-                own.append((places[start], 1, value))
-            else:
-                rest.append((start, stop - start, value))
+        at = first
+        for gfn in added[bisect_left(added, first) : bisect_left(added, end)]:
+            own.append((places[gfn], 1, value))
+            if at < gfn:
+                rest.append((at, gfn - at, value))
+            at = gfn + 1
+        if at < end:
+            rest.append((at, end - at, value))
     return FrozenRuns.of(sorted(own, key=lambda run: run[0]) + rest)
 
 

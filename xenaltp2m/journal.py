@@ -24,6 +24,7 @@ from typing import Any
 from uuid import UUID
 
 from xenaltp2m.errors import JournalError
+from xenaltp2m.jsontext import most_values
 from xenaltp2m.types import GFN_LIMIT
 
 DIRECTORY = Path("/run/xenaltp2m")
@@ -33,6 +34,7 @@ MAX_FILE = 1 << 20
 _REWRITTEN_AT = 1 << 16
 _MOST_RUNS = 1 << 12
 _MOST_VIEWS = 1 << 10
+_MOST_VALUES = 5 * _MOST_RUNS + _MOST_VIEWS + 64
 _NAME = re.compile(r"([0-9]{1,5})-([0-9]{1,10})-[0-9]{1,20}-[0-9]{1,10}\.journal")
 _FORMAT = 1
 _SERIAL = itertools.count()
@@ -173,6 +175,11 @@ class Journal:
         record = replace(self.record, **changes)
         if record == self.record:
             return
+        if len(record.pages) > _MOST_RUNS or len(record.prior_views) > _MOST_VIEWS:
+            raise JournalError(
+                f"a journal can tell of {_MOST_RUNS} ranges of added pages and {_MOST_VIEWS} views",
+                hint=("add more pages at a time",),
+            )
         try:
             if self._directory is not None:
                 self._append(self._directory, _line({**self._head, **asdict(record)}))
@@ -323,7 +330,7 @@ def find(directory: Path, domid: int, uuid: UUID) -> list[Found]:
 def _read(path: Path, pid: int, uuid: UUID) -> Found:
     document = None
     with contextlib.suppress(OSError):
-        for line in reversed(_content(path, MAX_FILE).split(b"\n")):
+        for line in _lines_from_the_end(_content(path, MAX_FILE)):
             document = _parse(line)
             if document is not None:
                 break
@@ -347,13 +354,22 @@ def _content(path: Path, most: int) -> bytes:
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
             return b""
-        return stream.read(most)
+        content = stream.read(most + 1)
+        return content if len(content) <= most else b""
+
+
+def _lines_from_the_end(content: bytes) -> Iterator[bytes]:
+    end = len(content)
+    while end >= 0:
+        start = content.rfind(b"\n", 0, end) + 1
+        yield content[start:end]
+        end = start - 1
 
 
 def _parse(line: bytes) -> tuple[dict[str, Any], Record] | None:
     """Return the head and the record of a line that is sound."""
     checksum, _, text = line.partition(b" ")
-    if checksum != b"%08x" % zlib.crc32(text):
+    if checksum != b"%08x" % zlib.crc32(text) or most_values(text) > _MOST_VALUES:
         return None
     try:
         document = json.loads(text)

@@ -8,12 +8,16 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from operator import sub
+from operator import itemgetter, sub
 from typing import Generic, NamedTuple, TypeVar
 
 V = TypeVar("V")
+T = TypeVar("T")
 
 _COMPARED_AT_ONCE = 1024
+_SPLICED = 64
+"""More writes than this are merged in one pass, a shorter range is as many single writes: a splice
+moves all runs after it."""
 
 
 class Run(NamedTuple, Generic[V]):
@@ -52,7 +56,7 @@ class Runs(Generic[V]):
 
     def set_many(self, gfns: Iterable[int], value: V | None) -> None:
         """Set every gfn of ``gfns``; a range costs as much as one gfn. None forgets them."""
-        if isinstance(gfns, range) and gfns.step == 1:
+        if isinstance(gfns, range) and gfns.step == 1 and len(gfns) > _SPLICED:
             self._merge()
             self._splice(gfns.start, gfns.stop, value)
         else:
@@ -110,15 +114,23 @@ class Runs(Generic[V]):
     def _merge(self) -> None:
         if not self._pending:
             return
-        gfns = sorted(self._pending)
-        start = gfns[0]
-        for this, after in zip(gfns, [*gfns[1:], None], strict=True):
-            value = self._pending[this]
-            if after != this + 1 or self._pending[after] != value:
-                self._splice(start, this + 1, value)
-                if after is not None:
-                    start = after
+        writes = list(_joined((gfn, gfn + 1, self._pending[gfn]) for gfn in sorted(self._pending)))
         self._pending.clear()
+        if len(writes) <= _SPLICED:
+            for start, end, value in writes:
+                self._splice(start, end, value)
+        else:
+            self._weave(writes)
+
+    def _weave(self, writes: list[tuple[int, int, V | None]]) -> None:
+        """Merge ascending writes with all runs in one pass."""
+        runs = _without(zip(self._starts, self._ends, self._values, strict=True), writes)
+        set_now = ((start, end, value) for start, end, value in writes if value is not None)
+        # Two ascending sequences, which Python's sort merges in linear time.
+        woven = list(_joined(sorted([*runs, *set_now], key=itemgetter(0))))
+        self._starts = [run[0] for run in woven]
+        self._ends = [run[1] for run in woven]
+        self._values = [run[2] for run in woven]
 
     def _splice(self, start: int, end: int, value: V | None) -> None:
         if start >= end:
@@ -141,6 +153,39 @@ class Runs(Generic[V]):
         self._starts[low:high] = [run[0] for run in runs]
         self._ends[low:high] = [run[1] for run in runs]
         self._values[low:high] = [run[2] for run in runs]
+
+
+def _joined(runs: Iterable[tuple[int, int, T]]) -> Iterator[tuple[int, int, T]]:
+    """Make one run of neighbours with one value."""
+    held: tuple[int, int, T] | None = None
+    for run in runs:
+        if held is not None and held[1] == run[0] and held[2] == run[2]:
+            held = (held[0], run[1], run[2])
+            continue
+        if held is not None:
+            yield held
+        held = run
+    if held is not None:
+        yield held
+
+
+def _without(
+    runs: Iterable[tuple[int, int, V]], writes: Sequence[tuple[int, int, object]]
+) -> Iterator[tuple[int, int, V]]:
+    """Yield the parts of runs that no write covers; both ascend."""
+    at = 0
+    for start, end, value in runs:
+        rest = start
+        while at < len(writes) and writes[at][0] < end:
+            first, last, _ = writes[at]
+            if rest < first:
+                yield rest, first, value
+            rest = max(rest, last)
+            if last > end:
+                break
+            at += 1
+        if rest < end:
+            yield rest, end, value
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,15 +12,16 @@ import base64
 import gzip
 import hashlib
 import json
+import re
 import zlib
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain, compress
 from operator import add, gt
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias, TypeGuard
 
-from xenaltp2m.errors import StateError
+from xenaltp2m.errors import InvalidArgumentError, StateError
 from xenaltp2m.events import (
     EVENTS,
     ControlRegister,
@@ -29,23 +30,30 @@ from xenaltp2m.events import (
     Subscription,
     WriteCtrlreg,
 )
+from xenaltp2m.jsontext import most_values
 from xenaltp2m.runs import FrozenRuns
 from xenaltp2m.types import GFN_LIMIT, PAGE_SIZE, Access
 
 FORMAT = "xenaltp2m views"
 VERSION = 1
 MAX_FILE = 1 << 26
-MAX_TEXT = 1 << 28
+MAX_TEXT = 1 << 27
 """Bytes of a file, and of what is in it when it is unpacked."""
 _MAX_VIEWS = 1 << 10
 _MAX_PAGES = 1 << 16
 _MAX_VCPUS = 1 << 13
 _MAX_RUNS = 1 << 22
-_MAX_LABEL = 1 << 10
+"""Of all views together, with remaps."""
+_MAX_VALUES = 2 * _MAX_RUNS + (1 << 21)
+_MAX_QUOTES = 1 << 21
+"""Counted before a text is parsed; punctuation within labels counts, too."""
+MAX_LABEL = 1 << 10
 _PACKED_FROM = 1 << 16
 _LEVEL = 1
 """Of gzip: the quickest makes a sixth of it already."""
+_SHOWN = 80
 _GZIP = b"\x1f\x8b"
+_HEAD = re.compile(rb'\{"checksum":"([0-9a-f]{64})",')
 _ACCESSES = {str(access): access for access in Access.__members__.values()}
 
 _OF_STATE = frozenset(
@@ -146,7 +154,8 @@ class State:
                 in fields of a later version.
 
         Raises:
-            StateError: It is past a limit, and could not be read again.
+            StateError: It could not be read again: it is past a limit, its runs are not in order,
+                or ``origin`` or ``more`` have something that JSON has not.
         """
         document = {
             **self.more,
@@ -160,15 +169,17 @@ class State:
         }
         if origin:
             document["origin"] = dict(self.origin)
-        text = _canonical(document)
-        checksum = hashlib.sha256(text).hexdigest().encode()
-        text = b'{"checksum":"%s",%s\n' % (checksum, text[1:])
+        try:
+            text = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise StateError(f"a state of views cannot have what JSON has not: {error}") from error
+        text = b'{"checksum":"%s",%s\n' % (hashlib.sha256(text).hexdigest().encode(), text[1:])
+        _check_size(text)
+        if _Reader().state(document) != self:
+            raise StateError("a state of views cannot have runs or subscriptions out of order")
         data = gzip.compress(text, _LEVEL, mtime=0) if len(text) >= _PACKED_FROM else text
-        if len(text) > MAX_TEXT or len(data) > MAX_FILE:
-            raise StateError(
-                f"{len(text)} bytes, {len(data)} when packed; the limits are {MAX_TEXT} and "
-                f"{MAX_FILE}"
-            )
+        if len(data) > MAX_FILE:
+            raise StateError(f"{len(data)} bytes as a file; the limit is {MAX_FILE}")
         return data
 
     @classmethod
@@ -178,11 +189,49 @@ class State:
         Raises:
             StateError: It is damaged, past a limit, or of a version this does not know.
         """
-        return _Reader(data).state()
+        if not isinstance(data, bytes):
+            raise InvalidArgumentError(f"a file's content is bytes, not {type(data).__name__}")
+        return _Reader().state(_document(data))
 
 
-def _canonical(document: Mapping[str, Any]) -> bytes:
-    return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+def _document(data: bytes) -> dict[str, Any]:
+    """Return what a file has, its checksum apart."""
+    if len(data) > MAX_FILE:
+        raise StateError(f"{len(data)} bytes; the limit is {MAX_FILE}")
+    if data.startswith(_GZIP):
+        unpacker = zlib.decompressobj(31)
+        try:
+            data = unpacker.decompress(data, MAX_TEXT)
+        except zlib.error as error:
+            raise StateError("it is packed by gzip, and damaged") from error
+        if not unpacker.eof or unpacker.unused_data:
+            raise StateError(f"it has more than {MAX_TEXT} bytes when unpacked, or was cut off")
+    _check_size(data)
+    head = _HEAD.match(data)
+    if head is None:
+        raise StateError('not a state of views: it does not begin with {"checksum":"')
+    checksum = hashlib.sha256(b"{")
+    checksum.update(memoryview(data)[head.end() : len(data) - data.endswith(b"\n")])
+    if checksum.hexdigest().encode() != head[1]:
+        raise StateError("its checksum is another: it was altered, or damaged")
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise StateError("it is not JSON, or nested too deeply") from error
+    assert isinstance(document, dict)
+    del document["checksum"]
+    return document
+
+
+def _check_size(text: bytes) -> None:
+    """Refuse a text that would take too much memory, before it takes any."""
+    values = most_values(text)
+    if len(text) > MAX_TEXT or values > _MAX_VALUES or text.count(b'"') > _MAX_QUOTES:
+        raise StateError(
+            f"{len(text)} bytes, {values} values; the limits are {MAX_TEXT} and {_MAX_VALUES}"
+        )
+    if not text.isascii():
+        raise StateError("a state of views is ASCII; JSON has \\u for other characters")
 
 
 def diff(before: State, after: State) -> list[str]:
@@ -302,30 +351,42 @@ def _page_document(page: PageState) -> dict[str, Any]:
     return found
 
 
+def is_label(label: object) -> TypeGuard[str]:
+    """Tell whether a state can have a label: text that UTF-8 has, and not too long."""
+    return (
+        isinstance(label, str)
+        and len(label) <= MAX_LABEL
+        and label == label.encode(errors="replace").decode()
+    )
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
 class _Reader:
     """Reads a file, and believes nothing of it."""
 
-    def __init__(self, data: bytes) -> None:
-        self._data = data
+    def __init__(self) -> None:
+        self._runs_left = _MAX_RUNS
 
-    def state(self) -> State:
-        document = self._document()
+    def state(self, document: Mapping[str, Any]) -> State:
         if document.get("format") != FORMAT:
-            raise StateError(f"not a state of views: its format is {document.get('format')!r}")
+            raise StateError(
+                f"not a state of views: its format is {_shown(document.get('format'))}"
+            )
         if document.get("version") != VERSION:
             raise StateError(
-                f"its version is {document.get('version')!r}; this package knows {VERSION}"
+                f"its version is {_shown(document.get('version'))}; this package knows {VERSION}"
             )
-        checksum = document.pop("checksum", None)
-        if checksum != hashlib.sha256(_canonical(document)).hexdigest():
-            raise StateError("its checksum is another: it was altered, or damaged")
         pages = tuple(map(self._page, self._list(document, "pages", _MAX_PAGES)))
         self._pages = len(pages)
         views = tuple(map(self._view, self._list(document, "views", _MAX_VIEWS)))
         vcpus = self._list(document, "vcpus", _MAX_VCPUS)
         for number in vcpus:
             if number is not None and not self._is_number(number, 0, len(views) - 1):
-                self._refuse(f"a vCPU in view {number!r}")
+                self._refuse(f"a vCPU in view {_shown(number)}")
         notify = []
         for one in self._list(document, "notify", _MAX_VCPUS):
             if not (isinstance(one, list) and len(one) == 2):
@@ -348,32 +409,17 @@ class _Reader:
         more = self._more(document, _OF_STATE)
         return State(views, pages, tuple(vcpus), tuple(notify), monitor, origin, more)
 
-    def _document(self) -> dict[str, Any]:
-        data = self._data
-        if len(data) > MAX_FILE:
-            raise StateError(f"{len(data)} bytes; the limit is {MAX_FILE}")
-        try:
-            if data.startswith(_GZIP):
-                unpacker = zlib.decompressobj(31)
-                data = unpacker.decompress(data, MAX_TEXT)
-                if not unpacker.eof or unpacker.unused_data:
-                    self._refuse("a packed text that is too long, or was cut off")
-            document = json.loads(data)
-        except (ValueError, RecursionError, zlib.error) as error:
-            raise StateError("neither JSON nor JSON packed by gzip, or damaged") from error
-        if not isinstance(document, dict):
-            self._refuse("no object")
-        return document
-
     def _view(self, document: Any) -> ViewState:
         if not isinstance(document, dict):
             self._refuse("a view that is no object")
         label, visible = document.get("label"), document.get("visible")
-        if not (isinstance(label, str) and len(label) <= _MAX_LABEL and isinstance(visible, bool)):
-            self._refuse("a view without label or visibility")
-        default = _ACCESSES.get(str(document.get("default")))
-        if default is None or default is Access.DEFAULT:
-            self._refuse(f"a default access {document.get('default')!r}")
+        if not is_label(label):
+            self._refuse(f"the label {_shown(label)}: it is text of at most {MAX_LABEL} characters")
+        if not isinstance(visible, bool):
+            self._refuse("a view that is neither visible nor hidden")
+        default = document.get("default")
+        if not isinstance(default, str) or default not in _ACCESSES or default == "default":
+            self._refuse(f"a default access {_shown(default)}")
         access = self._runs(document.get("access"), {
             name: value for name, value in _ACCESSES.items() if value is not Access.DEFAULT
         })  # fmt: skip
@@ -386,12 +432,12 @@ class _Reader:
         for gfn, new in remaps:
             for place in (gfn, new):
                 if not self._is_number(place, -self._pages, GFN_LIMIT - 1):
-                    self._refuse(f"a remap of {place}")
+                    self._refuse(f"a remap of {_shown(place)}")
             if new in made:
                 self._refuse(f"a remap to {new}, which is remapped itself by then")
             made.add(gfn)
         more = self._more(document, _OF_VIEW)
-        return ViewState(label, default, visible, access, bits, remaps, more)
+        return ViewState(label, _ACCESSES[default], visible, access, bits, remaps, more)
 
     def _runs(self, document: Any, values: Mapping[str, Any]) -> FrozenRuns[Any]:
         if not isinstance(document, dict):
@@ -401,7 +447,7 @@ class _Reader:
         held: list[Any] = []
         for name, numbers in document.items():
             if name not in values:
-                self._refuse(f"runs of {name!r}")
+                self._refuse(f"runs of {_shown(name)}")
             flat = self._numbers(numbers)
             firsts += flat[::2]
             counts += flat[1::2]
@@ -432,15 +478,16 @@ class _Reader:
     def _subscription(self, document: Any) -> Subscription:
         if not isinstance(document, dict) or not isinstance(document.get("options"), dict):
             self._refuse("a subscription that is none")
-        plain = _SUBSCRIPTIONS.get(str(document.get("event")))
+        event = document.get("event")
+        plain = _SUBSCRIPTIONS.get(event) if isinstance(event, str) else None
         options, deniable = document["options"], document.get("deniable")
         # What it does not know would be lost, and something else heard of.
         if plain is None or not isinstance(deniable, bool) or document.keys() - _OF_SUBSCRIPTION:
-            self._refuse(f"a subscription to {str(document.get('event'))[:80]!r}")
+            self._refuse(f"a subscription to {_shown(event)}")
         if {name: type(value) for name, value in options.items()} != {
             name: type(value) for name, value in plain.options.items()
         } or not all(0 <= value < 1 << 64 for value in options.values()):
-            self._refuse(f"a subscription with options {str(options)[:80]}")
+            self._refuse(f"a subscription with options {_shown(options)}")
         return replace(plain, options=options, deniable=deniable)
 
     def _page(self, document: Any) -> PageState:
@@ -450,7 +497,7 @@ class _Reader:
         more = self._more(document, _OF_PAGE)
         if text is None:
             if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
-                self._refuse(f"a checksum {digest[:80]!r}")
+                self._refuse(f"a checksum {_shown(digest)}")
             return PageState(digest, more=more)
         try:
             content = base64.b64decode(text, validate=True)
@@ -464,18 +511,21 @@ class _Reader:
     def _more(document: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
         return {name: value for name, value in document.items() if name not in known}
 
-    def _list(self, document: dict[str, Any], name: str, most: int) -> list[Any]:
+    def _list(self, document: Mapping[str, Any], name: str, most: int) -> list[Any]:
         found = document.get(name)
         if not isinstance(found, list) or len(found) > most:
             self._refuse(f"{name} that are none, or more than {most}")
         return found
 
     def _numbers(self, found: Any) -> list[int]:
-        if not isinstance(found, list) or len(found) % 2 or len(found) > 2 * _MAX_RUNS:
+        if not isinstance(found, list) or len(found) % 2:
             self._refuse("pairs of numbers that are none")
+        self._runs_left -= len(found) // 2
+        if self._runs_left < 0:
+            self._refuse(f"more than {_MAX_RUNS} runs and remaps")
         if set(map(type, found)) - {int}:
             self._refuse("something that should be a number")
-        return list(found)
+        return found
 
     @staticmethod
     def _is_number(value: object, least: int, most: int) -> bool:

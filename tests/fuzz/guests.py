@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gzip
+import hashlib
 import io
 import json
 import random
@@ -233,12 +234,20 @@ STATES = [STATE.to_bytes(), gzip.compress(STATE.to_bytes(), mtime=0)]
 
 
 def a_state(chance: random.Random) -> None:
-    """Views in a file: refused, or what was written."""
+    """Views in a file: refused, or what was written; with its checksum set right, what is read."""
     try:
         found = State.from_bytes(mutated(chance, chance.choice(STATES)))
     except StateError:
+        pass
+    else:
+        assert found == STATE
+    text = mutated(chance, b"{" + STATES[0][79:-1])
+    checksum = hashlib.sha256(b"{" + text[1:]).hexdigest().encode()
+    try:
+        found = State.from_bytes(b'{"checksum":"%s",%s\n' % (checksum, text[1:]))
+    except StateError:
         return
-    assert found == STATE
+    assert State.from_bytes(found.to_bytes()) == found
 
 
 RECORDED = [path.read_bytes() for path in sorted(RECORDINGS.glob("*.session"))]

@@ -18,7 +18,7 @@ PACKAGE = "xenaltp2m"
 ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS: list[set[str]] = [
-    {"types", "errors"},
+    {"types", "errors", "jsontext"},
     {"abi"},
     {"backend", "backend.arguments", "backend.loader", "backend.mapping"},
     {"backend.libxc", "backend.mock"},

@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, suppress
@@ -27,7 +28,7 @@ from tests.recorded.sessions import GUEST as HELLO
 from tests.recorded.sessions import NAME, SESSIONS, Session, run, run_calls
 from xenaltp2m import cli
 from xenaltp2m.abi.releases import SUPPORTED
-from xenaltp2m.backend import Backend, open_backend, recording, session
+from xenaltp2m.backend import Backend, open_backend, recording, replay, session
 from xenaltp2m.backend.mock import Access, Cpuid, Instruction, MockBackend, SetRegisters
 from xenaltp2m.backend.recording import RecordingBackend
 from xenaltp2m.backend.replay import ReplayBackend
@@ -587,6 +588,7 @@ def damaged() -> Iterator[Any]:
         ("index", {"indices": [[8, 0]]}, "no number"),
         ("ring", {"requests": {"one": []}}, "told by its number"),
         ("negative", {"produced": {"-1": 0}}, "no number"),
+        ("lists", b'{"beside":[%s[]]}' % (b"[]," * (1 << 18)), "too long"),
     ]:
         yield pytest.param(change, why, id=name)
 
@@ -666,6 +668,58 @@ def test_a_page_is_told_by_what_differs(changed: int) -> None:
     told = session.difference(before, bytes(now))
     assert isinstance(told, str) == (changed > 8)
     assert session.applied(before, session.runs_of(told)) == now
+
+
+def test_fault_17_many_packed_pages_in_a_line_stay_packed(recorded: Path) -> None:
+    """A line of 4 MiB with 50 000 pages, 200 MiB when unpacked: read in a tenth of that."""
+    page = session._packed(bytes(4096))
+    memory = b",".join(b'[0,0,"%s"]' % page.encode() for _ in range(50_000))
+    content = recorded.read_bytes().splitlines()
+    at = next(n for n, line in enumerate(content) if b'"altp2m_create_view"' in line)
+    content[at] = content[at][:-1] + b',"memory":[%s]}' % memory
+    recorded.write_bytes(b"\n".join(content) + b"\n")
+    tracemalloc.start()
+    try:
+        with recorded.open("rb") as stream:
+            session.Reader(stream, "damaged")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 50_000 * 4096 // 5
+
+
+def test_fault_17_a_line_with_more_values_than_are_read_is_not_written(path: Path) -> None:
+    file = recording._File(path)
+    file.append({"numbers": [0] * ((1 << 18) - 1)})
+    written = path.stat().st_size
+    assert written > 1 << 19
+    file.append({"numbers": [0] * (1 << 18)})
+    assert path.stat().st_size == written
+    with pytest.warns(RuntimeWarning, match="too large"):
+        file.close()
+
+
+def test_fault_17_more_pages_than_can_be_mapped_are_not_made(path: Path) -> None:
+    mock = MockBackend()
+    domid = mock.add_domain("guest")
+    backend = recording.record(mock, path)
+    backend.foreignmemory_unmap(backend.foreignmemory_map(domid, False, [0]))
+    backend.close()
+    header, mapped, unmapped = path.read_bytes().splitlines()
+    document = json.loads(mapped)
+    gfns = list(range((1 << 16) + 1))
+    document["arguments"][2], document["result"] = session.encode(gfns), [[]] * len(gfns)
+    path.write_bytes(b"\n".join([header, json.dumps(document).encode(), unmapped, b""]))
+    replaying = replay.replay(path)
+    tracemalloc.start()
+    try:
+        with pytest.raises(xa.ReplayError, match="too many pages"):
+            replaying.foreignmemory_map(domid, False, gfns)
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(xa.ReplayError):
+        replaying.close()
 
 
 def test_who_tells_and_who_hears_forget_together() -> None:

@@ -8,9 +8,11 @@ import os
 import shutil
 import stat
 import subprocess
+import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from errno import ENOSPC
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,8 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import xenaltp2m as xa
 from xenaltp2m import cli, journal
@@ -383,6 +387,72 @@ def test_journals_of_others_are_not_acted_upon(tmp_path: Path) -> None:
     [found] = find(tmp_path / "j", 1, UUID(int=5))
     assert found.why_not == "it is from before this boot"
     assert not found.alive
+
+
+COUNTS = st.integers(0, (1 << 48) - 1)
+RECORDS = st.builds(
+    Record,
+    pauses=COUNTS,
+    pages=st.lists(
+        st.builds(Pages, first=st.integers(0, 1 << 35), count=st.integers(0, 1 << 35),
+                  raised=COUNTS, limit=COUNTS),
+        max_size=4,
+    ).map(tuple),
+    monitor=st.booleans(),
+    access_required=st.booleans(),
+    altp2m=st.booleans(),
+    used=st.booleans(),
+    prior_views=st.lists(COUNTS, max_size=4).map(tuple),
+    prior_view=COUNTS,
+    kept=st.booleans(),
+)  # fmt: skip
+
+
+@given(RECORDS)
+def test_fault_17_every_record_that_is_written_is_read(record: Record) -> None:
+    head = {"uuid": str(UUID(int=7)), "boot": "here", "pid": 1, "started": 2}
+    line = journal._line({"format": 1, **head, **asdict(record)})
+    assert journal._parse(line.removesuffix(b"\n")) == (head, record)
+
+
+def test_fault_17_the_largest_record_is_read_and_a_larger_one_is_not_written(
+    tmp_path: Path,
+) -> None:
+    uuid = UUID(int=7)
+    written = Journal(tmp_path, 5, uuid)
+    largest = Pages((1 << 36) - 1, 1, (1 << 48) - 1, (1 << 48) - 1)
+    written.write(pages=(largest,) * 4096, prior_views=(1023,) * 1024)
+    [found] = find(tmp_path, 5, uuid)
+    assert found.record == written.record
+    for change in ({"pages": (largest,) * 4097}, {"prior_views": (0,) * 1025}):
+        with pytest.raises(xa.JournalError, match="can tell of 4096"):
+            written.write(**change)
+    assert find(tmp_path, 5, uuid) == [found]
+    written.forget()
+    written.close()
+
+
+def test_fault_17_a_journal_is_not_parsed_where_it_has_too_many_values(tmp_path: Path) -> None:
+    """2^20 bytes of empty objects, which would take 28 MB; and of empty lines, 34 MB."""
+    uuid = UUID(int=7)
+    journal_of_it = Journal(tmp_path, 5, uuid)
+    journal_of_it.write(pauses=1)
+    [path] = tmp_path.iterdir()
+    sound = path.read_bytes()
+    text = b"[%s{}]" % (b"{}," * 340_000)
+    for content in (b"%08x %s\n" % (zlib.crc32(text), text), b"\n" * 1_000_000):
+        path.write_bytes(sound + content)
+        tracemalloc.start()
+        try:
+            [found] = find(tmp_path, 5, uuid)
+            assert tracemalloc.get_traced_memory()[1] < 8 << 20
+        finally:
+            tracemalloc.stop()
+        assert found.record == journal_of_it.record
+    path.write_bytes(sound + b"\n" * (1 << 20))
+    assert find(tmp_path, 5, uuid)[0].why_not == "no line of it is sound"
+    journal_of_it.forget()
+    journal_of_it.close()
 
 
 def test_directories_that_others_may_write_to_are_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 
 import pytest
@@ -96,6 +97,54 @@ def test_single_writes_in_any_order_are_one_run(order: int) -> None:
     for gfn in range(100)[::order]:
         runs.set(gfn, "a")
     assert list(runs) == [Run(0, 100, "a")]
+
+
+LONG = st.integers(0, 2000)
+MANY = st.lists(
+    st.tuples(
+        st.one_of(
+            st.builds(range, LONG, LONG),
+            st.builds(range, LONG, LONG, st.integers(2, 3)),
+            st.lists(LONG, max_size=8),
+        ),
+        VALUES,
+        st.booleans(),
+    ),
+    max_size=8,
+)
+
+
+@given(MANY)
+def test_fault_17_many_writes_at_once_are_the_dict_s(
+    writes: list[tuple[Iterable[int], str | None, bool]],
+) -> None:
+    """More than are spliced in one by one: whole runs, their ends and their middles go."""
+    runs: Runs[str] = Runs()
+    model: dict[int, str] = {}
+    for gfns, value, look in writes:
+        runs.set_many(gfns, value)
+        for gfn in gfns:
+            model.pop(gfn, None)
+            model |= {gfn: value} if value is not None else {}
+        if look:
+            assert runs.count() == len(model)
+    assert [tuple(run) for run in runs] == joined(model)
+
+
+def test_fault_17_interleaved_writes_take_linear_time() -> None:
+    """Writes between 200 000 runs: as long as four times as many as between a quarter of them."""
+
+    def seconds(count: int) -> float:
+        runs: Runs[str] = Runs()
+        begun = time.process_time()
+        runs.set_many(range(0, 2 * count, 2), "a")
+        assert runs.count() == count
+        runs.set_many(range(1, 2 * count, 2), "b")
+        assert len(list(runs)) == 2 * count
+        return time.process_time() - begun
+
+    small = min(seconds(50_000) for _ in range(3))
+    assert seconds(200_000) < 9 * small
 
 
 MODELS = st.dictionaries(st.integers(0, 200), st.sampled_from("ab"))

@@ -8,7 +8,10 @@ import hashlib
 import json
 import random
 import resource
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from errno import EINVAL
@@ -17,7 +20,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 import xenaltp2m as xa
@@ -26,10 +29,11 @@ from xenaltp2m.backend.mock import MockBackend
 from xenaltp2m.capturing import _places_of_memory, capture, compare, differences, obstacles, restore
 from xenaltp2m.runs import FrozenRuns
 from xenaltp2m.testing import Failing
-from xenaltp2m.viewstate import FORMAT, State, diff
+from xenaltp2m.viewstate import FORMAT, MonitorState, PageState, State, ViewState, diff
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "state.schema.json").read_text())
 GFNS = 256
+EMPTY: FrozenRuns[Any] = FrozenRuns()
 ACCESSES = [xa.Access.N, xa.Access.R, xa.Access.X, xa.Access.RX, xa.Access.RW, xa.Access.RWX,
             xa.Access.N2RWX, xa.Access.RX2RW]  # fmt: skip
 
@@ -349,7 +353,7 @@ def signed(document: dict[str, Any]) -> bytes:
     """With its checksum set right."""
     rest = {name: value for name, value in document.items() if name != "checksum"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()
-    return json.dumps(rest | {"checksum": hashlib.sha256(text).hexdigest()}).encode()
+    return b'{"checksum":"%s",' % hashlib.sha256(text).hexdigest().encode() + text[1:]
 
 
 def test_a_ve_page_that_was_added_is_told_by_its_place() -> None:
@@ -372,7 +376,7 @@ def test_a_state_that_could_not_be_read_again_is_not_written(
     monkeypatch.setattr(viewstate, "MAX_FILE", len(data))
     assert State.from_bytes(state.to_bytes()) == state
     monkeypatch.setattr(viewstate, "MAX_FILE", len(data) - 1)
-    with pytest.raises(xa.StateError, match="the limits are"):
+    with pytest.raises(xa.StateError, match="the limit is"):
         state.to_bytes()
 
 
@@ -412,6 +416,176 @@ def test_an_altered_file_is_refused() -> None:
 def plain(state: State) -> bytes:
     data = state.to_bytes()
     return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=8)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+MORE = st.dictionaries(st.text(max_size=4).map("x{}".format), JSON, max_size=2)
+PLACES = st.one_of(st.integers(-2, 200), st.sampled_from([-3, (1 << 36) - 1, 1 << 36]))
+LABELS = st.one_of(
+    st.text(max_size=8),
+    st.text(max_size=8),
+    st.sampled_from(["\ud800", "\ud83d\ude00", "x" * 1024, "x" * 1025, "\U0001f600" * 1024]),
+)
+MANY_RUNS = st.lists(st.tuples(PLACES, st.sampled_from([*[1] * 9, 0, 2]), st.none()), max_size=4)
+
+
+def runs_of(values: list[Any]) -> st.SearchStrategy[FrozenRuns[Any]]:
+    def made(runs: list[tuple[int, int, None]], chosen: list[Any]) -> FrozenRuns[Any]:
+        ascending = sorted(runs, key=lambda run: run[0])
+        return FrozenRuns.of(
+            (first, count, value)
+            for (first, count, _), value in zip(ascending, chosen, strict=False)
+        )
+
+    return st.builds(made, MANY_RUNS, st.lists(st.sampled_from(values), min_size=4, max_size=4))
+
+
+VIEWS = st.builds(
+    ViewState,
+    LABELS,
+    st.sampled_from(list(xa.Access.__members__.values())),
+    st.booleans(),
+    runs_of(ACCESSES),
+    runs_of([True, False]),
+    st.lists(st.tuples(PLACES, PLACES), max_size=2).map(tuple),
+    MORE,
+)
+PAGES = st.builds(
+    lambda content, kept, more: PageState(
+        hashlib.sha256(content).hexdigest(), content if kept else None, more
+    ),
+    st.binary(max_size=3).map(lambda head: head.ljust(4096)),
+    st.booleans(),
+    MORE,
+)
+MONITORS = st.builds(
+    MonitorState,
+    st.lists(
+        st.sampled_from(
+            [xa.MemAccess.on(), xa.Cpuid.on(), xa.WriteCtrlreg.on(xa.ControlRegister.CR3),
+             xa.MovToMsr.on(0xC0000080)]
+        ),
+        max_size=3,
+    ).map(tuple),
+    st.booleans(),
+    MORE,
+)  # fmt: skip
+STATES = st.builds(
+    State,
+    st.lists(VIEWS, max_size=3).map(tuple),
+    st.lists(PAGES, max_size=4).map(tuple),
+    st.lists(st.sampled_from([None, None, None, 0, 1]), max_size=3).map(tuple),
+    st.lists(st.tuples(st.integers(0, 3), PLACES), max_size=1).map(tuple),
+    st.one_of(st.none(), MONITORS),
+    MORE,
+    MORE,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(STATES)
+def test_fault_17_what_is_written_is_read(state: State) -> None:
+    """Every field: what could not be read again is refused when it is written."""
+    try:
+        data = state.to_bytes()
+    except xa.StateError:
+        event("refused")
+        return
+    event("written")
+    found = State.from_bytes(data)
+    assert found == state
+    assert found.origin == state.origin
+    assert found.more == state.more
+    assert [one.more for one in found.views] == [one.more for one in state.views]
+    assert [one.more for one in found.pages] == [one.more for one in state.pages]
+    assert found.to_bytes() == data
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"views": (ViewState("x" * 1025, xa.Access.R, True, EMPTY, EMPTY, ()),)}, "the label 'xx"),
+        ({"views": (ViewState("\ud800", xa.Access.R, True, EMPTY, EMPTY, ()),)}, "the label"),
+        ({"vcpus": (1,)}, "a vCPU in view 1"),
+        ({"origin": {"name": b"guest"}}, "what JSON has not"),
+        ({"more": {"x": {1, 2}}}, "what JSON has not"),
+    ],
+)
+def test_fault_17_what_could_not_be_read_is_not_written(change: dict[str, Any], why: str) -> None:
+    with pytest.raises(xa.StateError, match=why):
+        State(**{"views": ()} | change).to_bytes()
+
+
+MOST_VALUES = 10_400_000
+"""Somewhat less than is refused."""
+HOSTILE: dict[str, Callable[[], bytes]] = {
+    "objects": lambda: b"[{}" + b",{}" * (MOST_VALUES // 2) + b"]",
+    "keys": lambda: b"{%s}" % b",".join(b'"%x":0.5' % number for number in range(1_040_000)),
+    "wide": lambda: b'"' + b"a" * ((1 << 27) - 1000) + b'\\ud83d\\ude00"',
+    "too many lists": lambda: b"[[]" + b",[]" * 40_000_000 + b"]",
+}
+PEAK = r"""
+import re, resource, sys, xenaltp2m as xa
+from xenaltp2m.viewstate import State
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+data = sys.stdin.buffer.read()
+def peak():  # ru_maxrss would begin with the parent's
+    return int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1])
+before = peak()
+try:
+    State.from_bytes(data)
+except (xa.StateError, MemoryError):
+    pass
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("kind", [*HOSTILE, "packed zeros"])
+def test_fault_17_a_hostile_file_takes_no_more_memory_than_four_legal_states(kind: str) -> None:
+    """The largest legal one: 2^22 runs, each a first (32 bytes), a count (28), three pointers."""
+    if kind == "packed zeros":
+        data = gzip.compress(bytes(1 << 28), 1)
+    else:
+        fields = b'"format":"xenaltp2m views","monitor":null,"notify":[],"pages":[],"vcpus":[]'
+        text = b'{%s,"version":1,"views":[],"zz":%s}' % (fields, HOSTILE[kind]())
+        checksum = hashlib.sha256(text).hexdigest().encode()
+        data = gzip.compress(b'{"checksum":"%s",%s\n' % (checksum, text[1:]), 1)
+    done = subprocess.run([sys.executable, "-c", PEAK], input=data, capture_output=True, check=True)
+    peak = int(done.stdout) << 10
+    print(f"{len(data) >> 10} KiB: {peak >> 20} MiB")
+    assert peak < 4 * (1 << 22) * (32 + 28 + 3 * 8)
+
+
+def test_fault_17_runs_are_limited_in_all_views_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    def state(counts: tuple[int, int]) -> State:
+        return State(
+            tuple(
+                ViewState(
+                    "",
+                    xa.Access.RWX,
+                    True,
+                    EMPTY,
+                    EMPTY,
+                    tuple(zip(range(n), range(9, 9 + n), strict=True)),
+                )
+                for n in counts
+            )
+        )
+
+    monkeypatch.setattr(viewstate, "_MAX_RUNS", 5)
+    data = state((2, 3)).to_bytes()
+    assert State.from_bytes(data) == state((2, 3))
+    with pytest.raises(xa.StateError, match="more than 5 runs and remaps"):
+        state((3, 3)).to_bytes()
+    monkeypatch.setattr(viewstate, "_MAX_RUNS", 4)
+    with pytest.raises(xa.StateError, match="more than 4 runs and remaps"):
+        State.from_bytes(data)
 
 
 def test_other_files() -> None:

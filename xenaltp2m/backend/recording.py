@@ -31,6 +31,7 @@ from xenaltp2m.backend.mapping import Mapping
 from xenaltp2m.backend.session import (
     MAX_FILE,
     MAX_LINE,
+    MAX_VALUES,
     OPERATIONS,
     AgentRing,
     Contents,
@@ -44,6 +45,7 @@ from xenaltp2m.backend.session import (
     responses_as_json,
 )
 from xenaltp2m.errors import RecordingError
+from xenaltp2m.jsontext import most_values
 from xenaltp2m.types import PAGE_SIZE
 
 __all__ = ["record"]
@@ -88,7 +90,7 @@ class _File:
         if self._file < 0 or self._ended or os.getpid() != self._process:
             return
         raw = line(document)
-        if len(raw) > MAX_LINE or self._size + len(raw) > MAX_FILE:
+        if len(raw) > MAX_LINE or most_values(raw) > MAX_VALUES or self._size + len(raw) > MAX_FILE:
             self._ended = "it has become too large"
             return
         try:

@@ -376,7 +376,8 @@ class ReplayBackend:
         def act(call: Call) -> list[memoryview]:
             if len(call.result) != len(gfns):
                 raise self._misfit("it tells of more or fewer pages than were mapped")
-            if sum(len(pages.last) for pages in self._mapped.values()) > _MOST_PAGES:
+            mapped = sum(len(pages.last) for pages in self._mapped.values())
+            if mapped + len(gfns) > _MOST_PAGES:
                 raise self._misfit("it maps too many pages")
             contents = [
                 self._contents.take(domid, gfn, runs)

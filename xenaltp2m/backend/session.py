@@ -29,17 +29,21 @@ from xenaltp2m.abi.vm_event import as_line
 from xenaltp2m.backend import Backend
 from xenaltp2m.backend.arguments import Parameters
 from xenaltp2m.errors import RecordingError, XenError
+from xenaltp2m.jsontext import most_values
 from xenaltp2m.types import PAGE_SIZE, DomainInfo, MemoryType, PodTarget, VcpuInfo
 
 FORMAT = "xenaltp2m session"
 VERSION = 1
 MAX_LINE = 8 << 20
+MAX_VALUES = 1 << 18
 MAX_FILE = 1 << 30
-"""Bytes: a recording ends where it would become larger, a larger one is not read."""
+"""Bytes of a line, values in it, and bytes of a file: where one would become larger the recording
+ends; a larger one is not read."""
 
 Json: TypeAlias = Any
-Runs: TypeAlias = "bytes | tuple[tuple[int, bytes], ...]"
-"""A page as it is told: whole, or the parts that differ from what it was, each with its offset."""
+Runs: TypeAlias = "str | tuple[tuple[int, bytes], ...]"
+"""A page as it is told: whole, and still packed, for a line may tell of more pages than there is
+memory for; or the parts that differ from what it was, each with its offset."""
 
 T = TypeVar("T")
 OfRings: TypeAlias = Mapping["int | None", T]
@@ -305,7 +309,7 @@ def runs_of(told: Json) -> Runs:
         whole = _unpacked(told, PAGE_SIZE)
         if len(whole) != PAGE_SIZE:
             raise _Unsound("a page has not the size of one")
-        return whole
+        return told
     runs = []
     for part in _list(told):
         at, text = _list(part, 2)
@@ -344,8 +348,8 @@ def _decoded(kind: str, value: Json) -> Any:
 
 def applied(before: bytes, runs: Runs) -> bytes:
     """Return what a page is."""
-    if isinstance(runs, bytes):
-        return runs
+    if isinstance(runs, str):
+        return _unpacked(runs, PAGE_SIZE)
     now = bytearray(before)
     for at, part in runs:
         now[at : at + len(part)] = part
@@ -503,7 +507,7 @@ class Reader:
     def _line(self) -> Json | None:
         raw = self._stream.readline(MAX_LINE + 1)
         self.number += 1
-        if len(raw) > MAX_LINE:
+        if len(raw) > MAX_LINE or most_values(raw) > MAX_VALUES:
             raise self._refusal("it is too long")
         if not raw.endswith(b"\n"):
             return None  # the end; or who wrote it was killed meanwhile
