@@ -18,6 +18,7 @@ from xenaltp2m.errors import (
     XenError,
 )
 from xenaltp2m.handle import Handle, UndoList
+from xenaltp2m.signals import uninterruptible
 from xenaltp2m.types import ALL_GFNS, HOST_VIEW, Access, VcpuId, ViewId
 from xenaltp2m.view import (
     Mismatch,
@@ -120,6 +121,7 @@ class Altp2m(Handle):
         """The views made through this handle and not yet destroyed, by number."""
         return tuple(sorted((view for view in self._views if not view.closed), key=_by_number))
 
+    @uninterruptible
     def create_view(self, default_access: Access = Access.RWX, *, label: str | None = None) -> View:
         """Make a view.
 
@@ -153,6 +155,7 @@ class Altp2m(Handle):
         self._views = [*self.views, view]
         return view
 
+    @uninterruptible
     def switch_to_view(self, view: View | None) -> None:
         """Move every vCPU of the domain to a view, or to view 0 where ``view`` is None.
 
@@ -188,6 +191,7 @@ class Altp2m(Handle):
         last = self.domain.info().max_vcpu_id
         return {VcpuId(vcpu): self.vcpu_view(vcpu) for vcpu in range(last + 1)}
 
+    @uninterruptible
     def enable_notify(self, vcpu: int, gfn: int) -> None:
         """Name the page where a vCPU finds what a #VE was about; undone on close.
 
@@ -203,6 +207,7 @@ class Altp2m(Handle):
         self._backend.altp2m_set_vcpu_enable_notify(self._domid, vcpu, gfn)
         self._notified[vcpu] = gfn
 
+    @uninterruptible
     def disable_notify(self, vcpu: int) -> None:
         """Take a vCPU's #VE page back. ``xc_altp2m_set_vcpu_disable_notify``."""
         self._check_open()
@@ -336,8 +341,8 @@ class Altp2m(Handle):
         self._switched_on, self._prior_views = False, set()
         if self._backend.altp2m_get_domain_state(self._domid):
             raise XenError("altp2m is on already", domid=int(self._domid))
-        self._switch_on()
         try:
+            self._switch_on()
             for view in self.views:
                 view._create_again()
             for monitor in self.domain._open_monitors():
@@ -357,6 +362,7 @@ class Altp2m(Handle):
 
     # Being carried elsewhere.
 
+    @uninterruptible
     def _lay_down(self) -> None:
         """Take all back but the model, for :meth:`_take_up`."""
         notified = dict(self._notified)
@@ -367,6 +373,7 @@ class Altp2m(Handle):
     def _take_up(self, gfns: Mapping[int, int]) -> None:
         """Make all again, where the domain is now, with other gfns in place of some."""
         super().__init__()
+        self.domain._altp2m = self
         self._domid = self.domain.domid
         self._moved = False
         self._notified = {vcpu: gfns.get(gfn, gfn) for vcpu, gfn in self._notified.items()}
@@ -375,16 +382,19 @@ class Altp2m(Handle):
         try:
             self._make_again()
         except BaseException:
+            if self._switched_on:
+                self.close()
             self.abandon()  # none of it is there: what is, somebody else has made
             raise
-        self.domain._altp2m = self
 
+    @uninterruptible
     def abandon(self) -> None:
         """Close without undoing anything: the views, too, are gone."""
         super().abandon()
         for view in self._views:
             view.abandon()
 
+    @uninterruptible
     def _switch_on(self) -> None:
         """Switch altp2m on; up to 4.15 a failure may leave it on all the same."""
         undo = UndoList()
@@ -429,6 +439,7 @@ class Altp2m(Handle):
         """The view all vCPUs were in; 0 where they were in several."""
         return min(self._prior_views) if len(self._prior_views) == 1 else HOST_VIEW
 
+    @uninterruptible
     def _switch_back(self) -> None:
         """Move vCPUs that were moved to the view they were in; to view 0 if that is gone."""
         if not self._moved:

@@ -71,6 +71,7 @@ from xenaltp2m.instructions import LONGEST_ACCESS
 from xenaltp2m.repetitions import Repetitions
 from xenaltp2m.responses import REINJECT, RESUME, STEP, Response
 from xenaltp2m.shadows import Shadows
+from xenaltp2m.signals import guard, uninterruptible
 from xenaltp2m.types import PAGE_SHIFT, PAGE_SIZE, Access, Gfn
 from xenaltp2m.view import check_gfn
 
@@ -194,6 +195,7 @@ class Breakpoints(Handle):
         hooks: The view that vCPUs are in.
     """
 
+    @uninterruptible
     def __init__(
         self, altp2m: Altp2m, monitor: Monitor, *, fast: bool = True, int3: bool = True
     ) -> None:
@@ -321,6 +323,7 @@ class Breakpoints(Handle):
         self._ids.add(int(view.id))
         return view
 
+    @uninterruptible
     def _create_watch_views(self) -> None:
         """Have ``seen`` and ``used``, with the pages that there are."""
         made: list[View] = []
@@ -353,6 +356,7 @@ class Breakpoints(Handle):
 
     # Inserting and removing.
 
+    @uninterruptible
     def insert(
         self, address: int, callback: Callback, *, each_iteration: bool = False
     ) -> Breakpoint:
@@ -406,6 +410,7 @@ class Breakpoints(Handle):
         for lead in page.leads.values():
             lead.note(offset)
 
+    @uninterruptible
     def _lead(self, gfn: int, before: int) -> _Lead:
         """Have writes noticed to the page that comes before one with breakpoints."""
         page = self._pages[gfn]
@@ -421,6 +426,7 @@ class Breakpoints(Handle):
             raise
         return lead
 
+    @uninterruptible
     def _lead_no_more(self, gfn: int, before: int) -> None:
         """Have them noticed no more."""
         lead = self._pages[gfn].leads.pop(before)
@@ -432,6 +438,7 @@ class Breakpoints(Handle):
         undo.push("", partial(self._set_rights, before))
         undo.unwind(f"removing the breakpoints of gfn {gfn:#x}")
 
+    @uninterruptible
     def insert_linear(
         self,
         space: AddressSpace,
@@ -524,6 +531,7 @@ class Breakpoints(Handle):
         if gfn in self._shadows:
             raise InvalidArgumentError(f"gfn {gfn:#x} is a shadow, not the guest's", gfn=gfn)
 
+    @uninterruptible
     def remove(self, unwanted: Breakpoint | Watch) -> None:
         """Take a breakpoint or a watch out; one that was taken out already is passed over."""
         self._check_open()
@@ -583,6 +591,7 @@ class Breakpoints(Handle):
                     raise one.failure
         return [Gfn(gfn) for gfn in lost]
 
+    @uninterruptible
     def _found_lost(self, lost: Lost) -> None:
         """What was written to the pages meanwhile, nobody has told of; some may be others now."""
         self._ids = {int(view.id) for view in self._views}
@@ -614,6 +623,7 @@ class Breakpoints(Handle):
         pages = self._backend.foreignmemory_map(self._domid, False, [gfn])
         return pages[0], partial(self._backend.foreignmemory_unmap, pages)
 
+    @uninterruptible
     def _outdate(self, gfn: int) -> None:
         """Have a page's shadow copied anew before it is executed again."""
         page = self._pages[gfn]
@@ -699,6 +709,7 @@ class Breakpoints(Handle):
         for before in list(page.leads):
             self._lead_no_more(gfn, before)
 
+    @uninterruptible
     def _release(self, gfn: int) -> None:
         """Show a page itself again."""
         page = self._pages[gfn]
@@ -996,9 +1007,10 @@ class Breakpoints(Handle):
             return RESUME
         if page.shadow_gfn and self._knows_before(page, event) and page.can_be_planted():
             if not self._is_being_written(gfn):
-                page.fill()
-                page.planted = True
-                self.hooks.set_access(gfn, Access.X)
+                with guard.holding_back():
+                    page.fill()
+                    page.planted = True
+                    self.hooks.set_access(gfn, Access.X)
             return RESUME
         found = page.hooks.get(offset) if event.offset == offset else None
         again = self._repeated(page, offset, event) if found is not None else None
@@ -1093,6 +1105,7 @@ class Breakpoints(Handle):
         undo.push(f"vCPUs of domain {self._domid} in our views", self._leave)
         undo.unwind(doing)
 
+    @uninterruptible
     def _lay_down(self, later: UndoList) -> None:
         """Take all back but the breakpoints and watches themselves, for :meth:`_take_up`.
 
@@ -1105,10 +1118,12 @@ class Breakpoints(Handle):
         super().abandon()
         self._pages, self._watched = pages, watched
 
+    @uninterruptible
     def _take_up(self) -> None:
         self._set_up()
         self._follow_all()
 
+    @uninterruptible
     def abandon(self) -> None:
         """Close without undoing anything but what is this process's own: the domain is gone."""
         for gfn in list(self._pages):

@@ -15,15 +15,16 @@ from xenaltp2m.altp2m import warning_of_default
 from xenaltp2m.errors import LeftoverError, StateError, UnsupportedError, XenError
 from xenaltp2m.handle import UndoList
 from xenaltp2m.runs import FrozenRuns, Runs
+from xenaltp2m.signals import guard
 from xenaltp2m.types import ALL_GFNS, GFN_LIMIT, HOST_VIEW, Access, MemoryType, VcpuId, ViewId
-from xenaltp2m.view import existing_views, own_access
+from xenaltp2m.view import View, existing_views, own_access
 from xenaltp2m.viewstate import MonitorState, PageState, Place, State, ViewState
 
 if TYPE_CHECKING:
     from xenaltp2m.altp2m import Altp2m
     from xenaltp2m.domain import Domain
     from xenaltp2m.monitor import Monitor
-    from xenaltp2m.view import Progress, View
+    from xenaltp2m.view import Progress
 
 LOOKED_AT = 1 << 12
 """How many gfns of each view are looked at once it is made, for Xen may pass over some."""
@@ -399,30 +400,35 @@ class _Restorer:
     def _make(self, switch: bool) -> list[View]:
         state, domain = self._state, self._domain
         if state.pages:
-            added = domain.add_pages(len(state.pages))
-            self._undo.push("", lambda: domain.remove_pages(added))
+            added = self._undo.do(
+                "", partial(domain.add_pages, len(state.pages)), domain.remove_pages
+            )
             self._added = added
             for gfn, page in zip(added, state.pages, strict=True):
                 assert page.content is not None
                 domain.memory.write_page(gfn, page.content)
         views = []
         for wanted in state.views:
-            view = self._altp2m.create_view(wanted.default_access, label=wanted.label or None)
-            self._undo.push("", view.close)
+            view = self._undo.do("", partial(self._create, wanted), View.close)
             views.append(view)
             self._fill(view, wanted)
         for vcpu, gfn in state.notify:
-            self._altp2m.enable_notify(vcpu, self._gfn(gfn))
-            what = f"#VE page of vCPU {vcpu} of domain {domain.domid}"
-            self._undo.push(what, partial(self._altp2m.disable_notify, vcpu))
+            with guard.holding_back():
+                self._altp2m.enable_notify(vcpu, self._gfn(gfn))
+                what = f"#VE page of vCPU {vcpu} of domain {domain.domid}"
+                self._undo.push(what, partial(self._altp2m.disable_notify, vcpu))
         places = {number for number in state.vcpus if number is not None}
         if switch and places:
-            self._altp2m.switch_to_view(views[places.pop()])
-            self._undo.push("", lambda: self._altp2m.switch_to_view(None))
+            with guard.holding_back():
+                self._altp2m.switch_to_view(views[places.pop()])
+                self._undo.push("", lambda: self._altp2m.switch_to_view(None))
         for view, wanted in zip(views, state.views, strict=True):
             if not wanted.visible:
                 view.set_visibility(False)
         return views
+
+    def _create(self, wanted: ViewState) -> View:
+        return self._altp2m.create_view(wanted.default_access, label=wanted.label or None)
 
     def _fill(self, view: View, wanted: ViewState) -> None:
         remapped = sorted(gfn for gfn, _ in wanted.remaps)

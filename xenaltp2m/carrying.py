@@ -62,13 +62,13 @@ class Carried:
         self._check()
         try:
             self._lay_down()
+            return self
         except BaseException as error:
             try:
                 self._close_all(error)
             finally:
                 self._let_go()
             raise
-        return self
 
     def __exit__(
         self,

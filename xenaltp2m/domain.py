@@ -20,10 +20,11 @@ from xenaltp2m.errors import (
     XenError,
 )
 from xenaltp2m.events import Event, Subscription
-from xenaltp2m.handle import Handle, UndoList
+from xenaltp2m.handle import Handle, UndoList, in_words
 from xenaltp2m.journal import Pages, dead
 from xenaltp2m.memory import Memory
 from xenaltp2m.monitor import Monitor, subscription
+from xenaltp2m.signals import uninterruptible
 from xenaltp2m.types import (
     ALL_GFNS,
     GFN_LIMIT,
@@ -58,6 +59,8 @@ class _CarriedAlong(Protocol):
 
     @property
     def closed(self) -> bool: ...
+    def close(self) -> None: ...
+    def abandon(self) -> None: ...
     def _lay_down(self, later: UndoList) -> None: ...
     def _take_up(self) -> None: ...
 
@@ -204,6 +207,7 @@ class Domain(Handle):
         self._check_open()
         return list(survey(self, views).hazards)
 
+    @uninterruptible
     def altp2m(self, *, accept: Collection[str] = ()) -> Altp2m:
         """Switch altp2m on, unless it is on, for as long as the result is open.
 
@@ -227,6 +231,7 @@ class Domain(Handle):
         self._altp2m = Altp2m(self, accept)
         return self._altp2m
 
+    @uninterruptible
     def monitor(
         self, *subscriptions: Subscription | type[Event], access_required: bool = False
     ) -> Monitor:
@@ -281,6 +286,7 @@ class Domain(Handle):
         """List its vCPUs."""
         return [Vcpu(self, number) for number in range(self.info().max_vcpu_id + 1)]
 
+    @uninterruptible
     def pause(self) -> None:
         """Stop the domain's vCPUs until as many :meth:`unpause`. ``xc_domain_pause``."""
         self._check_open()
@@ -288,6 +294,7 @@ class Domain(Handle):
             self._backend.domain_pause(self.domid)
         self._pauses.push(self._pause_words, self._unpause)
 
+    @uninterruptible
     def unpause(self) -> None:
         """Take back one :meth:`pause` of this handle. ``xc_domain_unpause``.
 
@@ -310,23 +317,21 @@ class Domain(Handle):
         Raises:
             LeftoverError: It is still paused; closing the domain tries again.
         """
-        self.pause()
+        undo = UndoList()
         try:
+            undo.do(self._pause_words, self.pause, lambda _: self._end_pause())
             yield
         except BaseException as error:
             try:
-                self._end_pause()
+                undo.unwind(in_words(error))
             except LeftoverError as failure:
                 error.add_note(str(failure))
             raise
-        self._end_pause()
+        undo.unwind(f"unpausing {self!r}")
 
     def _end_pause(self) -> None:
-        if self.closed:
-            return  # which took the pause back
-        undo = UndoList()
-        undo.push(self._pause_words, self.unpause)
-        undo.unwind(f"unpausing {self!r}")
+        if not self.closed:  # which took the pause back
+            self.unpause()
 
     @property
     def _pause_words(self) -> str:
@@ -377,6 +382,7 @@ class Domain(Handle):
     def _carried_along(self) -> list[_CarriedAlong]:
         return [handle for handle in self._along if not handle.closed]
 
+    @uninterruptible
     def _leave_as_it_is(self, content: bytes) -> None:
         """Close, with all that is made staying; what that is, for the journal."""
         self._journal.keep(content)
@@ -397,6 +403,7 @@ class Domain(Handle):
 
     # Pages of our own.
 
+    @uninterruptible
     def add_pages(self, count: int = 1) -> range:
         """Give the domain new pages right above everything it ever had, for shadow pages.
 
@@ -442,6 +449,7 @@ class Domain(Handle):
         self._added[gfns] = undo
         return gfns
 
+    @uninterruptible
     def remove_pages(self, gfns: range) -> None:
         """Take back pages that :meth:`add_pages` gave, before the close does.
 
@@ -571,6 +579,7 @@ class Domain(Handle):
                 return domain._open_altp2m
         return None
 
+    @uninterruptible
     def abandon(self) -> None:
         """Close without undoing anything: the domain, with its altp2m, is gone."""
         super().abandon()
@@ -580,6 +589,8 @@ class Domain(Handle):
             self._altp2m.abandon()
         if self._monitor is not None:
             self._monitor.abandon()
+        for handle in self._carried_along():
+            handle.abandon()
 
     def _take_back(self) -> None:
         """Close its altp2m and its monitor, then take back added pages, then pauses."""
@@ -599,6 +610,8 @@ class Domain(Handle):
             undo.push("", self._open_monitor.close)
         if self._open_altp2m is not None:
             undo.push("", self._open_altp2m.close)
+        for handle in self._carried_along():
+            undo.push("", handle.close)
         undo.unwind(doing)
 
     def _remove_or_tell(self, gfns: range) -> None:

@@ -12,6 +12,7 @@ from xenaltp2m.abi.x86 import CR0_PG, EFER_LMA, GP, Fault, Paging, Walk
 from xenaltp2m.errors import InvalidArgumentError, NotMappedError, XenError
 from xenaltp2m.events import Registers
 from xenaltp2m.handle import Handle, UndoList
+from xenaltp2m.signals import guard, uninterruptible
 from xenaltp2m.types import GFN_LIMIT, PAGE_SHIFT, PAGE_SIZE
 from xenaltp2m.view import check_gfn
 
@@ -146,16 +147,17 @@ class Memory:
 
     @contextmanager
     def _mapped(self, gfns: range, *, writable: bool) -> Iterator[list[memoryview]]:
-        pages = self._backend.foreignmemory_map(self._domain.domid, writable, gfns)
-        undo = UndoList()
-        undo.push(
-            f"mapping of gfns {gfns.start:#x}..{gfns.stop - 1:#x} of domain {self._domain.domid}",
-            lambda: self._backend.foreignmemory_unmap(pages),
-        )
-        try:
-            yield pages
-        finally:
-            self._domain._finish(undo)
+        domid, undo = self._domain.domid, UndoList()
+        with guard.holding_back():  # mapped, copied and unmapped: a megabyte at most
+            pages = undo.do(
+                f"mapping of gfns {gfns.start:#x}..{gfns.stop - 1:#x} of domain {domid}",
+                lambda: self._backend.foreignmemory_map(domid, writable, gfns),
+                self._backend.foreignmemory_unmap,
+            )
+            try:
+                yield pages
+            finally:
+                self._domain._finish(undo)
 
 
 class LinearPage(NamedTuple):
@@ -204,16 +206,19 @@ class MappedPages(Handle):
         self._check_open()
         found = self._pages.get(gfn)
         if found is None:
-            if len(self._pages) >= self._most:
-                self._unmap(next(iter(self._pages)))
-            found = self._backend.foreignmemory_map(int(self._domain.domid), False, [gfn])
-            self._pages[gfn] = found
+            with guard.holding_back():
+                if len(self._pages) >= self._most:
+                    self._unmap(next(iter(self._pages)))
+                found = self._backend.foreignmemory_map(int(self._domain.domid), False, [gfn])
+                self._pages[gfn] = found
         return found[0]
 
+    @uninterruptible
     def _unmap(self, gfn: int) -> None:
         self._backend.foreignmemory_unmap(self._pages[gfn])
         del self._pages[gfn]
 
+    @uninterruptible
     def _take_back(self) -> None:
         undo = UndoList()
         for gfn in self._pages:

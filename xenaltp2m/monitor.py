@@ -52,7 +52,7 @@ from xenaltp2m.events import (
 )
 from xenaltp2m.handle import Handle, UndoList
 from xenaltp2m.responses import RESUME, Action, Response, view_number
-from xenaltp2m.signals import guard
+from xenaltp2m.signals import guard, uninterruptible
 from xenaltp2m.types import SINGLE_STEP_OFF, VIEWS_BEFORE_4_21, VcpuInfo
 
 if TYPE_CHECKING:
@@ -143,6 +143,7 @@ class Monitor(Handle):
         """What needs its events to be answered, and is closed before it."""
         self._set_up(subscriptions)
 
+    @uninterruptible
     def _set_up(self, subscriptions: tuple[Subscription, ...]) -> None:
         domain = self.domain
         self._domid = int(domain.domid)
@@ -175,8 +176,7 @@ class Monitor(Handle):
         self._undo.push("", self._let_go)
         guard.enter()  # first: a process killed from here on would leave a ring behind
         try:
-            with guard.holding_back():  # between a call and its undoing being noted
-                self._open()
+            self._open()
             for wanted in subscriptions:
                 self.enable(wanted)
             if self.access_required:
@@ -292,6 +292,7 @@ class Monitor(Handle):
         self._undo.push(f"access_required of domain {self._domid}", partial(required, False))
         required(True)
 
+    @uninterruptible
     def enable(self, which: Subscription | type[Event]) -> None:
         """Hear of something more.
 
@@ -325,6 +326,7 @@ class Monitor(Handle):
         self._enabled[wanted.key] = wanted
         self._keeps_views_going |= wanted.event in (MemAccess, SoftwareBreakpoint)
 
+    @uninterruptible
     def disable(self, which: Subscription | type[Event]) -> None:
         """Hear no more of something that was enabled through this handle.
 
@@ -840,17 +842,6 @@ class Monitor(Handle):
 
     # Closing.
 
-    def close(self) -> None:
-        """Stop listening and take back what was done; again is harmless.
-
-        Signals that would interrupt it wait until it is done.
-
-        Raises:
-            LeftoverError: Something could not be taken back; a second call tries it again.
-        """
-        with guard.holding_back():
-            super().close()
-
     def _take_back(self) -> None:
         doing = f"closing {self!r}"
         undo = UndoList()
@@ -859,19 +850,21 @@ class Monitor(Handle):
             undo.push("", child.close)
         undo.unwind(doing)
 
+    @uninterruptible
     def _lay_down(self) -> None:
         """Give all back, to be set up again by :meth:`_take_up`; what it answers is laid down."""
-        with guard.holding_back():
-            heard = self.subscriptions
-            self._undo.unwind(f"laying down {self!r}")
-            self._heard = heard
+        heard = self.subscriptions
+        self._undo.unwind(f"laying down {self!r}")
+        self._heard = heard
         guard.leave()
         super().abandon()
 
+    @uninterruptible
     def _take_up(self) -> None:
         self._set_up(self._heard)
         self.domain._monitor = self
 
+    @uninterruptible
     def abandon(self) -> None:
         """Close without undoing anything but what is this process's own: the domain is gone."""
         if self.closed:

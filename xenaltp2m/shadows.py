@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from xenaltp2m.errors import XenError
+from xenaltp2m.signals import uninterruptible
 from xenaltp2m.types import PAGE_SIZE, Access
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Shadows:
     def __contains__(self, gfn: int) -> bool:
         return gfn in self._memory
 
+    @uninterruptible
     def take(self) -> tuple[int, memoryview]:
         """Return a shadow that nobody uses, and its memory."""
         if not self._free:
@@ -75,6 +77,7 @@ class Shadows:
             with suppress(XenError):
                 self._unmap(pages)
 
+    @uninterruptible
     def _unmap(self, pages: list[memoryview]) -> None:
         self._backend.foreignmemory_unmap(pages)
         self._maps = [others for others in self._maps if others is not pages]

@@ -83,13 +83,22 @@ class SignalGuard:
         """
         return self if _in_main_thread() else _NOTHING
 
-    def checkpoint(self) -> None:
-        """Run the handlers of signals that came, where nothing is half done in an outermost block.
+    def checkpoint(self, act: Callable[[], object] = bool) -> None:
+        """Let signals through for a moment in an outermost block, where nothing is half done.
 
-        For long operations. In an inner block it does nothing: the outer one is half done.
+        In an inner block they wait on, because the outer one is half done.
+
+        Args:
+            act: Called meanwhile, such as somebody else's code, which may take long.
         """
-        if self._came and self._depth == 1 and _in_main_thread():
-            self._run_those_that_came()
+        if self._depth != 1 or not _in_main_thread():
+            act()
+            return
+        try:
+            self._let_go()
+            act()
+        finally:
+            self.__enter__()
 
     def __enter__(self) -> None:
         if self._depth:
@@ -124,16 +133,13 @@ class SignalGuard:
                 if _get(number) is self._waiting:
                     _set(number, handler)
                 self._handlers.pop(number, None)
-            self._run_those_that_came()
+            while self._came:
+                number = self._came.pop(0)
+                # Not raise_signal: asyncio was told through its wake-up descriptor when it came.
+                _run(self._handler(number), number, sys._getframe())
         finally:
             if self._handlers or self._came:
                 self._let_go()
-
-    def _run_those_that_came(self) -> None:
-        while self._came:
-            number = self._came.pop(0)
-            # Not raise_signal: asyncio was told through its wake-up descriptor when it came.
-            _run(self._handler(number), number, sys._getframe())
 
     def _wait(self, number: int, frame: FrameType | None) -> None:
         """Stand in for a handler."""

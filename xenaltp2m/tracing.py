@@ -173,14 +173,13 @@ class Trace(Handle):
 
     def _open(self, places: Mapping[str, _Place], fast: bool, accept: Collection[str]) -> None:
         """Open what is needed, and insert the breakpoints."""
-        altp2m = self._domain.altp2m(accept=accept)
-        self._undo.push("", altp2m.close)
-        self._monitor = self._domain.monitor()
-        self._undo.push("", self._monitor.close)
-        self._breakpoints = Breakpoints(altp2m, self._monitor, fast=fast)
-        self._undo.push("", self._breakpoints.close)
-        self._mapped = MappedPages(self._domain)
-        self._undo.push("", self._mapped.close)
+        opened, close = self._undo.do, Handle.close
+        altp2m = opened("", partial(self._domain.altp2m, accept=accept), close)
+        self._monitor = opened("", self._domain.monitor, close)
+        self._breakpoints = opened(
+            "", partial(Breakpoints, altp2m, self._monitor, fast=fast), close
+        )
+        self._mapped = opened("", partial(MappedPages, self._domain), close)
         for name, place in places.items():
             called = partial(self._called, name)
             if isinstance(place, int):

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from heapq import heappop, heappush
 from itertools import pairwise
 from typing import TYPE_CHECKING, TypeAlias
@@ -27,6 +28,7 @@ from xenaltp2m.errors import (
 )
 from xenaltp2m.handle import Handle, UndoList, in_words
 from xenaltp2m.runs import Runs
+from xenaltp2m.signals import guard, uninterruptible
 from xenaltp2m.types import (
     ALL_GFNS,
     GFN_LIMIT,
@@ -160,13 +162,20 @@ class View(Handle):
         number = self._number(access)
         if isinstance(gfns, int):
             check_gfn(gfns)
-            self._backend.altp2m_set_mem_access(self._domid, self.id, gfns, number)
-            self._access.set(gfns, access)
+            with guard.holding_back():
+                self._backend.altp2m_set_mem_access(self._domid, self.id, gfns, number)
+                self._access.set(gfns, access)
             return
         if isinstance(gfns, range):
             check_gfns(gfns)
         else:
             gfns = gfn_array(gfns)
+        self._set_many(gfns, access, number, progress)
+
+    @uninterruptible
+    def _set_many(
+        self, gfns: range | array[int], access: Access, number: int, progress: Progress | None
+    ) -> None:
         total = len(gfns)
         numbers = bytes([number]) * min(total, BATCH)
         reached = 0
@@ -176,8 +185,7 @@ class View(Handle):
                 self._backend.altp2m_set_mem_access_multi(
                     self._domid, self.id, numbers[: len(batch)], batch
                 )
-                if progress is not None:
-                    progress(reached, total)
+                _so_far(progress, reached, total)
         except BaseException as error:
             self._set_back(memoryview(gfn_array(gfns[:reached])), error)
             raise
@@ -207,6 +215,7 @@ class View(Handle):
 
     # Remaps.
 
+    @uninterruptible
     def remap(self, gfn: int, new_gfn: int, *, access: Access | None = None) -> None:
         """Let ``gfn`` show the page of ``new_gfn`` in this view.
 
@@ -260,6 +269,7 @@ class View(Handle):
         self._access.set(gfn, wanted)
         self._suppress_ve.set(gfn, None)  # Xen sets it, for a caller outside the domain
 
+    @uninterruptible
     def revert(self, gfn: int) -> None:
         """Let a remapped gfn show its own page again; an access set on it is forgotten with it.
 
@@ -334,8 +344,9 @@ class View(Handle):
         if isinstance(gfns, int):
             check_gfn(gfns)
             self._populate(gfns, gfns)
-            self._backend.altp2m_set_suppress_ve(self._domid, self.id, gfns, suppress)
-            self._suppress_ve.set(gfns, suppress)
+            with guard.holding_back():
+                self._backend.altp2m_set_suppress_ve(self._domid, self.id, gfns, suppress)
+                self._suppress_ve.set(gfns, suppress)
             return []
         failures = []
         if isinstance(gfns, range) and gfns.step == 1:
@@ -345,10 +356,11 @@ class View(Handle):
             runs = neighbours(gfn_array(gfns))
         for first, last in runs:
             self._populate(first, min(last, self._altp2m.domain.maximum_gfn))
-            failure = self._backend.altp2m_set_suppress_ve_multi(
-                self._domid, self.id, first, last, suppress
-            )
-            self._suppress_ve.set_many(range(first, last + 1), suppress)
+            with guard.holding_back():
+                failure = self._backend.altp2m_set_suppress_ve_multi(
+                    self._domid, self.id, first, last, suppress
+                )
+                self._suppress_ve.set_many(range(first, last + 1), suppress)
             if failure is not None:
                 failures.append(SuppressVeFailure(Gfn(failure[0]), failure[1]))
         return failures
@@ -373,6 +385,7 @@ class View(Handle):
         """Whether the guest's VMFUNC and a domain-wide switch reach the view."""
         return self._visible
 
+    @uninterruptible
     def set_visibility(self, visible: bool) -> None:
         """Hide the view or show it again; vCPUs in it stay. ``xc_altp2m_set_visibility``."""
         self._check_open()
@@ -432,6 +445,7 @@ class View(Handle):
                 progress(done, len(chosen))
         return mismatches
 
+    @uninterruptible
     def reapply(self, *, progress: Progress | None = None) -> None:
         """Ask Xen again for all that was asked of this view, because Xen has reset it.
 
@@ -467,8 +481,7 @@ class View(Handle):
                         self._domid, self.id, numbers[: len(batch)], batch
                     )
                 done += len(batch)
-                if progress is not None:
-                    progress(done, total)
+                _so_far(progress, done, total)
         for bit in self._suppress_ve:
             with _noting(failures):
                 self._backend.altp2m_set_suppress_ve_multi(
@@ -482,9 +495,10 @@ class View(Handle):
         release = self._backend.release
         self._domid = self._altp2m.domain.domid
         number = release.access_numbers[self.default_access]
-        self.id = ViewId(self._backend.altp2m_create_view(self._domid, number))
-        self._undo.forget()
-        self._undo.push(f"view {self.id} of domain {self._domid}", self._destroy)
+        with guard.holding_back():
+            self.id = ViewId(self._backend.altp2m_create_view(self._domid, number))
+            self._undo.forget()
+            self._undo.push(f"view {self.id} of domain {self._domid}", self._destroy)
         self._remap_low = min(self._remaps.values(), default=ALL_GFNS)
         self._remap_high = max(self._remaps.values(), default=0)
         self.reapply()
@@ -675,6 +689,14 @@ class View(Handle):
                 return  # EBUSY is also Xen's word for no such view
             self._altp2m._vacate()
             self._backend.altp2m_destroy_view(self._domid, self.id)
+
+
+def _so_far(progress: Progress | None, done: int, total: int) -> None:
+    """Tell how far a long operation is, and let signals through."""
+    if progress is None:
+        guard.checkpoint()
+    else:
+        guard.checkpoint(partial(progress, done, total))
 
 
 @contextmanager

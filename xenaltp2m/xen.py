@@ -21,6 +21,7 @@ from xenaltp2m.errors import (
 )
 from xenaltp2m.handle import Handle, UndoList
 from xenaltp2m.journal import DIRECTORY, Journal
+from xenaltp2m.signals import uninterruptible
 from xenaltp2m.types import DomainInfo
 
 _DOMAINS_AT_ONCE = 256
@@ -122,6 +123,7 @@ class Xen(Handle):
             found = self._journals[info.uuid] = Journal(self.journals, info.domid, info.uuid)
         return found
 
+    @uninterruptible
     def _moved(self, info: DomainInfo) -> None:
         """A domain has another number now, with nothing of it changed yet."""
         self._journals.pop(info.uuid).close()
