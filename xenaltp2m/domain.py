@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from array import array
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Unpack
 from uuid import UUID
 
 from xenaltp2m.altp2m import Altp2m
@@ -19,7 +20,7 @@ from xenaltp2m.errors import (
     LeftoverError,
     XenError,
 )
-from xenaltp2m.events import Event, Subscription
+from xenaltp2m.events import Event, Registers, Subscription, shutdown_words
 from xenaltp2m.handle import Handle, UndoList, in_words
 from xenaltp2m.journal import Pages, dead
 from xenaltp2m.memory import Memory
@@ -46,7 +47,7 @@ from xenaltp2m.view import View, check_gfn, existing_views, own_access
 if TYPE_CHECKING:
     from xenaltp2m.carrying import Carried
     from xenaltp2m.hazards import Hazard
-    from xenaltp2m.tracing import Trace
+    from xenaltp2m.tracing import Trace, TraceOptions
     from xenaltp2m.xen import Xen
 
 _KIB_PER_PAGE = PAGE_SIZE // 1024
@@ -262,8 +263,13 @@ class Domain(Handle):
         self._monitor = Monitor(self, wanted, access_required)
         return self._monitor
 
-    def trace(self, *functions: str, **options: Any) -> Trace:
-        """Trace calls of functions: :class:`xenaltp2m.tracing.Trace` has the options."""
+    def trace(self, *functions: str, **options: Unpack[TraceOptions]) -> Trace:
+        """Trace calls of functions.
+
+        Args:
+            *functions: Their names.
+            **options: Those of :class:`xenaltp2m.tracing.Trace`, ``symbols`` among them.
+        """
         from xenaltp2m.tracing import Trace
 
         self._check_open()
@@ -285,6 +291,30 @@ class Domain(Handle):
     def vcpus(self) -> list[Vcpu]:
         """List its vCPUs."""
         return [Vcpu(self, number) for number in range(self.info().max_vcpu_id + 1)]
+
+    def registers(self) -> Registers:
+        """Read the registers of the first vCPU that is up.
+
+        Raises:
+            XenError: No vCPU is up.
+
+        ``xc_domain_hvm_getcontext_partial``.
+        """
+        info = self.info()
+        for number in range(info.max_vcpu_id + 1):
+            try:
+                return Vcpu(self, number).registers()
+            except XenError as error:
+                if error.errno != errno.ENODATA:  # hvm_save_one: VPF_down
+                    raise
+        why = f"it {shutdown_words(info.shutdown_reason)}" if info.shutdown else "all are offline"
+        raise XenError(
+            f"domain {self.domid} has no vCPU that is up: {why}",
+            op="domain_hvm_getcontext_partial",
+            errno=errno.ENODATA,
+            domid=self.domid,
+            hint=("start the guest, or bring a vCPU online, and try again",),
+        )
 
     @uninterruptible
     def pause(self) -> None:

@@ -41,6 +41,11 @@ _SHUTDOWN_WORDS = {
 """``SHUTDOWN_*`` (public/sched.h)."""
 
 
+def shutdown_words(reason: int) -> str:
+    """Say how a domain has shut down."""
+    return _SHUTDOWN_WORDS.get(reason, "has shut down")
+
+
 _U16, _U32 = (1 << 16) - 1, (1 << 32) - 1
 _CODE_L, _BIG = 1 << 9, 1 << 10
 _LIMIT_BITS = 20
@@ -405,7 +410,7 @@ class DomainEnded(Event):
     def __str__(self) -> str:
         if self._shutdown is None:
             return "the domain was destroyed"
-        return f"the domain {_SHUTDOWN_WORDS.get(self._shutdown, 'has shut down')}"
+        return f"the domain {shutdown_words(self._shutdown)}"
 
     def __repr__(self) -> str:
         return f"DomainEnded(shutdown_reason={self._shutdown})"

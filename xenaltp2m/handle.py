@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable
@@ -10,10 +11,32 @@ from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar
 
-from xenaltp2m.errors import ClosedError, LeftoverError, ReplayError, XenError
+from xenaltp2m.errors import (
+    ClosedError,
+    InvalidArgumentError,
+    LeftoverError,
+    ReplayError,
+    XenError,
+)
 from xenaltp2m.signals import guard, uninterruptible
 
 _T = TypeVar("_T")
+
+
+def check_callback(callback: object) -> None:
+    """Refuse what cannot be called while a vCPU waits.
+
+    Raises:
+        InvalidArgumentError: It is no function, or one that only returns a coroutine.
+    """
+    if not callable(callback):
+        raise InvalidArgumentError(f"a callback is a function, not {callback!r}")
+    if inspect.iscoroutinefunction(callback) or inspect.iscoroutinefunction(
+        type(callback).__call__
+    ):
+        raise InvalidArgumentError(
+            f"{callback!r} is async: a callback is called while the vCPU waits, and not awaited"
+        )
 
 
 class UndoList:

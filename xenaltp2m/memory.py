@@ -104,12 +104,13 @@ class Memory:
         """Return the linear addresses of a vCPU, by the page tables it uses.
 
         Args:
-            registers: An event's, or what :meth:`Vcpu.registers` returned; by default vCPU 0's now.
+            registers: An event's, or what :meth:`Vcpu.registers` returned; by default those of a
+                vCPU that is up, now: see :meth:`Domain.registers`.
             cr3: Another process's page tables, of the same kind.
             mapped: Where pages that are read stay mapped, for who reads much in a short time.
         """
         if registers is None:
-            registers = self._domain.vcpu(0).registers()
+            registers = self._domain.registers()
         paging = Paging(
             registers.cr0,
             registers.cr3 if cr3 is None else cr3,
@@ -121,7 +122,7 @@ class Memory:
         return AddressSpace(self, paging, mapped)
 
     def read_va(self, cr3: int, address: int, length: int) -> bytes:
-        """Read from a linear address by the page tables at ``cr3``, in the mode vCPU 0 is in.
+        """Read from a linear address by the page tables at ``cr3``, in the mode a vCPU is in.
 
         :meth:`address_space` does this for many reads.
 

@@ -8,26 +8,27 @@ for them, and gives both back when it is closed.
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
 from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Required, TypeAlias, TypedDict
 
-from xenaltp2m.abi.x86 import CR0_PG, FRAME
+from xenaltp2m.abi.x86 import CR0_PG, CR4_PAE, EFER_LMA, FRAME, PTE_PRESENT
 from xenaltp2m.breakpoints import Breakpoints
 from xenaltp2m.errors import InvalidArgumentError, NotMappedError, OutOfMemoryError
 from xenaltp2m.events import DomainEnded, Registers
-from xenaltp2m.handle import Handle
+from xenaltp2m.handle import Handle, check_callback
 from xenaltp2m.hooks import Breakpoint, Hit
 from xenaltp2m.memory import AddressSpace, MappedPages
 from xenaltp2m.symbols import Image, Symbols
-from xenaltp2m.types import PAGE_SHIFT
+from xenaltp2m.types import PAGE_SHIFT, PAGE_SIZE
 
 if TYPE_CHECKING:
     from xenaltp2m.domain import Domain
@@ -50,10 +51,14 @@ _RETURNS_TWICE = re.compile(r"(_|__|__x)?(setjmp|sigsetjmp|savectx|vfork|getcont
 """The names by which gcc knows such functions (``special_function_p``)."""
 _IN_REGISTERS = "rdi", "rsi", "rdx", "rcx", "r8", "r9"
 """The first six arguments (System V ABI, AMD64)."""
-_CR3_ADDRESS = FRAME
-"""The rest is a PCID, which changes as a kernel sees fit, and how to cache."""
+_MOST_ARGUMENTS = 256
+"""Words."""
+_MOST_TABLES = 1 << 10
+"""Top-level page tables of which is remembered whether they are wanted."""
 _UPPER_HALF = 1 << 63
-"""Where kernels of 64 bits have their stacks: at the same addresses by all page tables."""
+"""Where kernels of 64 bits have their stacks."""
+_PRIVILEGE = 3
+"""Of a selector of CS: 0 in the kernel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +91,18 @@ class Return:
 
 
 Seen: TypeAlias = Call | Return
+
+
+class TraceOptions(TypedDict, total=False):
+    """The options of :class:`Trace`, which has their meaning."""
+
+    symbols: Required[Symbols]
+    arguments: int | Mapping[str, int]
+    returns: bool
+    cr3: int | Collection[int] | None
+    most_per_second: float | None
+    fast: bool
+    accept: Collection[str]
 
 
 class Trace(Handle):
@@ -123,26 +140,46 @@ class Trace(Handle):
             arguments: How many arguments a call tells, of all or by name: in 64-bit mode the first
                 six in registers, the others, and all in 32-bit mode, on the stack.
             returns: Whether returns are told, too.
-            cr3: Only calls with these page tables are told.
+            cr3: Only calls with these page tables are told, or with the other ones of the same
+                process, where the kernel has its own (Linux: PTI; Windows: KVA shadow).
             most_per_second: How many calls are told in a second; the rest is counted.
             fast: See :class:`Breakpoints`.
             accept: See :meth:`Domain.altp2m`.
 
         Raises:
+            InvalidArgumentError: An argument is not what it should be.
             SymbolError: A name is not known.
             NotMappedError: Its address is none while paging is off.
+            XenError: No vCPU is up.
         """
         if not names:
             raise InvalidArgumentError("say which functions to trace")
+        for name in names:
+            if not isinstance(name, str):
+                raise InvalidArgumentError(f"a function is named by a string, not {name!r}")
+        if not isinstance(symbols, Symbols):
+            raise InvalidArgumentError(
+                f"symbols are what Symbols.open({symbols!r}) returns"
+                if isinstance(symbols, str | os.PathLike)
+                else f"symbols are what Symbols.open returns, not {symbols!r}"
+            )
+        _check_arguments(arguments, names)
+        rate = most_per_second
+        if rate is not None and not (_is_number(rate, float) and 0 < rate < math.inf):
+            raise InvalidArgumentError(
+                f"most_per_second is a number above 0, or None, not {most_per_second!r}"
+            )
         self._domain, self._symbols, self._returns = domain, symbols, returns
-        places = {name: self._place(name) for name in names}
+        self._cr3 = _wanted_cr3(cr3)
+        self._same_process: dict[tuple[int, int], bool] = {}
+        addresses = {name: symbols.address(name) for name in names}
+        registers = domain.registers()
+        places = {name: self._place(name, at, registers) for name, at in addresses.items()}
         super().__init__()
         self._arguments = arguments
-        wanted = [cr3] if isinstance(cr3, int) else cr3
-        self._cr3 = None if wanted is None else {each & _CR3_ADDRESS for each in wanted}
-        self._most = max(int(most_per_second), 1) if most_per_second else math.inf
+        self._most = max(int(rate), 1) if rate else math.inf
         """So many are told in a span of time, which is a second or what one takes."""
-        self._span = self._most / most_per_second if most_per_second else math.inf
+        self._span = self._most / rate if rate else math.inf
         self.hits: Counter[str] = Counter(dict.fromkeys(names, 0))
         self.dropped = self.waiting = self.unfinished = self.reapplied = 0
         self.busy = 0.0
@@ -187,10 +224,8 @@ class Trace(Handle):
             else:
                 self._breakpoints.insert_linear(*place, called)
 
-    def _place(self, name: str) -> _Place:
+    def _place(self, name: str, linear: int, registers: Registers) -> _Place:
         """Where a function is: physical; or linear, if the page tables lead nowhere there yet."""
-        linear = self._symbols.address(name)
-        registers = self._domain.vcpu(0).registers()
         if registers.cr0 & CR0_PG:
             space = self._domain.memory.address_space(registers)
             try:
@@ -201,7 +236,7 @@ class Trace(Handle):
             return self._symbols.physical_of(linear)
         if linear >= 1 << 32:
             raise NotMappedError(
-                f"{name} is at {linear:#x}, and vCPU 0 has not turned paging on yet",
+                f"{name} is at {linear:#x}, and the vCPU has not turned paging on yet",
                 domid=int(self._domain.domid),
                 hint=("begin when the guest's kernel runs, or give its ELF image as the symbols",),
             )
@@ -247,6 +282,7 @@ class Trace(Handle):
             timeout: As for :meth:`calls`.
             seconds: After so long this ends, with the next that happens, told or not.
         """
+        check_callback(callback)
         self._callback = callback
         self._until = self._clock.monotonic() + seconds
         try:
@@ -289,7 +325,7 @@ class Trace(Handle):
         self.hits[name] += 1
         registers = hit.registers
         cr3 = registers.cr3
-        if self._cr3 is not None and cr3 & _CR3_ADDRESS not in self._cr3:
+        if self._cr3 is not None and not self._is_wanted(registers):
             return
         now = self._clock.monotonic() - self._begun
         if now >= self._span_ends:
@@ -308,6 +344,38 @@ class Trace(Handle):
         if self._returns:
             self._await(call)
         self._callback(call)
+
+    def _is_wanted(self, registers: Registers) -> bool:
+        assert self._cr3 is not None
+        own = _root(registers, registers.cr3)
+        return any(
+            own == wanted or self._is_one_process(registers, own, wanted)
+            for wanted in (_root(registers, cr3) for cr3 in self._cr3)
+        )
+
+    def _is_one_process(self, registers: Registers, one: int, other: int) -> bool:
+        """Whether two top-level tables have the same user half: one is for the kernel, then."""
+        found = self._same_process.get((one, other))
+        if found is None:
+            found = False
+            with suppress(InvalidArgumentError):  # no memory
+                own = self._user_half(registers, one)
+                found = own == self._user_half(registers, other) and bool(own)
+            if len(self._same_process) >= _MOST_TABLES:
+                self._same_process.clear()
+            self._same_process[one, other] = found
+        return found
+
+    def _user_half(self, registers: Registers, table: int) -> int:
+        """Read where the entries of the lower half lead: all of them, as one number."""
+        entry, size = 8, PAGE_SIZE // 2
+        if not registers.msr_efer & EFER_LMA:
+            entry, size = (8, 16) if registers.cr4 & CR4_PAE else (4, size)
+        gfn, offset = divmod(table, PAGE_SIZE)
+        raw = self._mapped.page(gfn)[offset : offset + size]
+        mask = FRAME | PTE_PRESENT if entry == 8 else 0xFFFF_F000 | PTE_PRESENT
+        repeated = mask.to_bytes(entry, "little") * (size // entry)
+        return int.from_bytes(raw, "little") & int.from_bytes(repeated, "little")
 
     def _stack(
         self, registers: Registers, stack: int, count: int, width: int
@@ -513,6 +581,47 @@ def _stack_of(registers: Registers, address: int) -> _StackPage:
 
     Kernels have their stacks at the same addresses by all page tables.
     """
-    if address & _UPPER_HALF:
-        return 0, address >> PAGE_SHIFT
-    return registers.cr3 & _CR3_ADDRESS, address >> PAGE_SHIFT
+    is_kernel = address & _UPPER_HALF
+    if not registers.msr_efer & EFER_LMA:
+        is_kernel = not registers.cs_sel & _PRIVILEGE  # the halves are of any size
+    return 0 if is_kernel else _root(registers, registers.cr3), address >> PAGE_SHIFT
+
+
+def _root(registers: Registers, cr3: int) -> int:
+    """Return the address of the top-level page table; the rest of CR3 is a PCID, and flags."""
+    if registers.msr_efer & EFER_LMA:
+        return cr3 & FRAME
+    return cr3 & (0xFFFF_FFE0 if registers.cr4 & CR4_PAE else 0xFFFF_F000)
+
+
+def _is_number(value: object, *kinds: type) -> bool:
+    return isinstance(value, (int, *kinds)) and not isinstance(value, bool)
+
+
+def _check_arguments(arguments: int | Mapping[str, int], names: Collection[str]) -> None:
+    if isinstance(arguments, Mapping):
+        if unknown := sorted(map(str, arguments.keys() - set(names))):
+            raise InvalidArgumentError(
+                f"arguments of {unknown[0]!r} are asked for, which is not traced"
+            )
+        counts = list(arguments.values())
+    else:
+        counts = [arguments]
+    for count in counts:
+        if not _is_number(count) or not 0 <= count <= _MOST_ARGUMENTS:
+            raise InvalidArgumentError(
+                f"the number of arguments is 0 to {_MOST_ARGUMENTS}, or a mapping of functions' "
+                f"names to such, not {count!r}"
+            )
+
+
+def _wanted_cr3(cr3: int | Collection[int] | None) -> list[int] | None:
+    if cr3 is None:
+        return None
+    wanted = [cr3] if isinstance(cr3, int | str) or not isinstance(cr3, Collection) else list(cr3)
+    for each in wanted:
+        if not _is_number(each) or not 0 <= each < 1 << 64:
+            raise InvalidArgumentError(f"cr3 is a value of that register, or several, not {each!r}")
+    if not wanted:
+        raise InvalidArgumentError("cr3 names no page tables: None is for all")
+    return wanted

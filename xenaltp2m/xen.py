@@ -109,6 +109,7 @@ class Xen(Handle):
 
         Raises:
             DomainNotFoundError: There is none.
+            InvalidArgumentError: Several domains have this name.
         """
         self._check_open()
         domain = Domain(self, self._find(which))

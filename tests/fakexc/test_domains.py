@@ -228,6 +228,14 @@ def test_a_search_by_name(backend: LibxcBackend, fake: Fake) -> None:
     assert backend.name_to_domid("win10") is None
 
 
+def test_fault_14_a_name_that_two_domains_have(backend: LibxcBackend, fake: Fake) -> None:
+    fake.answer("xc_domain_getinfolist", 3, data=info(0) + info(2) + info(7))
+    for name in (b"win", b"Domain-0", b"win"):
+        fake.answer("xs_read", data=name)
+    with pytest.raises(InvalidArgumentError, match="2 domains are called 'win': 0, 7"):
+        backend.name_to_domid("win")
+
+
 def test_a_search_goes_on_past_a_batch(backend: LibxcBackend, fake: Fake) -> None:
     batch = b"".join(info(domid)[:112] for domid in range(73))
     assert len(batch) <= 8192

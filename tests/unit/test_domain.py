@@ -469,3 +469,14 @@ def test_a_limit_that_cannot_be_raised(dom: Domain, mock: MockBackend, guest: Mo
     with pytest.raises(PermissionError):
         dom.add_pages()
     assert (guest.max_pages, guest.pages) == (limit, RAM + SPECIAL_PAGES)
+
+
+def test_fault_14_two_domains_of_one_name(mock: MockBackend) -> None:
+    first, second = (mock.add_domain(name) for name in ("twin", "other"))
+    mock.domain(second).name = "twin"  # as `xenstore-write` can
+    with connect(mock) as xen:
+        with pytest.raises(
+            InvalidArgumentError, match=f"2 domains are called 'twin': {first}, {second}"
+        ):
+            xen.domain("twin")
+        assert xen.domain(second).name == "twin"

@@ -35,6 +35,7 @@ REACHED = {
     "Release",
     "Backend",
     "Trace",
+    "TraceOptions",
     "AddressSpace",
     "MappedPages",
     "Hazard",

@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import re
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import xenaltp2m as xa
+from xenaltp2m import tracing
 from xenaltp2m.backend.mock import MockBackend
 from xenaltp2m.symbols import Image, Symbol, Symbols
-from xenaltp2m.tracing import Call, Return, Trace
+from xenaltp2m.tracing import Call, Return, Trace, TraceOptions
 
 from .machinecode import CODE, HALT, Computer
 
@@ -68,7 +73,7 @@ class Program:
         self.image = Image.open(made)
         self.host = MockBackend((4, 17), memory_pages=1 << 13)
         memory = {one.address: one.data.ljust(one.size, b"\0") for one in self.image.segments}
-        self.computer = Computer(b"\xf4", memory, host=self.host)
+        self.computer = Computer(b"\xf4", memory, host=self.host, vcpus=2)
         if bits == 64:
             self.computer.go_long()
         self.computer.describe()
@@ -365,6 +370,124 @@ def test_fault_12_limit_calls_by_pointer_that_are_left(make: Make) -> None:
     with program.trace("outer") as trace:
         assert program.seen(trace) == ["+outer", "+outer", "-outer", "-outer"]
         assert (trace.unfinished, trace.waiting) == (0, 0)
+
+
+CALLS_BY_TABLES = """
+APART int f(int n) { __asm__ volatile(""); return n; }
+APART void by(long cr3) { __asm__ volatile("mov %0, %%cr3" :: "r"(cr3) : "memory"); f(0); }
+APART void work(void) { by(0x60000); by(0x6a000); by(0x6b000); }
+"""
+
+
+def test_fault_14_two_page_tables_of_one_process(make: Make) -> None:
+    """Page-table isolation: the kernel's table has the user half, too, which it may not execute."""
+    program = make(CALLS_BY_TABLES, 64)
+    [entry] = struct.unpack("<Q", program.computer.read(0x60000, 8))
+    kernel, other = 0x6C000, 0x6A000  # 0x6b000: as the first, but leads on by other tables
+    program.computer.write(kernel, struct.pack("<Q", entry | 1 << 63 | 1 << 5))
+    program.computer.write(kernel + 2048, struct.pack("<Q", 0x1234_5003))
+    program.computer.write(other, struct.pack("<Q", entry))
+    program.computer.write(other + 8, struct.pack("<Q", entry))  # more than the process has
+    program.computer.write(0x6D000, program.computer.read(0x61000, 4096))
+    program.computer.write(0x6B000, struct.pack("<Q", 0x6D000 | entry & 0xFFF))
+    with program.dom.trace("f", symbols=program.image, cr3=kernel | 0x801) as trace:
+        program.host.steps_at_once = 200
+        seen = [one for one in trace.calls() if isinstance(one, Call)]
+        assert trace.hits == {"f": 3}
+    assert [call.cr3 for call in seen] == [0x60000]
+
+
+def test_fault_14_tables_that_lie_in_one_page() -> None:
+    """Outside long mode PAE's tables have 32 bytes: Linux for i386 has many in a page."""
+    program = Computer(HALT)
+    program.set(cr4=1 << 5, cr3=0x5040)
+    with xa.connect(program.host) as xen, xen.domain(program.domid) as dom:
+        registers = dom.registers()
+    assert tracing._root(registers, 0x5040) != tracing._root(registers, 0x5060)
+    assert tracing._root(registers, 0x5058) == 0x5040
+
+
+def test_fault_14_vcpu_0_is_down(make: Make) -> None:
+    program = make(
+        "int sum; APART int f(int n) { return sum += n; } APART void work(void) { f(1); }", 64
+    )
+    first, second = program.computer.vcpus
+    second.online, first.online = True, False
+    second.context[:] = first.context
+    linear = program.image.address("f")
+    assert program.dom.memory.address_space().translate(linear).physical == linear
+    assert program.dom.registers().cr3 == 0x60000
+    with program.trace("f", arguments=1) as trace:
+        assert program.seen(trace) == ["+f", "-f"]
+
+
+def test_fault_14_no_vcpu_is_up(make: Make) -> None:
+    program = make('APART void f(void) { __asm__(""); } APART void work(void) { f(); }', 64)
+    with program.trace("f") as trace:
+        assert program.seen(trace) == ["+f", "-f"]
+    for ask in (
+        program.dom.registers,
+        program.dom.memory.address_space,
+        lambda: program.trace("f"),
+    ):
+        program.computer.vcpu.online = False
+        with pytest.raises(xa.XenError, match="has no vCPU that is up: it powered off"):
+            ask()
+    assert not program.dom.altp2m_active
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"symbols": "file"}, r"symbols are what Symbols.open\('file'\) returns"),
+        ({"symbols": None}, "symbols are what Symbols.open returns, not None"),
+        ({"arguments": -1}, "the number of arguments is 0 to 256.*not -1"),
+        ({"arguments": 257}, "the number of arguments is 0 to 256.*not 257"),
+        ({"arguments": True}, "the number of arguments.*not True"),
+        ({"arguments": "2"}, "the number of arguments.*not '2'"),
+        ({"arguments": {"f": -1}}, "the number of arguments.*not -1"),
+        ({"arguments": {"g": 1}}, "arguments of 'g' are asked for, which is not traced"),
+        ({"most_per_second": -1}, "most_per_second is a number above 0, or None, not -1"),
+        ({"most_per_second": 0}, "most_per_second.*not 0"),
+        ({"most_per_second": "5"}, "most_per_second.*not '5'"),
+        ({"most_per_second": float("nan")}, "most_per_second.*not nan"),
+        ({"cr3": "5"}, "cr3 is a value of that register, or several, not '5'"),
+        ({"cr3": ["5"]}, "cr3 is a value.*not '5'"),
+        ({"cr3": 1.0}, "cr3 is a value.*not 1.0"),
+        ({"cr3": 1 << 64}, "cr3 is a value"),
+        ({"cr3": []}, "cr3 names no page tables"),
+    ],
+)
+def test_fault_27_options_of_a_trace(make: Make, options: dict[str, Any], what: str) -> None:
+    program = make('APART void f(void) { __asm__(""); } APART void work(void) { f(); }', 32)
+    with pytest.raises(xa.InvalidArgumentError, match=what):
+        program.dom.trace("f", **{"symbols": program.image, **options})
+    with pytest.raises(xa.InvalidArgumentError, match=r"named by a string, not \['f'\]"):
+        program.dom.trace(["f"], symbols=program.image)  # type: ignore[arg-type]
+    assert not program.dom.altp2m_active
+
+
+def test_fault_27_callbacks_of_a_trace(make: Make) -> None:
+    async def later(seen: Call | Return) -> None:
+        raise AssertionError(seen)
+
+    program = make('APART void f(void) { __asm__(""); } APART void work(void) { f(); }', 32)
+    with program.trace("f") as trace:
+        with pytest.raises(xa.InvalidArgumentError, match="is async"):
+            trace.run(later)
+        with pytest.raises(xa.InvalidArgumentError, match="a callback is a function, not 'f'"):
+            trace.run("f")  # type: ignore[arg-type]
+
+
+def test_fault_28_options_are_typed() -> None:
+    """mypy compares ``Domain.trace`` with the options, and these with what ``Trace`` takes."""
+    typed = {name: str(kind) for name, kind in inspect.get_annotations(TraceOptions).items()}
+    taken = inspect.get_annotations(Trace.__init__)
+    wanted = {name: taken[name] for name in taken if name not in ("domain", "names", "return")}
+    assert {
+        name: re.sub(r"ForwardRef\('(.*?)'.*", r"\1", kind) for name, kind in typed.items()
+    } == {name: f"Required[{kind}]" if name == "symbols" else kind for name, kind in wanted.items()}
+    assert inspect.get_annotations(xa.Domain.trace)["options"] == "Unpack[TraceOptions]"
 
 
 def test_fault_02_a_stack_segment_with_a_base() -> None:

@@ -82,7 +82,11 @@ class Backend(Protocol):
         """``xc_domain_getinfolist``: up to ``limit`` domains from ``first_domid`` on, by domid."""
 
     def name_to_domid(self, name: str) -> int | None:
-        """The domid behind a name, or None: the search ``libxl_name_to_domid`` makes."""
+        """The domid behind a name, or None: the search ``libxl_name_to_domid`` makes.
+
+        Raises:
+            InvalidArgumentError: Several domains have it.
+        """
 
     def domid_to_name(self, domid: int) -> str | None:
         """A domain's name in xenstore, or None: the read ``libxl_domid_to_name`` makes."""

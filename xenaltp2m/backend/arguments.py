@@ -162,6 +162,20 @@ def refuse_livelock(op: str, gfn: int) -> None:
         raise InvalidArgumentError(f"{op}: Xen never returns from gfn ~0", op=op, gfn=gfn)
 
 
+def only_domid(name: str, domids: Sequence[int]) -> int | None:
+    """Return the domid behind a name, of all that have it; None where there is none.
+
+    xenstore keeps no name from being given twice, and libxl takes the first that it finds.
+    """
+    if len(domids) > 1:
+        raise InvalidArgumentError(
+            f"{len(domids)} domains are called {name!r}: {', '.join(map(str, domids))}",
+            op="name_to_domid",
+            hint=("give the domid or the uuid",),
+        )
+    return domids[0] if domids else None
+
+
 def unknown_mapping(op: str) -> InvalidArgumentError:
     """Make the error for an unmap of something that was not mapped, or not any more."""
     return InvalidArgumentError(f"{op}: not a mapping of this backend, or unmapped already", op=op)

@@ -205,7 +205,7 @@ def _slid(options: argparse.Namespace, domain: xa.Domain, symbols: Symbols) -> S
     """The symbols where the guest has them."""
     if options.slide is not None:
         return symbols.slid(options.slide)
-    registers = domain.vcpu(0).registers()
+    registers = domain.registers()
     try:
         symbols.symbol(SYSTEM_CALL)
     except xa.SymbolError:

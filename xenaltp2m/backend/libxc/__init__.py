@@ -339,10 +339,12 @@ class LibxcBackend:
     def name_to_domid(self, name: str) -> int | None:
         """Look a name up among those of the domains that exist, as libxl and xl do."""
         wanted = name.encode(errors="surrogateescape")
-        for domid in self._every_domid():
-            if self._stored_name("name_to_domid", domid) == wanted:
-                return domid
-        return None
+        found = [
+            domid
+            for domid in self._every_domid()
+            if self._stored_name("name_to_domid", domid) == wanted
+        ]
+        return arguments.only_domid(name, found)
 
     def _every_domid(self) -> Iterator[int]:
         first = 0

@@ -237,10 +237,12 @@ class ModelBackend:
 
     @_operation
     def name_to_domid(self, name: str) -> int | None:
-        for domid, domain in self.machine.domains.items():
-            if domain.name == name and not domain.dying:
-                return domid
-        return None
+        found = [
+            domid
+            for domid, domain in self.machine.domains.items()
+            if domain.name == name and not domain.dying
+        ]
+        return arguments.only_domid(name, found)
 
     @_operation
     def domid_to_name(self, domid: int) -> str | None:
