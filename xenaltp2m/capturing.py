@@ -18,7 +18,7 @@ from xenaltp2m.runs import FrozenRuns, Runs
 from xenaltp2m.signals import guard
 from xenaltp2m.types import ALL_GFNS, GFN_LIMIT, HOST_VIEW, Access, MemoryType, VcpuId, ViewId
 from xenaltp2m.view import View, existing_views, own_access
-from xenaltp2m.viewstate import MonitorState, PageState, Place, State, ViewState
+from xenaltp2m.viewstate import Difference, MonitorState, PageState, Place, State, ViewState
 
 if TYPE_CHECKING:
     from xenaltp2m.altp2m import Altp2m
@@ -208,8 +208,8 @@ def _places_of_memory(pages: int, last: int) -> list[range]:
 
 def compare(
     domain: Domain, state: State, *, sample: int | None = None, progress: Progress | None = None
-) -> list[str]:
-    """Say in words where Xen has something else than a state that was captured of this domain.
+) -> list[Difference]:
+    """Say where Xen has something else than a state that was captured of this domain.
 
     Args:
         domain: The domain; whoever has its views goes on.
@@ -231,19 +231,22 @@ def compare(
             hint=("state diff compares two files",),
         )
     if not domain.altp2m_active:
-        return ["altp2m is off"]
-    found = _beyond(domain, state)
-    if found:
-        return found
+        return [Difference("altp2m is off", "altp2m", before=True, after=False)]
+    if beyond := _beyond(domain, state):
+        return [Difference(words, "beyond") for words in beyond]
+    found: list[Difference] = []
     existing = existing_views(domain.xen.backend, domain.domid)
     for number, wanted in zip(numbers, state.views, strict=True):
         if number not in existing:
-            found.append(f"view {number} is gone")
+            words = f"view {number} is gone"
+            found.append(Difference(words, "view", before=wanted.label, view=number))
             continue
         found += _compare_view(domain, number, wanted, added, sample, progress)
     for vcpu, where in zip(domain.vcpus(), state.vcpus, strict=False):
         if where is not None and vcpu.view != numbers[where]:
-            found.append(f"vCPU {vcpu.number} is in view {vcpu.view}, not {numbers[where]}")
+            expected, view = numbers[where], int(vcpu.view)
+            words = f"vCPU {vcpu.number} is in view {view}, not {expected}"
+            found.append(Difference(words, "vcpu", expected, view, vcpu=vcpu.number))
     return found
 
 
@@ -256,7 +259,7 @@ def _are_numbers(found: object) -> TypeGuard[list[int]]:
 def _compare_view(
     domain: Domain, number: int, wanted: ViewState, added: Sequence[int], sample: int | None,
     progress: Progress | None,
-) -> Iterator[str]:  # fmt: skip
+) -> Iterator[Difference]:  # fmt: skip
     access: Runs[Access] = Runs()
     for first, count, value in wanted.access:
         start = first if first >= 0 else added[-1 - first]
@@ -267,7 +270,9 @@ def _compare_view(
         own = own_access(backend, domain.domid, ViewId(number), gfn)
         if own != expected:
             now = "no entry" if own is None else str(own)
-            yield f"view {number}: gfn {gfn:#x} has {now}, not {expected}"
+            words = f"view {number}: gfn {gfn:#x} has {now}, not {expected}"
+            after = None if own is None else str(own)
+            yield Difference(words, "access", str(expected), after, view=number, gfn=gfn, count=1)
         if progress is not None and (done % _SCANNED_AT_ONCE == 0 or done == len(chosen)):
             progress(done, len(chosen))
 

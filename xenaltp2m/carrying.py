@@ -23,6 +23,7 @@ from xenaltp2m.errors import (
     LeftoverError,
     StateError,
     XenError,
+    add_failure,
 )
 from xenaltp2m.handle import UndoList
 from xenaltp2m.rescue import diagnose, rescue
@@ -83,7 +84,7 @@ class Carried:
             self._let_go()
             if error is None or not isinstance(failure, XenError):
                 raise
-            error.add_note(str(failure))
+            add_failure(error, failure)
 
     def _check(self) -> None:
         domain = self._domain
@@ -227,7 +228,7 @@ def import_views(
             )
         altp2m = domain.altp2m(accept=accept)
         restore(altp2m, state)
-        made = _with_more(altp2m.capture(), state)
+        made = _with_more(altp2m.capture(contents=True), state)
         domain._leave_as_it_is(made.to_bytes())
     return made
 

@@ -19,6 +19,7 @@ from xenaltp2m.errors import (
     InvalidArgumentError,
     LeftoverError,
     XenError,
+    add_failure,
 )
 from xenaltp2m.events import Event, Registers, Subscription, shutdown_words
 from xenaltp2m.handle import Handle, UndoList, in_words
@@ -355,7 +356,7 @@ class Domain(Handle):
             try:
                 undo.unwind(in_words(error))
             except LeftoverError as failure:
-                error.add_note(str(failure))
+                add_failure(error, failure)
             raise
         undo.unwind(f"unpausing {self!r}")
 

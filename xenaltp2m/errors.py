@@ -184,6 +184,23 @@ class LeftoverError(XenError):
         return "\n".join(lines)
 
 
+def add_failure(error: BaseException, failure: XenError) -> None:
+    """Note on an error that taking back what was done failed on top of it."""
+    error.add_note(str(failure))
+    if isinstance(failure, LeftoverError):
+        vars(error)["left"] = (*(left_in_place(error) or ()), *failure.left)
+
+
+def left_in_place(error: BaseException) -> tuple[str, ...] | None:
+    """Return what could not be undone, in words; None where everything was.
+
+    It is told by a :class:`LeftoverError`, and by any other error that ended a ``with`` block whose
+    handle could not be closed then.
+    """
+    left: tuple[str, ...] | None = vars(error).get("left")
+    return left
+
+
 class LibraryMismatchWarning(UserWarning):
     """The library and the running hypervisor are of different releases."""
 

@@ -17,6 +17,7 @@ from xenaltp2m.errors import (
     LeftoverError,
     ReplayError,
     XenError,
+    add_failure,
 )
 from xenaltp2m.signals import guard, uninterruptible
 
@@ -247,7 +248,7 @@ class Handle:
             if error is None:
                 raise
             # The body's own error matters more; what is left must not be lost either.
-            error.add_note(str(failure))
+            add_failure(error, failure)
 
 
 def in_words(cause: BaseException) -> str:

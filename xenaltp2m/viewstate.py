@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain, compress
 from operator import add, gt
-from typing import Any, NoReturn, TypeAlias, TypeGuard
+from typing import Any, NoReturn, Self, TypeAlias, TypeGuard
 
 from xenaltp2m.errors import InvalidArgumentError, StateError
 from xenaltp2m.events import (
@@ -234,53 +234,97 @@ def _check_size(text: bytes) -> None:
         raise StateError("a state of views is ASCII; JSON has \\u for other characters")
 
 
-def diff(before: State, after: State) -> list[str]:
-    """Say in words what is different; nothing where they are equal."""
+class Difference(str):
+    """A difference, in words, for people.
+
+    Attributes:
+        facts: The same for programs, as JSON has it: ``what`` differs, where (``view``, ``gfn`` and
+            ``count``, or ``page`` of those that were added; ``vcpu``), and its value ``before`` and
+            ``after``, null where there is none.
+    """
+
+    __slots__ = ("facts",)
+    facts: dict[str, Any]
+
+    def __new__(
+        cls, words: str, what: str, before: Any = None, after: Any = None, **where: int
+    ) -> Self:
+        """Make one."""
+        self = super().__new__(cls, words)
+        self.facts = {"what": what, **where, "before": before, "after": after}
+        return self
+
+
+def diff(before: State, after: State) -> list[Difference]:
+    """Say what is different, in words and as facts; nothing where they are equal."""
     found = []
     for number in range(max(len(before.views), len(after.views))):
         if number >= len(after.views):
-            found.append(f"view {number} ({before.views[number].label!r}) is gone")
+            label = before.views[number].label
+            words = f"view {number} ({label!r}) is gone"
+            found.append(Difference(words, "view", before=label, view=number))
         elif number >= len(before.views):
-            found.append(f"view {number} ({after.views[number].label!r}) is new")
+            label = after.views[number].label
+            words = f"view {number} ({label!r}) is new"
+            found.append(Difference(words, "view", after=label, view=number))
         else:
-            found += [
-                f"view {number}: {what}"
-                for what in _view_diff(before.views[number], after.views[number])
-            ]
-    if len(before.pages) != len(after.pages):
-        found.append(f"{len(before.pages)} added pages, now {len(after.pages)}")
+            found += _view_diff(number, before.views[number], after.views[number])
+    was, now = len(before.pages), len(after.pages)
+    if was != now:
+        found.append(Difference(f"{was} added pages, now {now}", "pages", was, now))
     found += [
-        f"added page {number} has another content"
-        for number, (was, now) in enumerate(zip(before.pages, after.pages, strict=False))
-        if was.sha256 != now.sha256
-    ]
+        Difference(
+            f"added page {number} has another content", "content", one.sha256, other.sha256,
+            page=number,
+        )
+        for number, (one, other) in enumerate(zip(before.pages, after.pages, strict=False))
+        if one.sha256 != other.sha256
+    ]  # fmt: skip
     found += [
-        f"vCPU {vcpu} was in {_of(was)}, now {_of(now)}"
-        for vcpu, (was, now) in enumerate(zip(before.vcpus, after.vcpus, strict=False))
-        if was != now
+        Difference(
+            f"vCPU {vcpu} was in {_of(one)}, now {_of(other)}", "vcpu", one, other, vcpu=vcpu
+        )
+        for vcpu, (one, other) in enumerate(zip(before.vcpus, after.vcpus, strict=False))
+        if one != other
     ]
-    if len(before.vcpus) != len(after.vcpus):
-        found.append(f"{len(before.vcpus)} vCPUs, now {len(after.vcpus)}")
+    was, now = len(before.vcpus), len(after.vcpus)
+    if was != now:
+        found.append(Difference(f"{was} vCPUs, now {now}", "vcpus", was, now))
     if before.notify != after.notify:
-        found.append(f"#VE pages {dict(before.notify)}, now {dict(after.notify)}")
+        words = f"#VE pages {dict(before.notify)}, now {dict(after.notify)}"
+        pages = [[list(pair) for pair in state.notify] for state in (before, after)]
+        found.append(Difference(words, "notify", *pages))
     if before.monitor != after.monitor:
-        found.append(f"the monitor {_heard(before.monitor)}, now {_heard(after.monitor)}")
+        words = f"the monitor {_heard(before.monitor)}, now {_heard(after.monitor)}"
+        monitors = [one and _monitor_document(one) for one in (before.monitor, after.monitor)]
+        found.append(Difference(words, "monitor", *monitors))
     return found
 
 
-def _view_diff(was: ViewState, now: ViewState) -> Iterator[str]:
+def _view_diff(number: int, was: ViewState, now: ViewState) -> Iterator[Difference]:
+    head = f"view {number}: "
     for name in ("label", "default_access", "visible"):
-        if getattr(was, name) != getattr(now, name):
-            yield f"{name} {getattr(was, name)}, now {getattr(now, name)}"
+        before, after = getattr(was, name), getattr(now, name)
+        if before != after:
+            words = f"{head}{name} {before}, now {after}"
+            yield Difference(words, name, _plain(before), _plain(after), view=number)
     for name in ("access", "suppress_ve"):
         for run, is_new in getattr(was, name).changes(getattr(now, name)):
-            yield f"{name} {run[2]} of {_run(run)} is {'new' if is_new else 'gone'}"
-    before, after = dict(was.remaps), dict(now.remaps)
-    for gfn in sorted(before.keys() | after.keys()):
-        if before.get(gfn) != after.get(gfn):
-            shown = [_place(one) if one is not None else "itself" for one in
-                     (before.get(gfn), after.get(gfn))]  # fmt: skip
-            yield f"{_place(gfn)} shows {shown[1]}, before {shown[0]}"
+            first, count, value = run
+            words = f"{head}{name} {value} of {_run(run)} is {'new' if is_new else 'gone'}"
+            values = (None, _plain(value)) if is_new else (_plain(value), None)
+            yield Difference(words, name, *values, view=number, gfn=first, count=count)
+    remaps, remaps_now = dict(was.remaps), dict(now.remaps)
+    for gfn in sorted(remaps.keys() | remaps_now.keys()):
+        one, other = remaps.get(gfn), remaps_now.get(gfn)
+        if one != other:
+            shown = ["itself" if place is None else _place(place) for place in (one, other)]
+            words = f"{head}{_place(gfn)} shows {shown[1]}, before {shown[0]}"
+            yield Difference(words, "remap", one, other, view=number, gfn=gfn)
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Access) else value
 
 
 def _run(run: tuple[Place, int, Any]) -> str:

@@ -51,7 +51,7 @@ function _shtab_xenaltp2m_using
 end
 
 set -g _shtab_xenaltp2m_commands doctor list views watch trace protect state rescue demo lab
-set -g _shtab_xenaltp2m_opts_with_value --accept --access --bytes --connect --count --duration --gfn --html --image --msr --only-cr3 --rate --record --sample --slide --svg --symbol --symbols --xen
+set -g _shtab_xenaltp2m_opts_with_value --accept --access --bytes --connect --count --duration --gfn --html --image --journal --msr --only-cr3 --rate --record --sample --slide --svg --symbol --symbols --xen
 
 complete -c xenaltp2m -e
 complete -c xenaltp2m -f
@@ -59,6 +59,7 @@ complete -c xenaltp2m -f
 complete -c xenaltp2m -n _shtab_xenaltp2m_using -s h -l help -d 'show this help message and exit'
 complete -c xenaltp2m -n _shtab_xenaltp2m_using -l version -d 'show program'"'"'s version number and exit'
 complete -c xenaltp2m -n _shtab_xenaltp2m_using -l connect -xka "libxc mock replay:" -d 'the Xen this runs on (default), a mock of it with one domain, '"'"'guest'"'"', or what --record has written'
+complete -c xenaltp2m -n _shtab_xenaltp2m_using -l journal -x -d 'where journals are (default: /run/xenaltp2m, on the mock none); with one the mock'"'"'s domain has the views that state import has left'
 complete -c xenaltp2m -n _shtab_xenaltp2m_using -l record -xka "(__fish_complete_path (commandline -ct))" -d 'write all that is asked of Xen and what it answers to a new file, which may then hold what the guest keeps secret'
 complete -c xenaltp2m -n _shtab_xenaltp2m_using -l xen -x -d 'the mock'"'"'s release, 4.14 to 4.22 (default: 4.17)'
 complete -c xenaltp2m -n _shtab_xenaltp2m_using -l json -d 'print JSON'
@@ -66,6 +67,7 @@ complete -c xenaltp2m -n _shtab_xenaltp2m_using -l quiet -d 'no progress and no 
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using; and test $_shtab_xenaltp2m_npos -eq 0' -a doctor -d 'Find out what keeps altp2m from working, here and on a domain.'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using doctor' -s h -l help -d 'show this help message and exit'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using doctor' -l connect -xka "libxc mock replay:" -d 'the Xen this runs on (default), a mock of it with one domain, '"'"'guest'"'"', or what --record has written'
+complete -c xenaltp2m -n '_shtab_xenaltp2m_using doctor' -l journal -x -d 'where journals are (default: /run/xenaltp2m, on the mock none); with one the mock'"'"'s domain has the views that state import has left'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using doctor' -l record -xka "(__fish_complete_path (commandline -ct))" -d 'write all that is asked of Xen and what it answers to a new file, which may then hold what the guest keeps secret'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using doctor' -l xen -x -d 'the mock'"'"'s release, 4.14 to 4.22 (default: 4.17)'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using doctor' -l json -d 'print JSON'
@@ -73,6 +75,7 @@ complete -c xenaltp2m -n '_shtab_xenaltp2m_using doctor' -l quiet -d 'no progres
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using; and test $_shtab_xenaltp2m_npos -eq 0' -a list -d 'List the domains and their altp2m.'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using list' -s h -l help -d 'show this help message and exit'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using list' -l connect -xka "libxc mock replay:" -d 'the Xen this runs on (default), a mock of it with one domain, '"'"'guest'"'"', or what --record has written'
+complete -c xenaltp2m -n '_shtab_xenaltp2m_using list' -l journal -x -d 'where journals are (default: /run/xenaltp2m, on the mock none); with one the mock'"'"'s domain has the views that state import has left'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using list' -l record -xka "(__fish_complete_path (commandline -ct))" -d 'write all that is asked of Xen and what it answers to a new file, which may then hold what the guest keeps secret'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using list' -l xen -x -d 'the mock'"'"'s release, 4.14 to 4.22 (default: 4.17)'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using list' -l json -d 'print JSON'
@@ -80,6 +83,7 @@ complete -c xenaltp2m -n '_shtab_xenaltp2m_using list' -l quiet -d 'no progress 
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using; and test $_shtab_xenaltp2m_npos -eq 0' -a views -d 'List the views that a domain has now, and the vCPUs in them.'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using views' -s h -l help -d 'show this help message and exit'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using views' -l connect -xka "libxc mock replay:" -d 'the Xen this runs on (default), a mock of it with one domain, '"'"'guest'"'"', or what --record has written'
+complete -c xenaltp2m -n '_shtab_xenaltp2m_using views' -l journal -x -d 'where journals are (default: /run/xenaltp2m, on the mock none); with one the mock'"'"'s domain has the views that state import has left'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using views' -l record -xka "(__fish_complete_path (commandline -ct))" -d 'write all that is asked of Xen and what it answers to a new file, which may then hold what the guest keeps secret'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using views' -l xen -x -d 'the mock'"'"'s release, 4.14 to 4.22 (default: 4.17)'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using views' -l json -d 'print JSON'
@@ -87,6 +91,7 @@ complete -c xenaltp2m -n '_shtab_xenaltp2m_using views' -l quiet -d 'no progress
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using; and test $_shtab_xenaltp2m_npos -eq 0' -a watch -d 'Watch pages and registers of a guest: a line for each hit, then undo everything.'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using watch' -s h -l help -d 'show this help message and exit'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using watch' -l connect -xka "libxc mock replay:" -d 'the Xen this runs on (default), a mock of it with one domain, '"'"'guest'"'"', or what --record has written'
+complete -c xenaltp2m -n '_shtab_xenaltp2m_using watch' -l journal -x -d 'where journals are (default: /run/xenaltp2m, on the mock none); with one the mock'"'"'s domain has the views that state import has left'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using watch' -l record -xka "(__fish_complete_path (commandline -ct))" -d 'write all that is asked of Xen and what it answers to a new file, which may then hold what the guest keeps secret'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using watch' -l xen -x -d 'the mock'"'"'s release, 4.14 to 4.22 (default: 4.17)'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using watch' -l json -d 'print JSON'
@@ -108,6 +113,7 @@ complete -c xenaltp2m -n '_shtab_xenaltp2m_using watch' -l accept -xka "passthro
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using; and test $_shtab_xenaltp2m_npos -eq 0' -a trace -d 'Trace calls of a guest'"'"'s functions: a line for each call, then undo everything.'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using trace' -s h -l help -d 'show this help message and exit'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using trace' -l connect -xka "libxc mock replay:" -d 'the Xen this runs on (default), a mock of it with one domain, '"'"'guest'"'"', or what --record has written'
+complete -c xenaltp2m -n '_shtab_xenaltp2m_using trace' -l journal -x -d 'where journals are (default: /run/xenaltp2m, on the mock none); with one the mock'"'"'s domain has the views that state import has left'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using trace' -l record -xka "(__fish_complete_path (commandline -ct))" -d 'write all that is asked of Xen and what it answers to a new file, which may then hold what the guest keeps secret'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using trace' -l xen -x -d 'the mock'"'"'s release, 4.14 to 4.22 (default: 4.17)'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using trace' -l json -d 'print JSON'
@@ -125,6 +131,7 @@ complete -c xenaltp2m -n '_shtab_xenaltp2m_using trace' -l accept -xka "passthro
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using; and test $_shtab_xenaltp2m_npos -eq 0' -a protect -d 'Protect the pages of a symbol in a view, run the guest in it, then undo everything.'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using protect' -s h -l help -d 'show this help message and exit'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using protect' -l connect -xka "libxc mock replay:" -d 'the Xen this runs on (default), a mock of it with one domain, '"'"'guest'"'"', or what --record has written'
+complete -c xenaltp2m -n '_shtab_xenaltp2m_using protect' -l journal -x -d 'where journals are (default: /run/xenaltp2m, on the mock none); with one the mock'"'"'s domain has the views that state import has left'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using protect' -l record -xka "(__fish_complete_path (commandline -ct))" -d 'write all that is asked of Xen and what it answers to a new file, which may then hold what the guest keeps secret'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using protect' -l xen -x -d 'the mock'"'"'s release, 4.14 to 4.22 (default: 4.17)'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using protect' -l json -d 'print JSON'
@@ -138,6 +145,7 @@ complete -c xenaltp2m -n '_shtab_xenaltp2m_using protect' -l accept -xka "passth
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using; and test $_shtab_xenaltp2m_npos -eq 0' -a state -d 'Views as files: look at them, compare them, save them, make them in a domain.'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using state' -s h -l help -d 'show this help message and exit'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using state' -l connect -xka "libxc mock replay:" -d 'the Xen this runs on (default), a mock of it with one domain, '"'"'guest'"'"', or what --record has written'
+complete -c xenaltp2m -n '_shtab_xenaltp2m_using state' -l journal -x -d 'where journals are (default: /run/xenaltp2m, on the mock none); with one the mock'"'"'s domain has the views that state import has left'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using state' -l record -xka "(__fish_complete_path (commandline -ct))" -d 'write all that is asked of Xen and what it answers to a new file, which may then hold what the guest keeps secret'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using state' -l xen -x -d 'the mock'"'"'s release, 4.14 to 4.22 (default: 4.17)'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using state' -l json -d 'print JSON'
@@ -154,6 +162,7 @@ complete -c xenaltp2m -n '_shtab_xenaltp2m_using state; and test $_shtab_xenaltp
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using; and test $_shtab_xenaltp2m_npos -eq 0' -a rescue -d 'Bring a domain back whose agent was killed.'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using rescue' -s h -l help -d 'show this help message and exit'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using rescue' -l connect -xka "libxc mock replay:" -d 'the Xen this runs on (default), a mock of it with one domain, '"'"'guest'"'"', or what --record has written'
+complete -c xenaltp2m -n '_shtab_xenaltp2m_using rescue' -l journal -x -d 'where journals are (default: /run/xenaltp2m, on the mock none); with one the mock'"'"'s domain has the views that state import has left'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using rescue' -l record -xka "(__fish_complete_path (commandline -ct))" -d 'write all that is asked of Xen and what it answers to a new file, which may then hold what the guest keeps secret'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using rescue' -l xen -x -d 'the mock'"'"'s release, 4.14 to 4.22 (default: 4.17)'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using rescue' -l json -d 'print JSON'
@@ -163,6 +172,7 @@ complete -c xenaltp2m -n '_shtab_xenaltp2m_using rescue' -l force -d 'go on in a
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using; and test $_shtab_xenaltp2m_npos -eq 0' -a demo -d 'Trace a function of a guest that looks for observers, in vain.'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using demo' -s h -l help -d 'show this help message and exit'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using demo' -l connect -xka "libxc mock replay:" -d 'the Xen this runs on (default), a mock of it with one domain, '"'"'guest'"'"', or what --record has written'
+complete -c xenaltp2m -n '_shtab_xenaltp2m_using demo' -l journal -x -d 'where journals are (default: /run/xenaltp2m, on the mock none); with one the mock'"'"'s domain has the views that state import has left'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using demo' -l record -xka "(__fish_complete_path (commandline -ct))" -d 'write all that is asked of Xen and what it answers to a new file, which may then hold what the guest keeps secret'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using demo' -l xen -x -d 'the mock'"'"'s release, 4.14 to 4.22 (default: 4.17)'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using demo' -l json -d 'print JSON'
@@ -171,6 +181,7 @@ complete -c xenaltp2m -n '_shtab_xenaltp2m_using demo' -l count -x -d 'end after
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using; and test $_shtab_xenaltp2m_npos -eq 0' -a lab -d 'Run real Xen in an emulator, to try things on: from a source tree only.'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using lab' -s h -l help -d 'show this help message and exit'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using lab' -l connect -xka "libxc mock replay:" -d 'the Xen this runs on (default), a mock of it with one domain, '"'"'guest'"'"', or what --record has written'
+complete -c xenaltp2m -n '_shtab_xenaltp2m_using lab' -l journal -x -d 'where journals are (default: /run/xenaltp2m, on the mock none); with one the mock'"'"'s domain has the views that state import has left'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using lab' -l record -xka "(__fish_complete_path (commandline -ct))" -d 'write all that is asked of Xen and what it answers to a new file, which may then hold what the guest keeps secret'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using lab' -l xen -x -d 'the mock'"'"'s release, 4.14 to 4.22 (default: 4.17)'
 complete -c xenaltp2m -n '_shtab_xenaltp2m_using lab' -l json -d 'print JSON'

@@ -315,7 +315,7 @@ def test_imported_views_stay_and_are_taken_out(
     assert run("import", tmp_path / "a", "guest") == cli.DONE
     assert host.altp2m_get_domain_state(domid)
     assert [host.altp2m_get_vcpu_p2m_idx(domid, vcpu) for vcpu in range(2)] == [1, 1]
-    assert run("verify", tmp_path / "a", "guest") == cli.USAGE  # of another domain
+    assert run("verify", tmp_path / "a", "guest") == cli.REFUSED  # of another domain
     assert "passed over" not in capsys.readouterr().err
     with xa.connect(host, journal=tmp_path / "journals") as xen, xen.domain("guest") as dom:
         with pytest.raises(xa.BusyError, match="were imported") as told:
@@ -337,7 +337,7 @@ def test_imported_views_stay_and_are_taken_out(
     [after] = host.domain_getinfolist(domid, 1)
     assert replace(after, pages=before[0].pages) == before[0]
     assert after.pages == before[0].pages - 1  # the monitor's ring had been one of them
-    assert run("export", tmp_path / "c", "guest") == cli.USAGE
+    assert run("export", tmp_path / "c", "guest") == cli.REFUSED
     assert run("import", tmp_path / "b", "guest") == cli.DONE
 
 
@@ -385,7 +385,7 @@ def test_a_damaged_record_of_what_was_imported(host: Lasting, tmp_path: Path) ->
     assert run("import", tmp_path / "a", "guest") == cli.DONE
     [path] = (tmp_path / "journals").glob("*.state")
     path.write_bytes(path.read_bytes()[:-9])
-    assert run("export", tmp_path / "b", "guest") == cli.USAGE
+    assert run("export", tmp_path / "b", "guest") == cli.REFUSED
     assert not (tmp_path / "b").exists()
     assert host.altp2m_get_domain_state(1)
 
@@ -405,7 +405,7 @@ def test_an_agent_that_runs_carries_its_views_itself(
 def test_others_views_are_saved_and_verified(
     host: Lasting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("save", tmp_path / "none", "guest") == cli.USAGE
+    assert run("save", tmp_path / "none", "guest") == cli.REFUSED
     with xa.connect(host) as xen, xen.domain("guest") as dom, dom.altp2m() as altp2m:
         view = altp2m.create_view(label="theirs")
         view.set_access(range(0x10, 0x20), xa.Access.RX)
@@ -424,7 +424,17 @@ def test_others_views_are_saved_and_verified(
         with pytest.raises(SystemExit, match="1"):
             run("verify", tmp_path / "own", "guest", "--json")
         assert json.loads(capsys.readouterr().out) == {
-            "differences": ["view 1: gfn 0x15 has rwx, not r-x"]
+            "differences": [
+                {
+                    "words": "view 1: gfn 0x15 has rwx, not r-x",
+                    "what": "access",
+                    "view": 1,
+                    "gfn": 0x15,
+                    "count": 1,
+                    "before": "r-x",
+                    "after": "rwx",
+                }
+            ]
         }
         altp2m.switch_to_view(None)
         view.close()
@@ -625,7 +635,7 @@ def test_a_record_that_somebody_else_may_have_put_there(host: Lasting, tmp_path:
     [path] = (tmp_path / "journals").glob("*.state")
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
-    assert run("export", tmp_path / "b", "guest") == cli.USAGE
+    assert run("export", tmp_path / "b", "guest") == cli.REFUSED
     assert host.altp2m_get_domain_state(1)
 
 

@@ -140,7 +140,7 @@ def test_views_tells_of_agents(
             assert f"on, process {os.getpid()} works on it" in capsys.readouterr().out
             assert cli.main(["views", "guest", "--json"]) == cli.DONE
         document = json.loads(capsys.readouterr().out)
-        assert document["agents"] == [{"pid": os.getpid(), "running": True}]
+        assert document["agents"] == [{"pid": os.getpid(), "running": True, "imported": False}]
 
 
 @pytest.mark.parametrize(

@@ -665,6 +665,42 @@ def test_diff_of_files(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "is gone" in capsys.readouterr().out
 
 
+def test_fault_18_diff_has_facts_for_programs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [(5, 4, xa.Access.R), (-1, 1, xa.Access.X)]
+    view = ViewState("a", xa.Access.RWX, True, FrozenRuns.of(sorted(runs)), EMPTY, ((3, -1),))
+    other = ViewState("b", xa.Access.RX, True, EMPTY, FrozenRuns.of([(7, 2, False)]), ((3, 4),))
+    monitor = MonitorState((xa.Cpuid.on(),), access_required=True)
+    before = State((view, view), (PageState("0" * 64),), (0, None), ((0, 9),))
+    after = State((other,), (PageState("1" * 64),), (None, None, 0), (), monitor)
+    (tmp_path / "a").write_bytes(before.to_bytes())
+    (tmp_path / "b").write_bytes(after.to_bytes())
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["state", "diff", str(tmp_path / "a"), str(tmp_path / "b"), "--json"])
+    found = json.loads(capsys.readouterr().out)["differences"]
+    assert [one.pop("words") for one in found] == diff(before, after)
+    cpuid = {"event": "Cpuid", "options": {}, "deniable": False}
+    assert found == [
+        {"what": "label", "view": 0, "before": "a", "after": "b"},
+        {"what": "default_access", "view": 0, "before": "rwx", "after": "r-x"},
+        {"what": "access", "view": 0, "gfn": -1, "count": 1, "before": "--x", "after": None},
+        {"what": "access", "view": 0, "gfn": 5, "count": 4, "before": "r--", "after": None},
+        {"what": "suppress_ve", "view": 0, "gfn": 7, "count": 2, "before": None, "after": False},
+        {"what": "remap", "view": 0, "gfn": 3, "before": -1, "after": 4},
+        {"what": "view", "view": 1, "before": "a", "after": None},
+        {"what": "content", "page": 0, "before": "0" * 64, "after": "1" * 64},
+        {"what": "vcpu", "vcpu": 0, "before": 0, "after": None},
+        {"what": "vcpus", "before": 2, "after": 3},
+        {"what": "notify", "before": [[0, 9]], "after": []},
+        {
+            "what": "monitor",
+            "before": None,
+            "after": {"access_required": True, "subscriptions": [cpuid]},
+        },
+    ]
+
+
 def test_restore_for_a_while(
     saved: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

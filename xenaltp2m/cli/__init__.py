@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import warnings
@@ -14,8 +15,11 @@ import xenaltp2m as xa
 from xenaltp2m.abi.releases import SUPPORTED
 from xenaltp2m.backend import REPLAY
 from xenaltp2m.cli import demo, doctor, domains, lab, protect, rescue, state, trace, views, watch
+from xenaltp2m.cli.arguments import FileError
 from xenaltp2m.cli.console import Console
 from xenaltp2m.cli.host import MOCK_DOMAIN
+from xenaltp2m.errors import left_in_place
+from xenaltp2m.journal import DIRECTORY
 
 DONE, REFUSED, USAGE, LEFTOVER, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -23,10 +27,10 @@ _RELEASES = "{}.{} to {}.{}".format(*SUPPORTED[0], *SUPPORTED[-1])
 _EXIT_CODES = """\
 exit codes:
   0    done; what was to be undone is undone, after Ctrl-C and SIGTERM, too
-  1    refused: by Xen, by the domain's configuration, or there is no such domain or library, or
-       nobody reads on; doctor has found a problem, state diff or verify a difference
-  2    wrong arguments, or an image, a saved state or a recording that cannot be used
-  3    something could not be undone; the message says what is still in place
+  1    refused: by Xen, by the domain's configuration or state, or there is no such domain or
+       library, or nobody reads on; doctor has found a problem, state diff or verify a difference
+  2    wrong arguments, or a file that was named cannot be used: an image, a state, a recording
+  3    something could not be undone, whatever ended the command; the message says what is left
   130  interrupted before anything was changed
 """
 
@@ -40,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code; ``xenaltp2m --help`` lists them.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # which may lack what names in a guest are made of
+            stream.reconfigure(errors="backslashreplace")
     top = parser()
     options = top.parse_args(argv)
     if not options.takes_xen:
@@ -55,29 +62,39 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.command(options, console)
     except xa.XenError as error:
         console.error(error)
-        return _exit_code(error)
+        return _exit_code(error, USAGE if _is_usage(error) else REFUSED)
     except xa.ReplayError as error:
         headline, _, details = str(error).partition("\n")
         told = xa.XenError(headline)
         told.add_note(details)
         console.error(told)
-        return REFUSED
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
+        return _exit_code(error, REFUSED)
+    except KeyboardInterrupt as error:
+        return _ended(error, "interrupted", INTERRUPTED, console)
+    except BrokenPipeError as error:
         # Nobody reads on; Python's flush at exit must not complain of it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return REFUSED
+        return _ended(error, "nobody reads the output", REFUSED, console)
     return DONE
 
 
-def _exit_code(error: xa.XenError) -> int:
-    # Where leaving a handle failed on top of another error, a note on that error tells of it.
-    notes = getattr(error, "__notes__", ())
-    if isinstance(error, xa.LeftoverError) or any("still in place" in note for note in notes):
-        return LEFTOVER
-    unusable = xa.SymbolError | xa.StateError | xa.RecordingError
-    return USAGE if isinstance(error, unusable) else REFUSED
+def _ended(error: BaseException, how: str, code: int, console: Console) -> int:
+    """Say what is left, if something is, of a command that has no more to say."""
+    left = left_in_place(error)
+    if left is not None:
+        console.error(xa.LeftoverError(f"{how}, and not everything could be undone", left=left))
+    return _exit_code(error, code)
+
+
+def _exit_code(error: BaseException, otherwise: int) -> int:
+    return otherwise if left_in_place(error) is None else LEFTOVER
+
+
+def _is_usage(error: xa.XenError) -> bool:
+    """Tell wrong arguments, or a file that cannot be used, from what a domain or a host refuses."""
+    if isinstance(error, xa.InvalidArgumentError):
+        return error.errno is None  # not Xen's
+    return isinstance(error, xa.SymbolError | xa.RecordingError | FileError)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -91,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {xa.__version__}")
     _add_common(parser)
-    parser.set_defaults(connect=None, record=None, xen=None, json=False, quiet=False)
+    parser.set_defaults(connect=None, journal="", record=None, xen=None, json=False, quiet=False)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, module in _COMMANDS.items():
         _add_command(commands, name, module)
@@ -154,6 +171,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         metavar="{libxc,mock,replay:FILE}",
         help=f"the Xen this runs on (default), a mock of it with one domain, {MOCK_DOMAIN!r}, "
         "or what --record has written",
+    )
+    parser.add_argument(
+        "--journal",
+        default=absent,
+        metavar="DIRECTORY",
+        help=f"where journals are (default: {DIRECTORY}, on the mock none); with one the mock's "
+        "domain has the views that state import has left",
     )
     parser.add_argument(
         "--record",

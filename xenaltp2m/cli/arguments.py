@@ -19,6 +19,10 @@ _ACCESSES = {
 }
 
 
+class FileError(xa.StateError):
+    """A file that was named as an argument cannot be read, written or used."""
+
+
 def seconds(text: str) -> float:
     """Turn an argument into a time."""
     try:

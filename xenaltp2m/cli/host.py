@@ -8,14 +8,18 @@ import contextlib
 import math
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Self, TypeAlias
 
 import xenaltp2m as xa
+from xenaltp2m.capturing import restore
 from xenaltp2m.cli.console import Console
+from xenaltp2m.journal import find
 from xenaltp2m.signals import ENDING, guard
 from xenaltp2m.symbols import Image
 from xenaltp2m.view import Progress
+from xenaltp2m.viewstate import MAX_FILE, State
 
 if TYPE_CHECKING:
     from xenaltp2m.backend.mock import Instruction, MockBackend
@@ -77,7 +81,9 @@ def connect(
                 executes = _load(backend, domain, image, console.progress("loading the image"))
         finally:
             loader.abandon()
-    with xa.connect(backend, record=options.record) as xen:
+    if options.journal:
+        _import_again(backend, domid, Path(options.journal))
+    with xa.connect(backend, journal=options.journal, record=options.record) as xen:
         if script is not None and not executes:
             for vcpu in range(_MOCK_VCPUS):
                 backend.load(domid, script(memory // xa.PAGE_SIZE), vcpu, loop=True)
@@ -89,11 +95,26 @@ def connect(
 
 def _host(options: argparse.Namespace) -> xa.Xen:
     try:
-        return xa.connect(options.connect, record=options.record)
+        return xa.connect(options.connect, journal=options.journal, record=options.record)
     except xa.XenError as error:
         if error.op == "interface_open":
             error.add_note("hint: without Xen: --connect mock, or xenaltp2m demo")
         raise
+
+
+def _import_again(backend: MockBackend, domid: int, directory: Path) -> None:
+    """Make the views that an earlier command imported into its mock, which ended with it."""
+    loader = xa.connect(backend)
+    try:
+        with loader.domain(domid) as domain:
+            kept = [found for found in find(directory, domid, domain.uuid) if found.kept]
+            if kept:
+                altp2m = domain.altp2m()
+                restore(altp2m, State.from_bytes(kept[0].state(MAX_FILE)))
+                altp2m.abandon()
+                domain.abandon()
+    finally:
+        loader.abandon()
 
 
 def is_altp2m_active(domain: xa.Domain, console: Console) -> bool:

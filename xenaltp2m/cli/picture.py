@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import xenaltp2m as xa
+from xenaltp2m.cli.arguments import FileError
 from xenaltp2m.cli.console import Console
 from xenaltp2m.viewpicture import html, svg
 from xenaltp2m.viewstate import State
@@ -39,9 +39,9 @@ def show(state: State, options: argparse.Namespace, console: Console) -> None:
         if name is None:
             continue
         try:
-            Path(name).write_text(draw(state), encoding="utf-8")
+            Path(name).write_text(draw(state), encoding="utf-8", errors="backslashreplace")
         except OSError as error:
-            raise xa.StateError(f"{name}: {error.strerror}", errno=error.errno) from error
+            raise FileError(f"{name}: {error.strerror}", errno=error.errno) from error
         console.note(f"Drawn: {name}.")
     if not console.as_json:
         console.line("")

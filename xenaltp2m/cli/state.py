@@ -15,14 +15,14 @@ import xenaltp2m as xa
 from xenaltp2m.capturing import LOOKED_AT, compare, differences, obstacles, restore, scan
 from xenaltp2m.carrying import import_views, imported_views, take_out_views
 from xenaltp2m.cli import picture
-from xenaltp2m.cli.arguments import add_accept, add_duration, number_among
+from xenaltp2m.cli.arguments import FileError, add_accept, add_duration, number_among
 from xenaltp2m.cli.console import Console, Table
 from xenaltp2m.cli.host import Signals, connect, is_altp2m_active, note_undone
 from xenaltp2m.cli.pages import counted
 from xenaltp2m.hazards import refuse
 from xenaltp2m.signals import guard
 from xenaltp2m.viewaxis import totals, vcpus_in
-from xenaltp2m.viewstate import MAX_FILE, State, ViewState, diff
+from xenaltp2m.viewstate import MAX_FILE, Difference, State, ViewState, diff
 
 SUMMARY = "views as files: look at them, compare them, save them, make them in a domain"
 
@@ -47,8 +47,10 @@ A FILE that is written, or imported, may be -: standard output or input.
 --json prints one object:
   show      {"views": [{"label", "default", "visible", "access": {access: gfns}, "suppress_ve",
             "remaps"}], "pages": number, "vcpus": [view or null], "origin"}
-  diff      {"differences": [in words]}
-  verify    {"differences": [in words]}
+  diff, verify  {"differences": [{"words", "what", "before", "after", and where: "view", "gfn",
+            "count", "page", "vcpu"}]}. A gfn below 0 is an added page. "what" is altp2m, view,
+            label, default_access, visible, access, suppress_ve, remap, pages, content, vcpu, vcpus,
+            notify, monitor or beyond
   save, export, import  {"file", "views", "pages"}
   restore   {"obstacles": [in words], "differences": [in words], "views": [numbers]}
 """
@@ -94,9 +96,9 @@ def _read(name: str) -> State:
         with Path(name).open("rb") as stream:
             return State.from_bytes(stream.read(MAX_FILE + 1))
     except xa.StateError as error:
-        raise xa.StateError(f"{name}: {error.message}") from error
+        raise FileError(f"{name}: {error.message}") from error
     except OSError as error:
-        raise xa.StateError(f"{name}: {error.strerror}", errno=error.errno) from error
+        raise FileError(f"{name}: {error.strerror}", errno=error.errno) from error
 
 
 def _write(state: State, name: str) -> None:
@@ -119,7 +121,7 @@ def _write(state: State, name: str) -> None:
     except BrokenPipeError:
         raise  # nobody reads on
     except OSError as error:
-        raise xa.StateError(f"{name}: {error.strerror}", errno=error.errno) from error
+        raise FileError(f"{name}: {error.strerror}", errno=error.errno) from error
 
 
 def _tell_of(state: State, name: str, what: str, console: Console) -> None:
@@ -226,9 +228,9 @@ def _warn_of_what_is_missing(domain: xa.Domain, made: State, console: Console) -
         console.warn(f"Xen has passed over some of it: {found[0]}{more}")
 
 
-def _tell(found: list[str], console: Console) -> None:
+def _tell(found: list[Difference], console: Console) -> None:
     console.result(
-        {"differences": found},
+        {"differences": [{"words": one, **one.facts} for one in found]},
         Table(("different",), [(line,) for line in found]) if found else Table(("the same",), []),
     )
     if found:

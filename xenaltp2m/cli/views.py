@@ -25,8 +25,8 @@ the guest, Xen does not tell.
   altp2m_mode      who may use altp2m: disabled, mixed, external, limited
   altp2m_active    whether it is on; where it is off there are no views
   views            [{"id", "default_access", "vcpus": [numbers], "visible": null, as Xen tells}]
-  agents           [{"pid", "running"}]: processes with a journal of this domain, from this package;
-                   one that does not run was killed: see rescue
+  agents           [{"pid", "running", "imported"}]: processes with a journal of this domain, from
+                   this package; one that does not run has imported views or was killed: see rescue
 """
 
 
@@ -58,7 +58,10 @@ def run(options: argparse.Namespace, console: Console) -> None:
                 "altp2m_mode": mode,
                 "altp2m_active": views is not None,
                 "views": [_document(view) for view in views or ()],
-                "agents": [{"pid": found.pid, "running": found.alive} for found in agents],
+                "agents": [
+                    {"pid": found.pid, "running": found.alive, "imported": found.kept}
+                    for found in agents
+                ],
             },
             _table(f"Domain {info.domid} ({name}): altp2m {mode}", views, agents),
         )
@@ -85,9 +88,9 @@ def _document(view: xa.ViewInfo) -> dict[str, Any]:
 
 def _table(title: str, views: Sequence[xa.ViewInfo] | None, agents: Sequence[Found]) -> Table:
     words = [title, "off" if views is None else "on"]
-    words += [
-        f"process {found.pid} {'works on it' if found.alive else 'was killed'}" for found in agents
-    ]
+    for found in agents:
+        gone = "has imported views" if found.kept else "was killed"
+        words.append(f"process {found.pid} {'works on it' if found.alive else gone}")
     if views is None:
         return Table((", ".join(words),), [])
     rows = [
