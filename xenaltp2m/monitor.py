@@ -268,12 +268,12 @@ class Monitor(Handle):
             self.domain.vcpu(vcpu).set_registers(**response.registers)
         return replace(response, registers={})
 
-    def _comes_again(self, event: Event, reason: int) -> bool:
+    def _comes_again(self, event: Event) -> bool:
         """Answer an event that has come again with what was kept for it."""
         kept = self._delayed.get(int(event.vcpu))
         if kept is None:
             return False
-        if (kept.reason, kept.rip) != (reason, event.registers.rip):
+        if (kept.reason, kept.rip) != (event._head[2], event.registers.rip):
             del self._delayed[int(event.vcpu)]
             return False
         self._answer(event, kept.response)
@@ -418,15 +418,12 @@ class Monitor(Handle):
             BusyError: Somebody iterates already.
             RingError: The ring holds something that is not an event. Its vCPU is answered.
         """
-        self._begin()
-        try:
-            while (event := self._next(timeout)) is not None:
+        with self._iteration():
+            while not self._closed and (event := self._next(timeout)) is not None:
                 yield event
                 self._settle()
                 if type(event) is DomainEnded:
                     return
-        finally:
-            self._end()
 
     def run(self, handler: Handler, timeout: float | None = None) -> None:
         """Call a handler for each event and answer with what it returns.
@@ -441,28 +438,24 @@ class Monitor(Handle):
         Raises:
             InvalidArgumentError: A response does not fit its event.
         """
-        self._begin()
-        try:
+        with self._iteration():
             while not self._closed and (event := self._next(timeout)) is not None:
                 response = handler(event)
                 if self._closed:
                     return  # by the handler: the event was answered then
+                if type(event) is DomainEnded:
+                    return
                 if response is not None:
                     self._answer(event, response)
-                elif type(event) is DomainEnded:
-                    return
                 else:
                     self._settle()
                 if not (self._let_through or self._stopping):
                     self._serve(handler, timeout)
-        finally:
-            self._end()
 
     def _serve(self, handler: Handler, timeout: float | None) -> None:
         """Do what :meth:`run` does, as long as nothing is out of the ordinary.
 
-        All of it is in one function, for calls and lookups are what an event costs in Python.
-        A request counts as taken only when it is answered here: an exception leaves it unread.
+        All of it is in one function: calls and lookups are most of what an event costs in Python.
         """
         ring, indices, slots = self._ring, self._ring.indices, self._ring.slots
         poll, pending, unmask, notify = self._poll, self._pending, self._unmask, self._notify
@@ -498,10 +491,14 @@ class Monitor(Handle):
             if head[0] != version:
                 return
             _, asked, reason, vcpu, _ = head
-            if delayed and vcpu in delayed:
-                return
+            if vcpu in delayed:
+                return  # only this vCPU's answer needs more than a plan
             event = _CLASSES[reason]()
-            event._request, event._head, event._monitor = (taken, raw), head, self
+            request = (taken, raw)
+            event._request, event._head, event._monitor = request, head, self
+            taken = (taken + 1) & MASK
+            # Taken before the handler sees it: whatever it raises, _end() answers the request.
+            ring.state = in_hand = (taken, answered, (request,), stepping)
             response = handler(event)
             plan = plan_of(id(response))
             if (
@@ -510,14 +507,15 @@ class Monitor(Handle):
                 or plan.through._closed
                 or plan.back_to._closed
                 or asked & plan.needs != plan.needs
-                or ring.state[0] != taken
-                or delayed
+                or ring.state is not in_hand  # the handler has replied, or closed the monitor
+                or vcpu in delayed  # the handler has had a page removed
             ):
                 if self._closed:
                     return  # by the handler: the event was answered then
                 if response is not None:
                     self._answer(event, response)
-                self._settle_taken(event)
+                else:
+                    self._settle()
                 if self._let_through:
                     return
                 taken, answered, outstanding, stepping = ring.state
@@ -531,15 +529,9 @@ class Monitor(Handle):
             )  # fmt: skip
             bit = 1 << (vcpu & _VCPU_MASK)
             stepping = stepping | bit if steps else stepping & ~bit
-            taken, answered = (taken + 1) & MASK, (answered + 1) & MASK
+            answered = (answered + 1) & MASK
             ring.state = (taken, answered, (), stepping)
             last[vcpu] = plan.response
-
-    def _settle_taken(self, event: Event) -> None:
-        """Give an event in the hand of :meth:`_serve` its default response, if it has none."""
-        if event._request[0] == self._ring.state[0]:
-            self._ring.take()
-        self._settle()
 
     def __iter__(self) -> Iterator[Event]:
         return self.events()
@@ -548,29 +540,28 @@ class Monitor(Handle):
         """As :meth:`events`, for ``async for``."""
         loop = asyncio.get_running_loop()
         ready = asyncio.Event()
-        self._begin()
-        descriptor = self._poller.fileno()
-        loop.add_reader(descriptor, ready.set)
-        self._leave_loop = partial(loop.remove_reader, descriptor)
-        try:
-            while True:
-                ready.clear()
-                event = self._next(0)
-                if event is None:
-                    if self._stopping:
-                        return
-                    try:
-                        await asyncio.wait_for(ready.wait(), _LIVENESS_SECONDS)
-                    except TimeoutError:
-                        event = self._ended()
-                if event is not None:
-                    yield event
-                    self._settle()
-                    if type(event) is DomainEnded:
-                        return
-        finally:
-            self._end_loop()
-            self._end()
+        with self._iteration():
+            descriptor = self._poller.fileno()
+            loop.add_reader(descriptor, ready.set)
+            self._leave_loop = partial(loop.remove_reader, descriptor)
+            try:
+                while not self._closed:
+                    ready.clear()
+                    event = self._next(0)
+                    if event is None:
+                        if self._stopping:
+                            return
+                        try:
+                            await asyncio.wait_for(ready.wait(), _LIVENESS_SECONDS)
+                        except TimeoutError:
+                            event = self._ended()
+                    if event is not None:
+                        yield event
+                        self._settle()
+                        if type(event) is DomainEnded:
+                            return
+            finally:
+                self._end_loop()
 
     def _end_loop(self) -> None:
         """Take the poller out of the event loop, before its number becomes another file's.
@@ -582,22 +573,49 @@ class Monitor(Handle):
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 leave()
 
-    def _begin(self) -> None:
+    @contextlib.contextmanager
+    def _iteration(self) -> Iterator[None]:
+        """Iterate, one at a time; whatever ends it, no event that was handed out stays unanswered.
+
+        What the handler raised comes out of it, even if answering fails, too.
+        """
         self._check_open()
         if self._iterating:
             raise BusyError(f"{self!r} is being iterated already", domid=self._domid)
-        self._iterating = True
+        try:
+            self._iterating = True
+            yield
+            self._end()
+        except BaseException as error:  # also Ctrl-C within that _end()
+            try:
+                self._end()
+            except XenError as failure:
+                error.add_note(str(failure))
+            raise
 
     def _end(self) -> None:
+        """Answer what was handed out, and show Xen the answers."""
         self._iterating = False
-        if self.closed:
-            return
-        if self._stopping:
-            self._stopping = False
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self._wakeup)
-        self._settle()
-        self._flush()
+        try:
+            if not self._closed:
+                self._settle()
+        finally:
+            if not self._closed:
+                with guard.holding_back():
+                    for request in self._ring.outstanding:
+                        self._resume(request)  # an exception has kept its response from it
+                    self._flush()
+                    if self._stopping:
+                        self._stopping = False
+                        with contextlib.suppress(BlockingIOError):
+                            os.eventfd_read(self._wakeup)
+
+    def _event(self, request: Request) -> Event:
+        """Wrap a request."""
+        head = _unpack(request[1])
+        event = _CLASSES[head[2]]()
+        event._request, event._head, event._monitor = request, head, self
+        return event
 
     def _next(self, timeout: float | None) -> Event | None:
         """Return the next event; None after a stop, or where nothing happens for long enough."""
@@ -610,18 +628,16 @@ class Monitor(Handle):
                 return ended
             if not request[0] & _FLUSH_EACH:
                 self._flush()  # many are waiting: vCPUs may be, for room
-            head = _unpack(request[1])
-            event = _CLASSES[head[2]]()
-            event._request, event._head, event._monitor = request, head, self
-            if head[0] != self.version:
+            event = self._event(request)
+            if event.version != self.version:
                 raise RingError(
-                    f"a request of interface version {head[0]} where Xen said {self.version}",
+                    f"a request of interface version {event.version} where Xen said {self.version}",
                     domid=self._domid,
-                    vcpu=head[3],
+                    vcpu=event.vcpu,
                 )
             if self._let_through and self._ends_let_through(event):
                 continue
-            if self._delayed and self._comes_again(event, head[2]):
+            if event._head[3] in self._delayed and self._comes_again(event):
                 continue
             return event
 
@@ -682,24 +698,43 @@ class Monitor(Handle):
         self._answer(event, response)
 
     def _settle(self) -> None:
-        """Give everything that is unanswered its default response."""
+        """Give everything that is unanswered its default response.
+
+        What an answerer raises is raised once everything is answered.
+        """
+        failure: BaseException | None = None
         for request in self._ring.outstanding:
-            head = _unpack(request[1])
-            event = _CLASSES[head[2]]()
-            event._request, event._head, event._monitor = request, head, self
             try:
-                if head[0] != self.version:
-                    self._resume(request)
-                else:
-                    self._answer(event, self._default(event))
-            except XenError:
+                self._answer_by_default(request)
+            except BaseException as error:  # noqa: BLE001 - raised below
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def _answer_by_default(self, request: Request) -> None:
+        """Answer a request as its answerers say, or by its event's default response.
+
+        If one of them fails, the vCPU is merely resumed: what it did comes again, or was done.
+        """
+        event = self._event(request)
+        try:
+            if event.version != self.version:
+                return
+            for answerer in reversed(self._answerers):
+                response = answerer(event)
+                if not self._is_unanswered(request):
+                    return
+                if response is not None:
+                    self._answer(event, response)
+                    return
+            with contextlib.suppress(XenError):
+                self._answer(event, event.default_response)
+        finally:
+            if self._is_unanswered(request):
                 self._resume(request)
 
-    def _default(self, event: Event) -> Response:
-        for handler in reversed(self._answerers):
-            if (response := handler(event)) is not None:
-                return response
-        return event.default_response
+    def _is_unanswered(self, request: Request) -> bool:
+        return any(one is request for one in self._ring.outstanding)
 
     def flush(self) -> None:
         """Let Xen take the answers given so far: it has when this returns."""
@@ -722,7 +757,7 @@ class Monitor(Handle):
 
     def _answer(self, event: Event, response: Response) -> None:
         """Write a response into the ring."""
-        if self._delayed and event._head[3] in self._delayed:
+        if event._head[3] in self._delayed:
             response = self._in_time(event, response)
         plan = self._plans.get(id(response)) or self._plan(event, response)
         head = event._head
@@ -730,10 +765,6 @@ class Monitor(Handle):
         if asked & plan.needs != plan.needs or plan.through._closed or plan.back_to._closed:
             self._check_fits(event, response)
         request = event._request
-        if request[0] == self._ring.state[0]:  # in the hand of _serve
-            taken = self._ring.take()
-            assert taken is not None
-            event._request = request = taken
         stepping = self._ring.state[3]
         flags, steps = plan.rows[
             _DONE if reason == _SINGLESTEP else stepping >> (vcpu & _VCPU_MASK) & 1

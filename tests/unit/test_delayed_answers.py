@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 import pytest
 
 import xenaltp2m as xa
+from tests.unit.ringhost import RingHost, finish, started
+from xenaltp2m.abi.vm_event import encode_request
 from xenaltp2m.backend.mock import Access, Cpuid, GuestRequest, Instruction, MockBackend
+from xenaltp2m.responses import RESUME
 
 RELEASES = [(4, 14), (4, 17), (4, 22)]
 CODE, DATA = 0x10000, 0x20000
@@ -20,7 +25,7 @@ class Agent:
 
     def __init__(self, xen: tuple[int, int]) -> None:
         self.mock = MockBackend(xen)
-        self.domid = self.mock.add_domain("guest", max_kib=32 << 10)
+        self.domid = self.mock.add_domain("guest", vcpus=2, max_kib=32 << 10)
         self.xen = xa.Xen(self.mock)
         self.dom = self.xen.domain("guest")
         self.altp2m = self.dom.altp2m()
@@ -115,3 +120,61 @@ def test_an_exception_that_is_given_back(agent: Agent) -> None:
     agent.hear([Instruction(CODE, 1)], lambda event: xa.Response.reinject(), xa.SoftwareBreakpoint)
     assert [type(event) for event in agent.heard] == [xa.SoftwareBreakpoint]
     assert agent.mock.domain(agent.domid).vcpus[0].delivered == [(3, 6)]
+
+
+def calls_of_events(idle_vcpus: int) -> int:
+    """How many of the monitor's functions are called for 40 events of vCPU 0, and one at first."""
+    host = RingHost(vcpus=1 + idle_vcpus)
+    dom, monitor = started(host, xa.MemAccess)
+    fields = {"mem_access.gfn": 0x101, "mem_access.flags": 4}
+    raw = bytes(encode_request(7, 1, 0, flags=0x81, view=1, fields=fields))
+    count = 0
+
+    def note(frame: FrameType, what: str, _: object) -> None:
+        nonlocal count
+        count += what == "call" and frame.f_code.co_filename.endswith("xenaltp2m/monitor.py")
+
+    host.put(raw)
+    monitor.expect_delays()
+    monitor.run(lambda _: xa.Response.resume(), timeout=0)
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        for _ in range(5):
+            for _ in range(8):
+                host.put(raw)
+            monitor.run(lambda _: RESUME, timeout=0)
+    finally:
+        sys.setprofile(before)
+    assert len(host.responses) == 41
+    monitor.close()
+    finish(dom)
+    host.close()
+    return count
+
+
+def test_fault_31_a_vcpu_that_never_runs_slows_no_other_down() -> None:
+    """Its answer stays delayed for as long as it does not come for one."""
+    assert calls_of_events(idle_vcpus=1) == calls_of_events(idle_vcpus=0)
+
+
+@pytest.mark.parametrize("nth", range(1, 6))
+def test_fault_31_the_vcpu_concerned_gets_its_answer_in_time(agent: Agent, nth: int) -> None:
+    """Also where the page goes while the fast loop has its event in hand, and one vCPU is idle."""
+    program = [Instruction(CODE + 2 * number, 2, effect=Cpuid()) for number in range(5)]
+    agent.mock.load(agent.domid, program)
+    agent.view.remap(0x30, agent.shadow)
+    heard: list[int] = []
+
+    def handler(event: xa.Event) -> xa.Response:
+        heard.append(event.registers.rip)
+        if len(heard) == nth:
+            agent.view.revert(0x30)
+        following = event.registers.rip + 2
+        return xa.Response.resume().with_registers(rip=following, rax=len(heard))
+
+    with agent.dom.monitor(xa.Cpuid) as monitor:
+        agent.mock.domain_unpause(agent.domid)
+        monitor.run(handler, timeout=0)
+    assert heard == [CODE + 2 * number for number in range(5)]
+    assert (agent.register("rip"), agent.register("rax")) == (CODE + 10, 5)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import signal
@@ -12,13 +13,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import FrameType
+from typing import Any
 
 import pytest
 
 import xenaltp2m as xa
 from tests.unit.ringhost import RingHost, domain, finish, started
 from xenaltp2m.abi.vm_event import encode_request
+from xenaltp2m.backend.mock import Cpuid, Instruction, MockBackend
 
 PAUSED, EMULATE, TOGGLE, DENY, VIEW, REGISTERS, FAST = (
     1,
@@ -556,3 +561,283 @@ def test_a_vcpu_no_domain_has_costs_nothing(host: RingHost, monitor: xa.Monitor)
     monitor.run(lambda _: xa.Response.singlestep(), timeout=0)
     assert len(host.responses) == 2
     assert monitor._ring.state[3].bit_length() <= 8192  # not a bit for each vCPU below it
+
+
+# Each request is answered once, whatever the handler does.
+
+
+class Trouble(Exception):
+    """A handler's own."""
+
+
+WAYS = ["run", "events", "async for"]
+RAISED = [Trouble, KeyboardInterrupt, GeneratorExit, SystemExit]
+
+
+def numbered(number: int) -> bytes:
+    """A request that no other is like."""
+    fields = {"mem_access.gfn": number, "mem_access.flags": 4}
+    return bytes(
+        encode_request(
+            7, xa.Reason.MEM_ACCESS, number % 4, flags=PAUSED | VIEW, view=1, fields=fields
+        )
+    )
+
+
+def listen(monitor: xa.Monitor, way: str, handler: Callable[[xa.Event], object]) -> None:
+    """Have a handler called with each event that there is, in one of the ways to listen."""
+    if way == "run":
+        monitor.run(handler, timeout=0)  # type: ignore[arg-type]
+    elif way == "events":
+        with contextlib.closing(monitor.events(timeout=0)) as events:
+            for event in events:
+                if (response := handler(event)) is not None:
+                    event.reply(response)  # type: ignore[arg-type]
+    else:
+
+        async def agent() -> None:
+            left = monitor._backend.produced - monitor._backend.consumed  # type: ignore[attr-defined]
+            async with contextlib.aclosing(monitor.__aiter__()) as events:
+                async for event in events:
+                    if (response := handler(event)) is not None:
+                        event.reply(response)  # type: ignore[arg-type]
+                    left -= 1
+                    if left == 0:
+                        monitor.stop()
+
+        loop = asyncio.new_event_loop()
+        try:
+            loop.run_until_complete(agent())
+        finally:
+            loop.close()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("raised", RAISED, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("before", ["nothing", "a reply"])
+def test_fault_01_the_event_in_hand_is_answered_before_its_exception_is_raised(
+    host: RingHost, monitor: xa.Monitor, way: str, raised: type[BaseException], before: str
+) -> None:
+    """Wherever in a burst, of whatever length; the next loop begins with the event after it."""
+    for length in range(1, 9):
+        for nth in range(1, length + 1):
+            seen: list[int] = []
+
+            def handler(event: xa.Event, nth: int = nth, seen: list[int] = seen) -> xa.Response:
+                assert isinstance(event, xa.MemAccess)
+                seen.append(int(event.gfn))
+                if len(seen) == nth:
+                    if before == "a reply":
+                        event.reply(xa.Response.resume())
+                    raise raised
+                return xa.Response.resume()
+
+            host.responses.clear()
+            for number in range(length):
+                host.put(numbered(number))
+            with pytest.raises(raised):
+                listen(monitor, way, handler)
+            assert seen == list(range(nth))
+            assert len(host.responses) == nth, (length, nth)
+            assert not monitor._ring.outstanding
+            if length > nth:
+                listen(monitor, way, handler)
+            assert seen == list(range(length)), "no event is handed out twice"
+            assert [vcpu for vcpu, _, _ in answers(host)] == [n % 4 for n in range(length)]
+
+
+def test_fault_01_a_handler_that_raises_at_the_fourth_of_ten_instructions() -> None:
+    mock = MockBackend()
+    domid = mock.add_domain("guest")
+    starts = [0x1000 + 2 * number for number in range(10)]
+    mock.load(domid, [Instruction(start, 2, effect=Cpuid()) for start in starts])
+    with xa.connect(mock) as xen, xen.domain("guest") as dom, dom.monitor(xa.Cpuid) as monitor:
+        seen: list[int] = []
+
+        def handler(event: xa.Event) -> None:
+            seen.append(event.registers.rip)
+            if len(seen) == 4:
+                raise Trouble
+
+        mock.domain_unpause(domid)
+        with pytest.raises(Trouble):
+            monitor.run(handler, timeout=0)
+        assert seen == starts[:4]
+        monitor.run(handler, timeout=0)
+        assert seen == starts
+        assert mock.domain(domid).vcpus[0].event_pauses == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("nth", range(1, 5))
+@pytest.mark.parametrize("then", ["returns", "replies", "raises"])
+def test_fault_01_a_handler_that_closes_the_monitor(
+    host: RingHost, way: str, nth: int, then: str
+) -> None:
+    dom, monitor = started(host, xa.MemAccess)
+    seen = []
+
+    def handler(event: xa.Event) -> xa.Response | None:
+        seen.append(event)
+        if len(seen) < nth:
+            return xa.Response.resume()
+        monitor.close()
+        if then == "raises":
+            raise Trouble
+        return xa.Response.resume() if then == "replies" and way == "run" else None
+
+    for number in range(4):
+        host.put(numbered(number))
+    with pytest.raises(Trouble) if then == "raises" else contextlib.nullcontext():
+        listen(monitor, way, handler)
+    assert len(seen) == nth
+    assert sorted(vcpu for vcpu, _, _ in answers(host)) == [0, 1, 2, 3]
+    assert monitor.closed
+    finish(dom)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("nth", [1, 3])
+def test_fault_01_a_handler_in_which_the_domain_vanishes(
+    host: RingHost, way: str, nth: int
+) -> None:
+    dom, monitor = started(host, xa.MemAccess)
+    seen = []
+
+    def handler(event: xa.Event) -> xa.Response | None:
+        seen.append(event)
+        if len(seen) == nth:
+            host.alive = False
+            monitor.close()
+        return xa.Response.resume() if way == "run" or len(seen) < nth else None
+
+    for number in range(4):
+        host.put(numbered(number))
+    listen(monitor, way, handler)
+    assert len(seen) == nth
+    finish(dom)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("nth", [1, 3])
+def test_fault_01_what_an_answerer_raises_comes_after_the_answer(
+    host: RingHost, monitor: xa.Monitor, way: str, nth: int
+) -> None:
+    seen = []
+
+    def answerer(event: xa.Event) -> None:
+        seen.append(event)
+        if len(seen) == nth:
+            raise Trouble
+
+    monitor.answer_by_default(answerer)
+    for number in range(4):
+        host.put(numbered(number))
+    with pytest.raises(Trouble):
+        listen(monitor, way, lambda _: None)
+    assert len(host.responses) == nth
+    listen(monitor, way, lambda _: None)
+    assert len(seen) == 4
+    assert len(host.responses) == 4
+
+
+@pytest.mark.parametrize("response", [None, xa.Response.resume()], ids=["None", "a response"])
+def test_fault_01_an_answerer_that_replies_itself(
+    host: RingHost, monitor: xa.Monitor, response: xa.Response | None
+) -> None:
+    def answerer(event: xa.Event) -> xa.Response | None:
+        event.reply(xa.Response.resume())
+        return response
+
+    monitor.answer_by_default(answerer)
+    host.put(numbered(0))
+    host.put(numbered(1))
+    monitor.run(lambda _: None, timeout=0)
+    assert answers(host) == [(0, PAUSED, 0), (1, PAUSED, 0)]
+
+
+def test_fault_01_the_handler_s_exception_comes_out_even_if_xen_takes_no_answer(
+    host: RingHost, monitor: xa.Monitor
+) -> None:
+    def refuse() -> None:
+        raise xa.BusyError("no notification today")
+
+    def handler(event: xa.Event) -> None:
+        host.on_notify = refuse
+        raise Trouble
+
+    host.put(numbered(0))
+    with pytest.raises(Trouble) as raised:
+        monitor.run(handler, timeout=0)
+    host.on_notify = lambda: None
+    assert raised.value.__notes__ == ["no notification today"]
+
+
+def test_fault_01_the_end_of_the_domain_needs_no_answer_of_a_handler(
+    host: RingHost, monitor: xa.Monitor
+) -> None:
+    seen: list[xa.Event] = []
+
+    def handler(event: xa.Event) -> xa.Response:
+        seen.append(event)
+        return xa.Response.resume()
+
+    host.put(numbered(0))
+    host.shutdown_reason = 0
+    monitor.run(handler)
+    assert [type(event) for event in seen] == [xa.MemAccess, xa.DomainEnded]
+
+
+OURS = ("xenaltp2m/monitor.py", "xenaltp2m/abi/ring.py", "xenaltp2m/answers.py")
+
+
+def interrupted_at(nth: int, run: Callable[[], None]) -> bool:
+    """Run something, with Ctrl-C at the nth line of the monitor's; tell whether there is one."""
+    lines = itertools.count(1)
+
+    def trace(frame: FrameType, what: str, _: object) -> Any:
+        if not frame.f_code.co_filename.endswith(OURS):
+            return None
+        if what == "line" and next(lines) == nth:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return next(lines) > nth
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_fault_01_ctrl_c_at_any_line_of_the_loop(way: str) -> None:
+    """No event is handed out twice, none that was handed out waits, and one can listen again."""
+    for nth in itertools.count(1):
+        host = RingHost()
+        dom, monitor = started(host, xa.MemAccess)
+        seen: list[int] = []
+
+        def handler(event: xa.Event, seen: list[int] = seen) -> xa.Response | None:
+            assert isinstance(event, xa.MemAccess)
+            seen.append(int(event.gfn))
+            return xa.Response.resume() if event.gfn % 2 else None
+
+        for number in range(6):
+            host.put(numbered(number))
+        more = interrupted_at(nth, partial(listen, monitor, way, handler))
+        taken = (host.produced - monitor._ring.unread) & 0xFFFFFFFF
+        assert len(host.responses) == taken >= len(seen), f"line {nth}"
+        if monitor._ring.unread:
+            listen(monitor, way, handler)
+        assert seen == sorted(set(seen)), f"line {nth}"
+        assert len(host.responses) == 6
+        monitor.close()
+        finish(dom)
+        host.close()
+        if not more:
+            break
+    assert nth > 100

@@ -75,7 +75,8 @@ class Ring:
         self.state = (0, 0, (), 0)
 
     def release(self) -> None:
-        """Let go of the page, so that it can be unmapped."""
+        """Let go of the page, so that it can be unmapped; nothing can be answered any more."""
+        self.state = (0, 0, (), 0)
         for view in (self.indices, *self.slots):
             view.release()
 
