@@ -465,7 +465,10 @@ class Monitor(Handle):
         signalled = [(self._backend.evtchn_fd(self._channel), select.EPOLLIN)]
         taken, answered, outstanding, stepping = ring.state
         notified = self._notified
-        while not outstanding:
+        # Not "while not outstanding": CPython 3.11 warms up at unconditional jumps only.
+        while True:
+            if outstanding:
+                return
             if indices[REQ_PROD] == taken:
                 if answered != notified:
                     indices[RSP_PROD] = answered
@@ -480,18 +483,17 @@ class Monitor(Handle):
                     return
                 if not 0 < (indices[REQ_PROD] - taken) & MASK <= SLOTS:
                     return
-                continue
-            if answered != notified and not taken & _FLUSH_EACH:
+            elif answered != notified and not taken & _FLUSH_EACH:
                 self._flush()  # many are waiting: vCPUs may be, for room
                 notified = self._notified
                 if self._stopping:
                     return
             raw = slots[taken & SLOT_MASK].tobytes()
             head = _unpack(raw)
-            if head[0] != version:
+            said, asked, reason, vcpu, _ = head
+            if said != version:
                 return
-            _, asked, reason, vcpu, _ = head
-            if vcpu in delayed:
+            if delayed and vcpu in delayed:
                 return  # only this vCPU's answer needs more than a plan
             event = _CLASSES[reason]()
             request = (taken, raw)
@@ -508,7 +510,7 @@ class Monitor(Handle):
                 or plan.back_to._closed
                 or asked & plan.needs != plan.needs
                 or ring.state is not in_hand  # the handler has replied, or closed the monitor
-                or vcpu in delayed  # the handler has had a page removed
+                or (delayed and vcpu in delayed)  # the handler has had a page removed
             ):
                 if self._closed:
                     return  # by the handler: the event was answered then
@@ -520,15 +522,15 @@ class Monitor(Handle):
                     return
                 taken, answered, outstanding, stepping = ring.state
                 continue
-            flags, steps = plan.rows[
-                _DONE if reason == _SINGLESTEP else stepping >> (vcpu & _VCPU_MASK) & 1
-            ]
+            row = stepping and stepping >> (vcpu & _VCPU_MASK) & 1
+            flags, steps = plan.rows[_DONE if reason == _SINGLESTEP else row]
             _pack_into(
                 slots[answered & SLOT_MASK], 0,
                 version, flags | asked & _PAUSED, reason, vcpu, plan.view, plan.union or raw[_U],
             )  # fmt: skip
-            bit = 1 << (vcpu & _VCPU_MASK)
-            stepping = stepping | bit if steps else stepping & ~bit
+            if steps or stepping:
+                bit = 1 << (vcpu & _VCPU_MASK)
+                stepping = stepping | bit if steps else stepping & ~bit
             answered = (answered + 1) & MASK
             ring.state = (taken, answered, (), stepping)
             last[vcpu] = plan.response
