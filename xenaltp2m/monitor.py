@@ -37,6 +37,7 @@ from xenaltp2m.errors import (
     RingError,
     UnsupportedError,
     XenError,
+    add_failure,
 )
 from xenaltp2m.events import (
     EVENTS,
@@ -592,7 +593,7 @@ class Monitor(Handle):
             try:
                 self._end()
             except XenError as failure:
-                error.add_note(str(failure))
+                add_failure(error, failure)
             raise
 
     def _end(self) -> None:
