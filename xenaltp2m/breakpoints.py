@@ -56,7 +56,7 @@ from xenaltp2m.events import (
     SoftwareBreakpoint,
     TrapType,
 )
-from xenaltp2m.handle import Handle, UndoList
+from xenaltp2m.handle import Handle, UndoList, check_callback
 from xenaltp2m.hooks import (
     Breakpoint,
     Callback,
@@ -68,6 +68,7 @@ from xenaltp2m.hooks import (
     Watch,
 )
 from xenaltp2m.instructions import LONGEST_ACCESS
+from xenaltp2m.placement import check_placement
 from xenaltp2m.repetitions import Repetitions
 from xenaltp2m.responses import REINJECT, RESUME, STEP, Response
 from xenaltp2m.shadows import Shadows
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from xenaltp2m.altp2m import Altp2m, Lost
     from xenaltp2m.memory import AddressSpace
     from xenaltp2m.monitor import Monitor
+    from xenaltp2m.symbols import Symbol, Symbols
     from xenaltp2m.view import View
 
 _LOG = logging.getLogger(__name__)
@@ -358,7 +360,12 @@ class Breakpoints(Handle):
 
     @uninterruptible
     def insert(
-        self, address: int, callback: Callback, *, each_iteration: bool = False
+        self,
+        address: int | str | Symbol,
+        callback: Callback,
+        *,
+        symbols: Symbols | None = None,
+        each_iteration: bool = False,
     ) -> Breakpoint:
         """Have something called before each execution of an instruction.
 
@@ -366,18 +373,28 @@ class Breakpoints(Handle):
         they are called in the order they were inserted.
 
         Args:
-            address: Guest-physical, of the first byte of the instruction.
+            address: Of the first byte of the instruction: a guest-physical address, which is
+                taken at its word; or, with ``symbols``, a name as :meth:`Symbols.address` takes
+                it; or a symbol.
             callback: Called with a :class:`Hit`. What it raises is raised where the monitor runs,
                 once the vCPU was answered.
+            symbols: Where names are. A place inside an instruction is refused, as far as the
+                function's code from its beginning tells.
             each_iteration: Whether each iteration of a repeated string instruction (REP MOVS) is a
                 hit; by default all together are one, also where an interrupt comes in between.
 
         Raises:
-            InvalidArgumentError: The address is not in memory.
-            NotMappedError: It is not in ordinary RAM.
+            InvalidArgumentError: The address is not in memory, or inside an instruction; or an
+                argument is none.
+            NotMappedError: It is not in ordinary RAM, or no page tables lead there yet: then
+                :meth:`insert_linear` waits for it.
+            SymbolError: The name is not known.
             OutOfMemoryError: The host, or the domain's p2m pool, is exhausted.
         """
         self._check_open()
+        check_callback(callback)
+        if not isinstance(address, int):
+            address = self._physical(address, symbols)
         gfn, offset = divmod(address, PAGE_SIZE)
         check_gfn(gfn)
         self._check_not_shadow(gfn)
@@ -400,6 +417,37 @@ class Breakpoints(Handle):
         elif page.planted:
             page.shadow[offset] = _INT3
         return made
+
+    def _physical(self, place: str | Symbol, symbols: Symbols | None) -> int:
+        """Find where something is that has a name, by the page tables in use now."""
+        from xenaltp2m.symbols import Image, Symbol  # not before: they need pyelftools
+
+        if isinstance(place, Symbol):
+            linear = place.address + (symbols.slide if symbols is not None else 0)
+        elif not isinstance(place, str):
+            raise InvalidArgumentError(
+                f"an address is a number, a Symbol, or with symbols= a name; not {place!r}"
+            )
+        elif symbols is None:
+            raise InvalidArgumentError(
+                f"{place!r} is a name, and nothing tells its address",
+                hint=("give symbols=Symbols.open(FILE), too",),
+            )
+        else:
+            linear = symbols.address(place)
+        registers = self._domain.vcpu(0).registers()
+        memory = self._domain.memory
+        physical = linear
+        read: Callable[[int, int], bytes] = memory.read
+        if registers.cr0 & CR0_PG:
+            space = memory.address_space(registers)
+            physical, read = space.translate(linear).physical, space.read
+        elif isinstance(symbols, Image):
+            physical = symbols.physical_of(linear)
+            read = lambda at, size: memory.read(at - linear + physical, size)  # noqa: E731
+        if symbols is not None:
+            check_placement(symbols, linear, read, registers.word_size)
+        return physical
 
     def _note_ends(self, gfn: int, page: _Page, offset: int) -> None:
         """Remember what comes before a breakpoint in the page before its own."""
@@ -465,6 +513,7 @@ class Breakpoints(Handle):
             OutOfMemoryError: The host, or the domain's p2m pool, is exhausted.
         """
         self._check_open()
+        check_callback(callback)
         if not space.paging.cr0 & CR0_PG:
             raise InvalidArgumentError("paging is off there: linear addresses are physical")
         space.check(address)

@@ -201,6 +201,10 @@ def left_in_place(error: BaseException) -> tuple[str, ...] | None:
     return left
 
 
+class PlacementWarning(UserWarning):
+    """A breakpoint may be inside an instruction; an int3 there would corrupt the guest."""
+
+
 class LibraryMismatchWarning(UserWarning):
     """The library and the running hypervisor are of different releases."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, Unpack
 
 from xenaltp2m.abi.vm_event import AccessFlag
 from xenaltp2m.abi.x86 import Fault
@@ -13,7 +13,7 @@ from xenaltp2m.errors import InvalidArgumentError
 from xenaltp2m.events import Event, MemAccess, Registers
 from xenaltp2m.handle import UndoList
 from xenaltp2m.instructions import LONGEST_ACCESS, access_size
-from xenaltp2m.responses import RESUME
+from xenaltp2m.responses import RESUME, RegisterValues
 from xenaltp2m.types import PAGE_SHIFT, VcpuId
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from xenaltp2m.memory import AddressSpace, Memory
 
 _MOST_LOOKS = 16
+_IN_REGISTERS = "rdi", "rsi", "rdx", "rcx", "r8", "r9"
+_MOST_ARGUMENTS = 256
 
 
 class _Stop:
@@ -46,14 +48,18 @@ class _Stop:
         """Its registers."""
         return self.event.registers
 
-    def set_registers(self, **values: int) -> None:
+    def set_registers(self, **values: Unpack[RegisterValues]) -> None:
         """Set registers by name. With ``rip`` the instruction there is the next, not this one.
 
         Raises:
             InvalidArgumentError: There is no such register, or the value does not fit into it.
         """
-        RESUME.with_registers(**values)
-        self._registers.update(values)
+        self._registers.update(RESUME.with_registers(**values).registers)
+
+    def stop(self) -> None:
+        """End the monitor's loop once this is answered: see :meth:`Monitor.stop`."""
+        if self.event._monitor is not None:
+            self.event._monitor.stop()
 
 
 class Hit(_Stop):
@@ -71,6 +77,30 @@ class Hit(_Stop):
 
     def __repr__(self) -> str:
         return f"<Hit of {self.breakpoint!r} by vCPU {self.vcpu}>"
+
+    def argument(self, number: int) -> int:
+        """Return an argument of the function that begins here, by the System V ABI.
+
+        In 64-bit code the first six are in rdi, rsi, rdx, rcx, r8 and r9, the others on the stack;
+        in other code all are on the stack, each of the size of an address.
+
+        Args:
+            number: Which; 0 is the first.
+
+        Raises:
+            InvalidArgumentError: That is no number of an argument.
+            NotMappedError: The stack is not mapped.
+        """
+        if not isinstance(number, int) or not 0 <= number < _MOST_ARGUMENTS:
+            raise InvalidArgumentError(f"an argument is 0 to {_MOST_ARGUMENTS - 1}, not {number!r}")
+        registers, size = self.registers, self.registers.word_size
+        on_stack = number
+        if size == 8:
+            if number < len(_IN_REGISTERS):
+                return int(getattr(registers, _IN_REGISTERS[number]))
+            on_stack -= len(_IN_REGISTERS)
+        space = self.breakpoint._owner._domain.memory.address_space(registers)
+        return space.read_number(registers.linear_rsp + (1 + on_stack) * size, size)
 
 
 class Touch(_Stop):

@@ -43,6 +43,22 @@ def access_size(event: MemAccess, memory: Memory) -> int | None:
     return None
 
 
+def decoded(code: bytes, size: int) -> list[range] | None:
+    """Return which bytes each instruction has, up to the first that cannot be decoded.
+
+    Args:
+        code: Begins with an instruction.
+        size: Bytes of an address in it.
+
+    Returns:
+        Offsets; None without the package capstone.
+    """
+    disassembler = _disassembler(size)
+    if disassembler is None:
+        return None
+    return [range(at, at + length) for at, length, *_ in disassembler.disasm_lite(code, 0)]
+
+
 _MEMORY = 3
 """``X86_OP_MEM``."""
 _WITHOUT_SIZE = ("fxsave", "fxrstor", "xsave", "xrstor")

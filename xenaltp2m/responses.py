@@ -11,7 +11,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack, cast
 
 from xenaltp2m.abi import layouts
 from xenaltp2m.abi.vm_event import REGISTER_PREFIX, SETTABLE_REGISTERS, Flag, read_data_room
@@ -20,6 +20,29 @@ from xenaltp2m.types import HOST_VIEW, ViewId
 
 if TYPE_CHECKING:
     from xenaltp2m.view import View
+
+
+class RegisterValues(TypedDict, total=False):
+    """What a response can set (``hvm_vm_event_do_resume``), for type checkers to know the names."""
+
+    rax: int
+    rcx: int
+    rdx: int
+    rbx: int
+    rsp: int
+    rbp: int
+    rsi: int
+    rdi: int
+    r8: int
+    r9: int
+    r10: int
+    r11: int
+    r12: int
+    r13: int
+    r14: int
+    r15: int
+    rflags: int
+    rip: int
 
 
 class Action(enum.Enum):
@@ -138,9 +161,10 @@ class Response:
         """Return the same response with the vCPU moved to a view."""
         return replace(self, view=_view(view))
 
-    def with_registers(self, **values: int) -> Response:
+    def with_registers(self, **values: Unpack[RegisterValues]) -> Response:
         """Return the same response with registers set: rax to r15, rflags and rip."""
-        return replace(self, registers=MappingProxyType({**self.registers, **values}))
+        chosen = cast("dict[str, int]", values)
+        return replace(self, registers=MappingProxyType({**self.registers, **chosen}))
 
     def with_next_interrupt(self) -> Response:
         """Return the same response, asking for an :class:`Interrupt` event, too."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack, cast
 
 from xenaltp2m.abi.layouts import HVM_CPU, HVM_CPU_TYPECODE, save_records
 from xenaltp2m.abi.x86 import CR0_ET
@@ -15,6 +15,29 @@ if TYPE_CHECKING:
     from xenaltp2m.domain import Domain
 
 _REGISTERS = registers_at(HVM_CPU.fields)
+VcpuRegisterValues = TypedDict(  # noqa: UP013 - a class would have 80 lines
+    "VcpuRegisterValues",
+    {
+        "fpu_regs": int, "rax": int, "rbx": int, "rcx": int, "rdx": int, "rbp": int, "rsi": int,
+        "rdi": int, "rsp": int, "r8": int, "r9": int, "r10": int, "r11": int, "r12": int,
+        "r13": int, "r14": int, "r15": int, "rip": int, "rflags": int, "cr0": int, "cr2": int,
+        "cr3": int, "cr4": int, "dr0": int, "dr1": int, "dr2": int, "dr3": int, "dr6": int,
+        "dr7": int, "cs_sel": int, "ds_sel": int, "es_sel": int, "fs_sel": int, "gs_sel": int,
+        "ss_sel": int, "tr_sel": int, "ldtr_sel": int, "cs_limit": int, "ds_limit": int,
+        "es_limit": int, "fs_limit": int, "gs_limit": int, "ss_limit": int, "tr_limit": int,
+        "ldtr_limit": int, "idtr_limit": int, "gdtr_limit": int, "cs_base": int, "ds_base": int,
+        "es_base": int, "fs_base": int, "gs_base": int, "ss_base": int, "tr_base": int,
+        "ldtr_base": int, "idtr_base": int, "gdtr_base": int, "cs_arbytes": int,
+        "ds_arbytes": int, "es_arbytes": int, "fs_arbytes": int, "gs_arbytes": int,
+        "ss_arbytes": int, "tr_arbytes": int, "ldtr_arbytes": int, "sysenter_cs": int,
+        "sysenter_esp": int, "sysenter_eip": int, "shadow_gs": int, "msr_flags": int,
+        "msr_lstar": int, "msr_star": int, "msr_cstar": int, "msr_syscall_mask": int,
+        "msr_efer": int, "msr_tsc_aux": int, "tsc": int, "pending_event": int, "error_code": int,
+        "flags": int,
+    },
+    total=False,
+)  # fmt: skip
+"""What :meth:`Vcpu.set_registers` sets, for type checkers to know the names."""
 
 
 class Vcpu:
@@ -53,7 +76,7 @@ class Vcpu:
         """
         return _REGISTERS(self._record())
 
-    def set_registers(self, **values: int) -> None:
+    def set_registers(self, **values: Unpack[VcpuRegisterValues]) -> None:
         """Set registers by name, with the domain paused meanwhile.
 
         A vCPU that waits for an answer takes its registers from the answer if that sets any: use
@@ -88,7 +111,7 @@ class Vcpu:
                     f"{self!r} has no registers: it has not been started", domid=domid
                 )
             start = starts[int(self.number)]
-            for name, value in values.items():
+            for name, value in cast("dict[str, int]", values).items():
                 HVM_CPU.put(stream, name, value, start)
             try:
                 self._backend.domain_hvm_setcontext(domid, stream)

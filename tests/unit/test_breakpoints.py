@@ -7,23 +7,28 @@
 from __future__ import annotations
 
 import gc
+import struct
 import weakref
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from errno import EBUSY, EINVAL, ENOMEM, EPERM, ESRCH
-from typing import TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import pytest
 
 import xenaltp2m as xa
-from xenaltp2m.abi.vm_event import encode_request
+from xenaltp2m.abi.layouts import HVM_CPU
+from xenaltp2m.abi.vm_event import SETTABLE_REGISTERS, encode_request
 from xenaltp2m.backend.mock import MockBackend
 from xenaltp2m.breakpoints import Breakpoints
 from xenaltp2m.handle import Handle
 from xenaltp2m.hooks import Hit
+from xenaltp2m.responses import RegisterValues
+from xenaltp2m.symbols import Symbol, Symbols
 from xenaltp2m.testing import Failing
 from xenaltp2m.types import PAGE_SIZE
+from xenaltp2m.vcpu import VcpuRegisterValues
 
 from .hooked import (
     INC_EAX,
@@ -289,7 +294,10 @@ def test_registers_can_be_set(make: Make, fast: bool, int3: bool) -> None:
 
 def test_registers_are_checked(make: Make) -> None:
     guest = make(INC_EAX + HALT)
-    guest.breakpoints.insert(CODE, lambda hit: hit.set_registers(nothing=7))
+    guest.breakpoints.insert(
+        CODE,
+        lambda hit: hit.set_registers(nothing=7),  # type: ignore[call-arg]
+    )
     with pytest.raises(xa.InvalidArgumentError, match="nothing"):
         guest.go()
     assert guest.go().halted
@@ -1012,3 +1020,133 @@ def test_fault_04_prefixes_and_int3_in_two_pages(make: Make, fast: bool) -> None
     guest.go()
     assert guest.computer.vector == BP
     assert guest.seen == []
+
+
+PROGRAM = INC_EAX + move(1, 0x41414141) + b"\x83\xf8\x03" + b"\x72\xf5" + HALT
+"""inc %eax; mov $…, %ecx; cmp $3, %eax; jb to its start."""
+
+
+def symbols(*found: tuple[str, int, int], slide: int = 0) -> Symbols:
+    """By hand: names, addresses, sizes."""
+    listed = [(at, 1, Symbol(name, at, size)) for name, at, size in found]
+    return Symbols(listed, "by hand").slid(slide)
+
+
+@WAYS
+@pytest.mark.parametrize("inside", [2, 3, 5, 7])
+def test_fault_04_a_place_inside_an_instruction_is_refused(
+    make: Make, fast: bool, int3: bool, inside: int
+) -> None:
+    """By the code from the function's beginning on; the guest is left as it is."""
+    pytest.importorskip("capstone")
+    guest = make(PROGRAM, fast=fast, int3=int3, rax=0)
+    known = symbols(("loop", CODE, len(PROGRAM)))
+    with pytest.raises(xa.InvalidArgumentError, match=r"inside the instruction at loop\+0x[16]"):
+        guest.breakpoints.insert(f"loop+{inside:#x}", guest.note, symbols=known)
+    guest.breakpoints.insert("loop+0x6", guest.note, symbols=known)
+    assert guest.go().halted
+    assert guest.register("rcx") == 0x41414141
+    assert guest.seen == [CODE + 6] * 3
+
+
+def test_fault_04_what_cannot_be_known_is_warned_of(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = make(PROGRAM, rax=0)
+    known = symbols(("loop", CODE, len(PROGRAM)), ("other", OTHER, 0))
+    with pytest.warns(xa.PlacementWarning, match="nothing there"):
+        guest.breakpoints.insert(Symbol("", CODE - 1, 0), guest.note, symbols=known)
+    monkeypatch.setattr("xenaltp2m.instructions._disassembler", lambda width: None)
+    with pytest.warns(xa.PlacementWarning, match="capstone would tell"):
+        guest.breakpoints.insert("loop+0x1", guest.note, symbols=known)
+    with pytest.warns(xa.PlacementWarning):
+        guest.breakpoints.insert("other+0x40000", guest.note, symbols=known)
+    assert len(guest.breakpoints) == 3
+
+
+# What is given where it is none, and what is more convenient.
+
+
+async def asynchronous(hit: Hit) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda one: one.insert("hit", print), "nothing tells its address"),
+        (lambda one: one.insert(None, print), "an address is a number"),
+        (lambda one: one.insert(1.5, print), "an address is a number"),
+        (lambda one: one.insert(CODE, None), "a callback is a function"),
+        (lambda one: one.insert(CODE, 7), "a callback is a function"),
+        (lambda one: one.insert(CODE, asynchronous), "is async"),
+        (lambda one: one.insert_linear(None, CODE, asynchronous), "is async"),
+    ],
+)
+def test_fault_27_bad_arguments_of_breakpoints(
+    make: Make, call: Callable[[Any], object], match: str
+) -> None:
+    guest = make(HALT)
+    with pytest.raises(xa.InvalidArgumentError, match=match):
+        call(guest.breakpoints)
+    assert len(guest.breakpoints) == 0
+    assert guest.go().halted
+
+
+def test_fault_28_breakpoints_by_name_and_by_symbol(make: Make) -> None:
+    guest = make(INC_EAX + INC_ECX + HALT, rax=0)
+    known = symbols(("first", CODE - 0x100, 1), ("second", CODE - 0xFF, 1), slide=0x100)
+    guest.breakpoints.insert("first", guest.note, symbols=known)
+    guest.breakpoints.insert(known.symbol("second"), guest.note, symbols=known)
+    guest.breakpoints.insert(Symbol("end", CODE + 2, 0), guest.note)
+    with pytest.raises(xa.SymbolError, match="third"):
+        guest.breakpoints.insert("third", guest.note, symbols=known)
+    assert guest.go().halted
+    assert guest.seen == [CODE, CODE + 1, CODE + 2]
+
+
+def test_fault_28_breakpoints_by_name_where_paging_is_on(make: Make) -> None:
+    apart = OTHER + 8 * PAGE_SIZE
+    guest = make(call(CODE, NEXT) + HALT, {apart: INC_EAX + RET}, rax=0)
+    guest.computer.go_long()
+    guest.computer.set(cs_arbytes=CODE_32)
+    guest.computer.map(NEXT, apart | PRESENT | WRITABLE)
+    guest.computer.map(OTHER, 0)
+    known = symbols(("there", NEXT, 2), ("gone", OTHER, 2))
+    hook = guest.breakpoints.insert("there", guest.note, symbols=known)
+    assert hook.address == apart
+    with pytest.raises(xa.NotMappedError):
+        guest.breakpoints.insert("gone", guest.note, symbols=known)
+    assert guest.go().halted
+    assert guest.seen == [NEXT]
+
+
+def test_fault_28_arguments_of_a_hit(make: Make) -> None:
+    """System V ABI, i386 and AMD64: the first is at 4(%esp), or in rdi; the seventh at 8(%rsp)."""
+    guest = make(b"\x6a\x22\x6a\x11" + call(CODE + 4, CODE + 0x100) + HALT.ljust(0xF7, NOP) + RET)
+    found: list[int] = []
+
+    def note(hit: Hit) -> None:
+        found.extend((hit.argument(0), hit.argument(1)))
+        with pytest.raises(xa.InvalidArgumentError):
+            hit.argument(-1)
+        hit.stop()
+
+    guest.breakpoints.insert(CODE + 0x100, note)
+    guest.host.steps_at_once = 200
+    guest.monitor.run(guest.breakpoints)  # with no end but the callback's
+    assert found == [0x11, 0x22]
+    hook = guest.breakpoints.insert(CODE, guest.note)
+    guest.computer.go_long()
+    guest.dom.memory.write(STACK, struct.pack("<QQ", 0xBAD, 7))
+    names = ("rdi", "rsi", "rdx", "rcx", "r8", "r9")
+    passed = dict(zip(names, range(1, 7), strict=True))
+    paging = {name: guest.register(name) for name in ("cr0", "cr3", "cr4")}
+    registers = {"rip": CODE, "rsp": STACK, "msr_efer": EFER_LMA, "cs": CODE_64 << 20}
+    event = told_of_int3(guest, CODE >> 12, **registers, **paging, **passed)
+    assert [Hit(hook, event, {}).argument(number) for number in range(7)] == [*range(1, 8)]
+
+
+def test_fault_28_names_of_registers_are_typed() -> None:
+    """The others are type errors: ``type: ignore`` in these tests would be unused without."""
+    assert set(get_type_hints(RegisterValues)) == SETTABLE_REGISTERS
+    assert set(get_type_hints(VcpuRegisterValues)) == set(HVM_CPU.fields)
