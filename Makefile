@@ -20,7 +20,7 @@ apt = apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-example check lint format types docs ffi ffi-check abi bench bench-sim \
-	bench-recording bench-xen bench-report fuzz guest dist deb clean headers debian-tools lab \
+	bench-recording bench-xen bench-report fuzz fuzz-xen guest dist deb clean headers debian-tools lab \
 	lab-shell test-xen test-xen-all test-xen-deb conformance recordings support manual pictures \
 	demo-xen
 
@@ -85,9 +85,13 @@ bench-xen: $(READY) ## measure the monitor against xen-access and C on real Xen 
 bench-report: $(READY) headers ## all benchmarks, several times: docs/performance-report.md (root; the lab)
 	$(RUN) tests/bench/report.py $(REPORT)
 
-fuzz: $(READY) ## a million mutated requests through the monitor; hostile images, symbols, page tables
+fuzz: $(READY) ## mutated requests, hostile images and tables, random programs under breakpoints
 	$(RUN) tests/fuzz/events.py $(FUZZ)
 	$(RUN) tests/fuzz/guests.py
+	$(RUN) tests/fuzz/transparency.py
+
+fuzz-xen: $(READY) ## 2000 random programs under breakpoints on real Xen in the lab; XEN chooses
+	for xen in $(XEN); do $(RUN) tests/lab/transparency.py --xen $$xen || exit 1; done
 
 guest: ## build the guests anew (gcc -m32)
 	$(MAKE) -C examples/guest --always-make

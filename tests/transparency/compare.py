@@ -12,7 +12,7 @@ import xenaltp2m as xa
 from xenaltp2m.types import PAGE_SIZE
 
 from .machine import FIRST, Machine, Stuck, executions, log_of
-from .programs import DATA, DATA_PAGES, EACH, Program
+from .programs import DATA, DATA_BYTES, DATA_PAGES, Program
 
 MOST_BREAKPOINTS, MOST_WATCHES = 12, 3
 STEPPED_EACH = 4
@@ -69,7 +69,7 @@ def plan(program: Program, executed: Counter[int] | None) -> Plan:
     chosen = {chance.choice(reached if chance.random() < 0.9 else offered) for _ in range(count)}
     watches = []
     for _ in range(chance.choice([0, 0, 1, MOST_WATCHES])):
-        at = DATA + chance.randrange(len(program.parts)) * EACH
+        at = DATA + chance.randrange(len(program.parts)) * DATA_BYTES
         at += chance.choice([chance.randrange(DATA_PAGES * PAGE_SIZE - 64), PAGE_SIZE - 4])
         watches.append((at, chance.choice([1, 4, 8, 64]), chance.random() < 0.3))
     fast, int3 = chance.choice([(True, True), (True, True), (False, True), (True, False)])

@@ -23,13 +23,14 @@ from .programs import (
     FLAT_DATA,
     GDT,
     IDT,
+    LOG_BYTES,
     LOG_ENTRY,
     LOGS,
     LONG_CODE,
+    MEMORY_END,
     MOST_EXCEPTIONS,
     OWN_STACKS,
     STACK_SEGMENT,
-    STACKS,
     TABLES,
     TASK_BYTES,
     TASKS,
@@ -40,7 +41,7 @@ from .programs import (
 )
 
 IMAGE = Path("tests/lab/guest/programs.elf")
-FIRST, LAST = GDT, STACKS + 0x10000
+FIRST, LAST = GDT, MEMORY_END
 """The memory that a program uses, its tables among it."""
 PATIENCE = 2.0
 """Seconds in which something must happen."""
@@ -49,7 +50,7 @@ STEPS = 5
 _RUNNING = 1
 _DR6_BS = 1 << 14
 _PE, _MP, _ET, _NE, _WP, _PG = (1 << bit for bit in (0, 1, 4, 5, 16, 31))
-_PAE, _OSFXSR, _OSXMMEXCPT = (1 << bit for bit in (5, 9, 10))
+_PAE, _OSFXSR, _OSXMMEXCPT, _OSXSAVE = (1 << bit for bit in (5, 9, 10, 18))
 _LME_LMA = 1 << 8 | 1 << 10
 _PRESENT_WRITABLE, _LARGE = 3, 0x80
 _ONE_TABLE = 512 * PAGE_SIZE
@@ -123,7 +124,7 @@ def _control(program: Program, vcpu: int, part: Part, *, halts: bool, kept_flags
     """A vCPU's control block, for programs.S."""
     selector = {Mode.FLAT: FLAT_CODE, Mode.LONG: LONG_CODE}.get(program.mode, CODE_SEGMENT)
     start = part.entry - program.code_base
-    log, stack = LOGS + 0x4000 * vcpu, OWN_STACKS + 0x400 * (vcpu + 1)
+    log, stack = LOGS + LOG_BYTES * vcpu, OWN_STACKS + 0x400 * (vcpu + 1)
     return struct.pack(
         "<10I", log, MOST_EXCEPTIONS, STEPS, start, part.size, selector, stack, 0, halts, kept_flags
     )
@@ -142,7 +143,7 @@ def _registers(program: Program, vcpu: int, part: Part) -> dict[str, int]:
         rflags=2, dr6=0xFFFF0FF0, dr7=0x400, cr2=0,
         cr0=_PE | _MP | _ET | _NE | (_PG | _WP if long else 0),
         cr3=TABLES if long else 0,
-        cr4=_OSFXSR | _OSXMMEXCPT | (_PAE if long else 0),
+        cr4=_OSFXSR | _OSXMMEXCPT | _OSXSAVE | (_PAE if long else 0),
         msr_efer=_LME_LMA if long else 0,
         cs_sel=code, cs_base=program.code_base,
         cs_arbytes=0xA9B if long else 0x89B if program.mode is Mode.BASED_16 else 0xC9B,
@@ -275,6 +276,6 @@ def _physical(program: Program, linear: int) -> int:
 
 def log_of(memory: bytes, vcpu: int) -> list[tuple[int, ...]]:
     """What a vCPU has raised: vector, error code, ip, cs, flags, stack, DR6, CR2."""
-    log = LOGS + 0x4000 * vcpu - FIRST
+    log = LOGS + LOG_BYTES * vcpu - FIRST
     end = int.from_bytes(memory[CONTROL - FIRST + 256 * vcpu :][:4], "little") - FIRST
     return [struct.unpack_from("<8I", memory, at) for at in range(log, end, LOG_ENTRY)]

@@ -18,14 +18,13 @@ from enum import Enum
 from xenaltp2m.types import PAGE_SIZE
 
 GDT, IDT, TASKS, TABLES = 0x200000, 0x201000, 0x202000, 0x203000
-CONTROL, OWN_STACKS, LOGS = 0x210000, 0x213000, 0x220000
-CODE, DATA, STACKS = 0x300000, 0x310000, 0x320000
-EACH = 0x8000
-"""Bytes of data, and of stack, that each vCPU has; it uses DATA_PAGES of them."""
-DATA_PAGES, STACK_BYTES = 3, 0x4000
+CONTROL, OWN_STACKS, LOGS = 0x207000, 0x208000, 0x209000
+CODE, DATA, SHARED, STACKS, MEMORY_END = 0x20C000, 0x210000, 0x218000, 0x219000, 0x21D000
+CODE_BYTES, DATA_BYTES, STACK_BYTES, LOG_BYTES = 0x4000, 0x4000, 0x2000, 0x1000
+"""Code is shared; of the others each vCPU has as much."""
+DATA_PAGES = 3
 COUNTERS_AT, POINTER_AT, VECTORS_AT = 0x3800, 0x3A00, 0x3C00
 """Behind its pages of data: loops' counters, a far pointer, and what its vector registers have."""
-CODE_BYTES = 0x4000
 ALIAS = 0x200000
 """With paging on, everything from GDT on is here, too, so much above."""
 BLOCK, END, VECTORS = 128, 0x40, 0x41
@@ -88,7 +87,7 @@ class Writer:
         self.wide, self.small = program.mode.is_long, program.mode is Mode.BASED_16
         self.at = 0
         self.code = bytearray()
-        self.data = DATA + vcpu * EACH
+        self.data = DATA + vcpu * DATA_BYTES
         self.span = range(CODE, CODE + CODE_BYTES)
         """The code that may be read: what another vCPU changes would be read at any moment."""
         self.sites: list[tuple[int, int, bytes]] = []
@@ -316,7 +315,7 @@ class Writer:
     def vector(self) -> None:
         """SSE and x87, across pages."""
         chance = self.chance
-        kind = chance.randrange(6)
+        kind = chance.randrange(7)
         register = chance.randrange(8)
         address32 = b"\x67" if self.small else b""
         if kind == 0:
@@ -333,6 +332,13 @@ class Writer:
             self.emit(address32 + b"\x0f\xae" + self.memory(0, address))
             if chance.random() < 0.5:
                 self.emit(address32 + b"\x0f\xae" + self.memory(1, address))
+        elif kind == 5:  # XSAVE of what XCR0 has on, and XRSTOR
+            self.emit(self.prefix(4) + b"\x31\xd2")
+            self.set_register(0, 7)
+            address = self.place(640, 64)
+            self.emit(address32 + b"\x0f\xae" + self.memory(4, address))
+            if chance.random() < 0.5:
+                self.emit(address32 + b"\x0f\xae" + self.memory(5, address))
         else:  # FLD1, FSTP of 80 bits
             self.emit(b"\xd9\xe8")
             self.emit(address32 + b"\xdb" + self.memory(7, self.place(10)))
@@ -521,10 +527,7 @@ def _functions(writer: Writer) -> None:
             kind = writer.chance.randrange(3)
             if kind == 0:
                 writer.emit(
-                    b"\xf0"
-                    + writer.prefix(4, memory=True)
-                    + b"\xff"
-                    + writer.memory(0, DATA + 2 * EACH)
+                    b"\xf0" + writer.prefix(4, memory=True) + b"\xff" + writer.memory(0, SHARED)
                 )
             elif kind == 1:
                 writer.emit(writer.prefix(4) + bytes([0x05]) + writer.immediate(4))
@@ -550,7 +553,7 @@ def generate(seed: int) -> Program:
     start = CODE + chance.randrange(0x40, 2 * PAGE_SIZE - 0x500)
     blocks = chance.randrange(2, 5)
     for vcpu in range(vcpus):
-        data = DATA + vcpu * EACH
+        data = DATA + vcpu * DATA_BYTES
         program.memory[data] = chance.randbytes(DATA_PAGES * PAGE_SIZE)
         vectors = struct.pack("<H22xI", _FCW, _MXCSR).ljust(160, b"\0") + chance.randbytes(256)
         program.memory[data + VECTORS_AT] = vectors
@@ -561,7 +564,7 @@ def generate(seed: int) -> Program:
             writer.span = range(start, start + blocks * BLOCK)
         _fill(writer, blocks)
         program.memory[start] = bytes(writer.code)
-        stack = STACKS + vcpu * EACH + STACK_BYTES
+        stack = STACKS + (vcpu + 1) * STACK_BYTES
         if chance.random() < 0.2:  # in a page with code
             stack = CODE + CODE_BYTES - vcpu * 0x800
         registers = tuple(chance.getrandbits(64 if mode.is_long else 32) for _ in range(8))

@@ -11,7 +11,7 @@
         /* tests/transparency/machine.py has the same numbers. */
         .set BLOCK, 128
         .set END, 0x40
-        .set CONTROL, 0x210000          /* a block of 256 bytes for each vCPU */
+        .set CONTROL, 0x207000          /* a block of 256 bytes for each vCPU */
         .set LOG, 0                     /* where its next exception is noted, in 32 bytes */
         .set LEFT, 4                    /* how many it may raise */
         .set STEPS_LEFT, 8              /* after how many debug exceptions TF is cleared */
