@@ -525,9 +525,9 @@ def _functions(writer: Writer) -> None:
         writer.at, writer.code = start, bytearray()
         for _ in range(writer.chance.randrange(1, 4)):
             kind = writer.chance.randrange(3)
-            if kind == 0:
+            if kind == 0:  # LOCK NOT: its result and flags tell nothing of the other vCPU
                 writer.emit(
-                    b"\xf0" + writer.prefix(4, memory=True) + b"\xff" + writer.memory(0, SHARED)
+                    b"\xf0" + writer.prefix(4, memory=True) + b"\xf7" + writer.memory(2, SHARED)
                 )
             elif kind == 1:
                 writer.emit(writer.prefix(4) + bytes([0x05]) + writer.immediate(4))
