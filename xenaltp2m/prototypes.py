@@ -8,18 +8,23 @@ it ends in a :class:`~xenaltp2m.errors.SymbolError`.
 from __future__ import annotations
 
 import os
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Self, TypeVar
 
 from elftools.dwarf.dwarfinfo import DebugSectionDescriptor
 from elftools.dwarf.ranges import BaseAddressEntry
 from elftools.elf.elffile import ELFFile
 
 from xenaltp2m.errors import SymbolError
+from xenaltp2m.locations import IN_REGISTERS, Locator, Place, by_abi, by_regparm, places
 from xenaltp2m.symbols import Meter, is_described, opened
+
+if TYPE_CHECKING:
+    from xenaltp2m.events import Registers
 
 MAX_UNITS = 1 << 16
 """Compilation units."""
@@ -34,6 +39,11 @@ _PACKED_HEADER = 12
 _DEEPEST = 16
 """Types that refer to types, at most."""
 _MOST_PARAMETERS = 64
+_ASSEMBLY = frozenset((0x8001,))
+"""DW_LANG_Mips_Assembler, which every assembler names."""
+_REGPARM = re.compile(rb" -mregparm=([0-3])\b")
+_LARGEST = {False: 16, True: 8}
+"""Bytes of values that are read: of integers, and of floating-point numbers."""
 _WORD = 8
 _REGISTER_WORDS = 6
 _SIGNED = frozenset((0x05, 0x06, 0x0D))
@@ -69,13 +79,34 @@ class Parameter:
     """A parameter of a function.
 
     Attributes:
-        word: Which of the words that :class:`~xenaltp2m.tracing.Call` has as its arguments it is
-            in: the first six are in registers. None where it is in none: a floating-point number.
+        word: Which of the words that :class:`~xenaltp2m.tracing.Call` has as its arguments it
+            begins in: in 64-bit mode the first six are in registers. None where it is in none.
+        place: Where all of it is; None where that is not known.
     """
 
     name: str
     type: Type
     word: int | None
+    place: Place = None
+
+    def read(self, registers: Registers, arguments: Sequence[int]) -> int | None:
+        """Return what was passed, as an unsigned number; None where it is not known.
+
+        Args:
+            registers: Of the call.
+            arguments: Of the call: as many as :attr:`Prototype.words` says.
+        """
+        if self.place is None:
+            known = self.word is not None and self.word < len(arguments)
+            return arguments[self.word or 0] if known else None
+        value = shift = 0
+        for piece in self.place:
+            part = piece.read(registers, arguments)
+            if part is None:
+                return None
+            value |= part << shift
+            shift += 8 * piece.size
+        return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +125,9 @@ class Prototype:
     @property
     def words(self) -> int:
         """How many arguments a call has to tell, to have them all."""
-        return 1 + max((one.word for one in self.parameters if one.word is not None), default=-1)
+        words = [one.word for one in self.parameters]
+        words += [piece.word for one in self.parameters for piece in one.place or ()]
+        return 1 + max((word for word in words if word is not None), default=-1)
 
     def __str__(self) -> str:
         shown = [f"{one.type.name} {one.name}".strip() for one in self.parameters]
@@ -163,7 +196,7 @@ class Prototypes:
     def at(self, address: int) -> Prototype | None:
         """Return the prototype of the function that begins at an address, as the file has it.
 
-        None where nothing is known: it was not written in C, or inlined everywhere else.
+        None where nothing is known: it was written in assembly, or inlined everywhere else.
 
         Raises:
             SymbolError: The information is damaged, or past a limit.
@@ -176,7 +209,7 @@ class Prototypes:
             for entry in self._functions(unit):
                 low, _ = self._entrance(unit, entry)
                 if low == address:
-                    return self._prototype(entry)
+                    return self._prototype(unit, entry, low)
         return None
 
     def functions(self) -> Iterator[Function]:
@@ -323,23 +356,74 @@ class Prototypes:
 
     # What they say.
 
-    def _prototype(self, entry: Any) -> Prototype:
-        name = self._name_of(entry)
-        taken: list[tuple[str, Type]] = []
+    def _prototype(self, unit: Any, entry: Any, low: int) -> Prototype | None:
+        if _number(unit.get_top_DIE(), "DW_AT_language") in _ASSEMBLY:
+            return None
+        name, result = self._name_of(entry), self._type_of(entry)
+        declared = self._origin(entry)
+        own, variadic = self._parameters(entry, name)
+        if declared is not entry:
+            # The compiler may have made this one with fewer, and in another order.
+            made = {self._origin(child).offset: child for child in own}
+            wanted, variadic = self._parameters(declared, name)
+            pairs = [(child, made.get(child.offset)) for child in wanted]
+        else:
+            pairs = [(child, child) for child in own]
+        types = [self._type_of(child) for child, _ in pairs]
+        locator = Locator(unit, entry, low, is_64_bit=self._is_64_bit)
+        width = 8 if self._is_64_bit else 4
+        found = [
+            False if child is None else locator.find(child, one.size or width)
+            for (_, child), one in zip(pairs, types, strict=True)
+        ]
+        by_rule = self._by_abi(unit, types, result, variadic=variadic)
+        chosen = zip(pairs, types, places(found, types, by_rule), strict=True)
+        parameters = tuple(
+            self._parameter(self._name_of(child), one, place) for (child, _), one, place in chosen
+        )
+        return Prototype(name, parameters, result, variadic)
+
+    def _parameter(self, name: str, of: Type, place: Place) -> Parameter:
+        word = None
+        if place is not None:
+            word = place[0].word
+            if self._is_64_bit and place[0].register in IN_REGISTERS:
+                word = IN_REGISTERS.index(place[0].register)
+        is_shown = of.size <= _LARGEST[of.kind == "float"] and of.kind != "structure"
+        return Parameter(name, of, word, place if is_shown or word is None else None)
+
+    def _by_abi(self, unit: Any, types: list[Type], result: Type, *, variadic: bool) -> list[Place]:
+        """Tell where a function's parameters are unless the compiler knew better."""
+        if not self._is_64_bit and not variadic:
+            producer = unit.get_top_DIE().attributes.get("DW_AT_producer")
+            text = producer.value if producer is not None else b""
+            option = _REGPARM.search(text) if isinstance(text, bytes) else None
+            if option is not None:
+                hidden = result.kind == "structure"
+                return by_regparm(types, int(option[1]), hidden=hidden)
+        words = (_places_64 if self._is_64_bit else _places_32)(types, result)
+        pairs = zip(words, types, strict=True)
+        return [by_abi(word, of.size, is_64_bit=self._is_64_bit) for word, of in pairs]
+
+    def _origin(self, entry: Any) -> Any:
+        """Return what a function or a parameter was made from, as it was written."""
+        for _ in range(_DEEPEST):
+            if "DW_AT_abstract_origin" not in entry.attributes:
+                break
+            entry = self._take(entry.get_DIE_from_attribute("DW_AT_abstract_origin"))
+        return entry
+
+    def _parameters(self, entry: Any, name: str) -> tuple[list[Any], bool]:
+        """List a function's parameters, and tell whether it takes more than these."""
+        found: list[Any] = []
         variadic = False
         for child in self._children(entry):
             variadic |= child.tag == "DW_TAG_unspecified_parameters"
             if child.tag == "DW_TAG_formal_parameter":
-                if len(taken) == _MOST_PARAMETERS:
-                    raise SymbolError(f"{self.name}: {name} has more than {len(taken)} parameters")
-                taken.append((self._name_of(child), self._type_of(child)))
-        result = self._type_of(entry)
-        place = _places_64 if self._is_64_bit else _places_32
-        words = place([of for _, of in taken], result)
-        parameters = tuple(
-            Parameter(named, of, word) for (named, of), word in zip(taken, words, strict=True)
-        )
-        return Prototype(name, parameters, result, variadic)
+                if len(found) == _MOST_PARAMETERS:
+                    raise SymbolError(f"{self.name}: {name} has more than {len(found)} parameters")
+                found.append(child)
+        return found, variadic
 
     def _type_of(self, entry: Any, depth: int = 0) -> Type:
         """The type that an entry refers to."""

@@ -88,6 +88,7 @@ class Return:
     time: float
     value: int
     """rax, or eax."""
+    registers: Registers = field(repr=False, compare=False)
 
 
 Seen: TypeAlias = Call | Return
@@ -512,7 +513,7 @@ class Trace(Handle):
         value = registers.rax & (-1 if width == 8 else 0xFFFF_FFFF)
         try:
             while calls:
-                self._callback(Return(calls.pop(), hit.vcpu, now, value))
+                self._callback(Return(calls.pop(), hit.vcpu, now, value, registers))
         finally:
             self.unfinished += len(calls)
 

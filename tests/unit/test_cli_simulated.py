@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from xenaltp2m import cli
+from xenaltp2m.cli import trace as cli_trace
+from xenaltp2m.prototypes import Type
 from xenaltp2m.symbols import Image
 
 GUESTS = Path(__file__).parents[2] / "examples" / "guest"
@@ -144,6 +146,67 @@ def test_trace_shows_what_the_image_says_of_arguments(
     assert "said returned = -5" in shown.out
     assert "int said(const char * text, int number, char letter)" in shown.err
     assert re.search(r"^said +\d+ +\d+$", shown.out, re.MULTILINE)
+
+
+CLONED = r"""
+__asm__(".section .note.pvh, \"a\"; .long 4, 4, 18; .asciz \"Xen\"; .long _start; .text");
+#define APART __attribute__((noinline))
+static APART int cloned(int a, int seven, const char *text)
+{ __asm__ volatile("" :: "r"(text)); return a * seven; }
+APART long long wide(int a, long long b) { __asm__ volatile(""); return a - b; }
+APART float half(float of) { __asm__ volatile(""); return of / 2; }
+static APART int unused(int a) { __asm__ volatile("" :: "r"(a)); return a; }
+extern int plain(int); __asm__(".type plain, @function; plain: ret; .size plain, . - plain");
+char stack[256];
+const char *volatile text = "hey\n"; volatile int sum;
+void again(void)
+{
+    for (;;) { sum += cloned(wide(-1, 5LL << 32) != 1, 7, text); half(3.5); plain(1); unused(2); }
+}
+__asm__(".globl _start; _start: mov $stack + 256, %esp; fninit; jmp again");
+"""
+
+
+@pytest.mark.parametrize("flags", ["", "-mregparm=3"])
+def test_fault_13_trace_shows_what_was_passed(
+    flags: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = tmp_path / "guest.elf"
+    subprocess.run(
+        ["gcc", "-m32", "-g", "-O2", "-ffreestanding", "-fno-pie", "-no-pie", "-nostdlib",
+         "-static", "-fno-stack-protector", "-fcf-protection=none", *flags.split(),
+         "-Wl,-Ttext=0x100000,--build-id=none", "-x", "c", "-", "-o", str(image)],
+        input=CLONED, text=True, check=True,
+    )  # fmt: skip
+    [name] = [one.name for one in Image.open(image).symbols if one.name.startswith("cloned")]
+    assert name != "cloned"
+    [unused] = [one.name for one in Image.open(image).symbols if one.name.startswith("unused")]
+    assert ".isra" in unused
+    functions = (name, "wide", "half", "plain", unused)
+    trace = ["--connect", "mock", "trace", "guest", "--symbols", str(image), *functions]
+    assert cli.main([*trace, "--returns", "--count", "10"]) == cli.DONE
+    shown = capsys.readouterr()
+    for text in (
+        rf'{name}(a=1, seven=7, text="hey\n")', f"{name} returned = 7", "wide(a=-1, b=21474836480)",
+        "wide returned = -21474836481", "half(of=3.5)", "half returned = ?", "plain(?)",
+        f"{unused}(a=2)", f"{unused} returned = ?",
+    ):  # fmt: skip
+        assert text in shown.out
+    assert "plain(void)" not in shown.err
+    told, _ = traced(capsys, *functions, "--returns", "--count", "10", image=image)
+    by_name = {one["function"]: one for one in told if one["event"] == "call"}
+    assert by_name[name]["arguments"] == {"a": 1, "seven": 7, "text": "hey\n"}
+    assert by_name["wide"]["arguments"] == {"a": -1, "b": 5 << 32}
+    assert by_name["half"]["arguments"] == {"of": 3.5}
+    values = {one["function"]: one["value"] for one in told if one["event"] == "return"}
+    assert (values[name], values["wide"], values["half"]) == (7, -1 - (5 << 32), None)
+
+
+def test_fault_13_numbers_of_a_32_bit_guest() -> None:
+    """They have 4 bytes where the argument says no more."""
+    assert cli_trace._number(0xFFFF_FFFE, Type("", 0, "signed"), 4) == -2
+    assert cli_trace._number(0xFFFF_FFFE, Type("", 0, "signed"), 8) == 0xFFFF_FFFE
+    assert cli_trace._number(0xFFFF_FFFE, Type("", 0, "word"), 4) == -2
 
 
 def test_trace_refuses(capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ LAYERS: list[set[str]] = [
     {
         "breakpoints", "hooks", "shadows", "instructions", "placement", "repetitions", "tracing",
         "prototypes", "capturing", "viewaxis", "viewpicture", "viewstrips", "rescue", "carrying",
-        "hazards", "doctor", "symbols",
+        "hazards", "doctor", "symbols", "locations",
     },
     {""},  # the package itself: what users import
     {"cli", "__main__", "testing"},

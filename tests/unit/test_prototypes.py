@@ -12,7 +12,10 @@ import pytest
 
 import xenaltp2m as xa
 from xenaltp2m import symbols
-from xenaltp2m.prototypes import Prototypes
+from xenaltp2m.abi.layouts import HVM_CPU
+from xenaltp2m.events import registers_at
+from xenaltp2m.locations import Piece
+from xenaltp2m.prototypes import Parameter, Prototypes, Type
 from xenaltp2m.symbols import Image
 
 SOURCE = """
@@ -293,3 +296,134 @@ def test_images_without_it(tmp_path: Path) -> None:
     missing = tmp_path / "nothing"
     with pytest.raises(xa.SymbolError, match="No such file"), Prototypes.open(missing):
         pass
+
+
+CLONES = """
+#define APART __attribute__((noinline))
+struct big { int x, y; long z[8]; };
+APART static int constant(int a, int seven, const char *text)
+{ __asm__ volatile("" :: "r"(text)); return a * seven; }
+APART static int reduced(struct big *b, int k, int gone) { return b->y + k; }
+APART long long wide(int a, long long b, char c) { __asm__ volatile(""); return a + b + c; }
+APART int variadic(const char *f, ...) { __asm__ volatile(""); return f[0]; }
+struct pair { int a, b; };
+APART int small(struct pair p, int c) { __asm__ volatile(""); return p.a + p.b + c; }
+APART double floating(float f, double d, int i) { __asm__ volatile(""); return f + d + i; }
+void see(int *);
+APART int kept(int x, int y) { see(&x); return x + y; }
+APART static int local(int a, int b) { __asm__ volatile(""); return a - b; }
+int one(int a) { return constant(a, 7, "x") + constant(a + 1, 7, "y") + local(a, 3); }
+int two(struct big *b, int k) { return reduced(b, k, 9) + reduced(b, k + 1, 9) + local(k, k + 1); }
+void see(int *x) { __asm__ volatile("" :: "r"(x)); }
+"""
+
+
+def regs(*pieces: tuple[int, str]) -> tuple[Piece, ...]:
+    return tuple(Piece(size, register) for size, register in pieces)
+
+
+def stack(*pieces: tuple[int, int]) -> tuple[Piece, ...]:
+    return tuple(Piece(size, word=word) for size, word in pieces)
+
+
+PLACED: dict[str, dict[str, dict[str, object]]] = {
+    "-m32 -mregparm=3": {  # gcc's function_arg_32, and no local convention besides
+        "constant": {"a": regs((4, "rax")), "seven": 7, "text": regs((4, "rdx"))},
+        "reduced": {"b": None, "k": regs((4, "rdx")), "gone": 9},  # b->y is in eax instead
+        "wide": {"a": regs((4, "rax")), "b": regs((4, "rdx"), (4, "rcx")), "c": stack((1, 0))},
+        "variadic": {"f": stack((4, 0))},
+        "small": {"p": regs((4, "rax"), (4, "rdx")), "c": regs((4, "rcx"))},
+        "floating": {"f": stack((4, 0)), "d": stack((4, 1), (4, 2)), "i": regs((4, "rax"))},
+        "kept": {"x": regs((4, "rax")), "y": regs((4, "rdx"))},
+    },
+    "-m32": {  # the System V ABI, but for functions that are called only here
+        "constant": {"a": regs((4, "rax")), "seven": 7, "text": regs((4, "rdx"))},
+        "wide": {"a": stack((4, 0)), "b": stack((4, 1), (4, 2)), "c": stack((1, 3))},
+        "variadic": {"f": stack((4, 0))},
+        "floating": {"f": stack((4, 0)), "d": stack((4, 1), (4, 2)), "i": stack((4, 3))},
+        "kept": {"x": stack((4, 0)), "y": stack((4, 1))},
+        "local": {"a": regs((4, "rax")), "b": regs((4, "rdx"))},
+    },
+    "-m64": {
+        "constant": {"a": regs((4, "rdi")), "seven": 7, "text": regs((8, "rsi"))},
+        "wide": {"a": regs((4, "rdi")), "b": regs((8, "rsi")), "c": regs((1, "rdx"))},
+        "small": {"p": None, "c": regs((4, "rsi"))},  # no single value, of two numbers
+        "floating": {"f": None, "d": None, "i": regs((4, "rdi"))},
+        "kept": {"x": regs((4, "rdi")), "y": regs((4, "rsi"))},
+    },
+}
+
+
+@pytest.mark.parametrize("flags", PLACED)
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("lto", ["", "-flto -ffat-lto-objects"])
+def test_fault_13_where_gcc_puts_them(tmp_path: Path, flags: str, version: int, lto: str) -> None:
+    options = f"-O2 -fno-pie -no-pie -nostdlib -static -Wl,-e,one,-u,two,-u,wide {flags} {lto}"
+    used = "void *volatile used[] = {one, two, wide, variadic, small, floating, kept, see};"
+    made = compiled(tmp_path, CLONES + used, f"-gdwarf-{version}", *options.split())
+    image = Image.open(made)
+    with Prototypes.open(made) as prototypes:
+        for name, wanted in PLACED[flags].items():
+            [symbol] = [one for one in image.symbols if one.name.partition(".")[0] == name]
+            prototype = prototypes.at(symbol.address)
+            assert prototype is not None
+            found: dict[str, object] = {}
+            for one in prototype.parameters:
+                found[one.name] = one.place
+                if one.place is not None and one.place[0][1:3] == (None, None):
+                    found[one.name] = one.place[0].constant
+            assert found == wanted, name
+            assert prototype.name == name
+
+
+@pytest.mark.parametrize("flags", ["-m32", "-m64", "-m32 -mregparm=3"])
+def test_fault_13_parameters_that_are_written_to_the_stack(tmp_path: Path, flags: str) -> None:
+    """-O0: the location is a variable that the function has not written yet."""
+    source = "int f(int a, char b, long long c) { return a + b + c; } int g(char c) { return c; }"
+    made = compiled(tmp_path, source, "-g", "-nostdlib", "-static", "-Wl,-e,f", *flags.split())
+    image = Image.open(made)
+    with Prototypes.open(made) as prototypes:
+        found = [prototypes.at(image.address(name)) for name in "fg"]
+    a, b, c, only = (one.place for of in found if of is not None for one in of.parameters)
+    assert [a, b, c, only] == {
+        "-m32": [stack((4, 0)), stack((1, 1)), stack((4, 2), (4, 3)), stack((1, 0))],
+        "-m64": [regs((4, "rdi")), regs((1, "rsi")), regs((8, "rdx")), regs((1, "rdi"))],
+        "-m32 -mregparm=3": [
+            regs((4, "rax")), regs((1, "rdx")), stack((4, 0), (4, 1)), regs((1, "rax")),
+        ],
+    }[flags]  # fmt: skip
+
+
+def test_fault_13_registers_by_an_attribute(tmp_path: Path) -> None:
+    """At -O0 nothing says which, and the stack it is not."""
+    source = "__attribute__((regparm(2))) int f(int a, int b, int c) { return a + b + c; }"
+    made = compiled(tmp_path, source, "-g", "-m32", "-nostdlib", "-static", "-Wl,-e,f")
+    with Prototypes.open(made) as prototypes:
+        prototype = prototypes.at(Image.open(made).address("f"))
+    assert prototype is not None
+    assert [one.place for one in prototype.parameters] == [None, None, stack((4, 0))]
+
+
+def test_fault_13_functions_in_assembly(tmp_path: Path) -> None:
+    source = ".globl f; .type f, @function; f: ret; .size f, . - f; .globl g; g: nop; ret"
+    options = ["-g", "-nostdlib", "-static", "-Wl,-e,f"]
+    made = compiled(tmp_path, source, *options, language="assembler")
+    with Prototypes.open(made) as prototypes:
+        assert [one.name for one in prototypes.functions()] == ["f"]  # so that it is described
+        assert prototypes.at(Image.open(made).address("f")) is None
+
+
+def test_fault_13_values_are_read() -> None:
+    registers = registers_at(HVM_CPU.fields)(bytes(range(256)) * (HVM_CPU.size // 256 + 1))
+    rax, rdx = (registers.rax, registers.rdx)
+    parameter = Parameter("p", Type("long long", 8, "signed"), None, regs((4, "rax"), (4, "rdx")))
+    assert parameter.read(registers, ()) == (rdx & 0xFFFF_FFFF) << 32 | rax & 0xFFFF_FFFF
+    parameter = Parameter("p", Type("long long", 8, "signed"), 1, stack((4, 1), (4, 2)))
+    assert parameter.read(registers, (1, 2, 3)) == 3 << 32 | 2
+    assert parameter.read(registers, (1, 2)) is None
+    assert (
+        Parameter("p", Type("int", 4, "signed"), None, (Piece(4, constant=7),)).read(registers, ())
+        == 7
+    )
+    assert Parameter("p", Type("int", 4, "signed"), None).read(registers, (1,)) is None
+    assert Parameter("p", Type("", 8, "signed"), 0).read(registers, (5,)) == 5

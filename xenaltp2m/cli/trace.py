@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -38,7 +40,8 @@ Each function gets a breakpoint that the guest cannot see: int3 in a copy of its
 executed and never read. No vCPU waits but the one that calls.
 
 A FUNCTION is a name of the file with --symbols, or name+0x10. What it takes is shown as the file's
-debugging information (DWARF) has it, if it has some. Else, or to have it otherwise, add
+debugging information (DWARF) has it, if it has some; ? stands for what is not known. Else, or to
+have it otherwise, add
   :3        three words, in hexadecimal
   :d,s,x    the first as a signed number, the second as the text it points to, the third in
             hexadecimal; u is an unsigned number
@@ -59,7 +62,7 @@ its output any more; all of these undo everything.
   function, vcpu, cr3
   arguments    {name or number: number, text, or null where it cannot be told}
   caller       the return address, or null; caller_symbol what it lies in, or null
-  value, seconds    of a return: what it returned, and how long the call took
+  value, seconds    of a return: what it returned, or null, and how long the call took
 and a last line {"summary": {...}}:
   calls, seconds, rate    in all
   busy         the part of the time that was spent here, a vCPU waiting, from 0 to 1
@@ -78,7 +81,7 @@ _KINDS = {"x": "pointer", "d": "signed", "u": "unsigned", "s": "string"}
 _SMALL = 1 << 12
 """Unsigned numbers from here on are shown in hexadecimal."""
 _MOST_WORDS = 32
-_WORD = Type("", 8, "word")
+_WORD = Type("", 0, "word")
 """Of which nothing is known: a small negative number is shown as one."""
 
 
@@ -132,7 +135,7 @@ def _wanted(text: str) -> tuple[str, Prototype | None]:
             "u and s with commas"
         )
     parameters = tuple(
-        Parameter("", Type("", 8, _KINDS[letter]), word) for word, letter in enumerate(letters)
+        Parameter("", Type("", 0, _KINDS[letter]), word) for word, letter in enumerate(letters)
     )
     return name, Prototype(name, parameters, _WORD)
 
@@ -326,10 +329,12 @@ class _Teller:
         if isinstance(seen, Return):
             prototype = self._prototypes[seen.call.name]
             result = _WORD if prototype is None else prototype.result
-            value = "" if result.kind == "void" else f" = {self._number(seen.value, result)}"
+            value = "" if result.kind == "void" else f" = {self._returned(seen, result)}"
             took = 1e3 * (seen.time - seen.call.time)
             return f"{head}{printable(seen.call.name)} returned{value}  ({took:.3f} ms)"
         shown = ", ".join(f"{name}={text}" if name else text for name, text in self._shown(seen))
+        if self._prototypes[seen.name] is None:
+            shown = "?"
         place = "" if seen.caller is None else f"  from {self._place(seen.caller)}"
         return f"{head}{printable(seen.name)}({shown}){place}"
 
@@ -338,7 +343,7 @@ class _Teller:
         if isinstance(seen, Return):
             told |= {
                 "event": "return", "function": seen.call.name, "vcpu": seen.vcpu,
-                "cr3": seen.call.cr3, "value": seen.value,
+                "cr3": seen.call.cr3, "value": self._result(seen),
                 "seconds": round(seen.time - seen.call.time, 6),
             }  # fmt: skip
         else:
@@ -360,42 +365,64 @@ class _Teller:
         told = {"time": round(time.time(), 6), "event": "DomainEnded"}
         return json.dumps(told | {"shutdown_reason": ended.shutdown_reason})
 
-    def _parameters(self, call: Call) -> Iterator[tuple[Parameter, int | None]]:
+    def _parameters(self, call: Call) -> Iterator[tuple[Parameter, int | float | None]]:
         prototype = self._prototypes[call.name]
+        width = call.registers.word_size
         for one in () if prototype is None else prototype.parameters:
-            word, told = one.word, call.arguments
-            yield one, told[word] if word is not None and word < len(told) else None
+            raw = one.read(call.registers, call.arguments)
+            yield one, None if raw is None else _number(raw, one.type, width)
 
-    def _values(self, call: Call) -> Iterator[tuple[str, int | str | None]]:
+    def _values(self, call: Call) -> Iterator[tuple[str, int | float | str | None]]:
         """What JSON has."""
         space = self._trace.address_space(call)
-        for one, word in self._parameters(call):
-            value: int | str | None = word
-            if word is not None and one.type.kind == "string":
-                text = _read_text(space, word)
-                value = word if text is None else text
-            elif word is not None:
-                value = _number(word, one.type)
+        for one, number in self._parameters(call):
+            value: int | float | str | None = number
+            if isinstance(number, int) and one.type.kind == "string":
+                text = _read_text(space, number)
+                value = number if text is None else text
+            elif isinstance(number, float) and not math.isfinite(number):
+                value = str(number)  # JSON has no such numbers
             yield one.name, value
+
+    def _result(self, back: Return) -> int | float | None:
+        """What a call came back with; None where it is in no register that is known."""
+        prototype = self._prototypes[back.call.name]
+        of = _WORD if prototype is None else prototype.result
+        if of is _WORD:
+            return back.value
+        width = back.registers.word_size
+        is_elsewhere = of.kind in ("float", "structure") or of.size > 2 * width
+        if is_elsewhere or ".isra" in back.call.name:  # which may return nothing (gcc, IPA-SRA)
+            return None
+        raw = back.value
+        if of.size > width:
+            raw |= (back.registers.rdx & (1 << 8 * width) - 1) << 8 * width
+        return _number(raw, of, width)
+
+    def _returned(self, back: Return, of: Type) -> str:
+        value = self._result(back)
+        if of is _WORD:
+            value = _number(back.value, of, back.registers.word_size)
+        return "?" if value is None else self._number(value, of)
 
     def _shown(self, call: Call) -> Iterator[tuple[str, str]]:
         """What people read."""
         space = self._trace.address_space(call)
-        for one, word in self._parameters(call):
+        for one, value in self._parameters(call):
             shown = "?"
-            if word is not None and one.type.kind == "structure":
+            if one.type.kind == "structure" and one.word is not None:
                 shown = "{...}"
-            elif word is not None:
-                text = _read_text(space, word) if one.type.kind == "string" else None
-                shown = self._number(word, one.type) if text is None else _quoted(text)
+            elif value is not None:
+                is_text = one.type.kind == "string" and isinstance(value, int)
+                text = _read_text(space, int(value)) if is_text else None
+                shown = self._number(value, one.type) if text is None else _quoted(text)
             yield printable(one.name), shown
 
-    def _number(self, word: int, of: Type) -> str:
-        value = _number(word, of)
+    def _number(self, value: float, of: Type) -> str:
+        if isinstance(value, float):
+            return f"{value:g}"
         if of.kind == "pointer" and (found := self._symbols.locate(value)) is not None:
             return f"{value:#x} ({printable(str(found))})"
-        if of.kind == "word" and value >= (1 << 64) - _SMALL:
-            value -= 1 << 64
         decimal = of.kind == "signed" or (of.kind != "pointer" and value < _SMALL)
         return str(value) if decimal else f"{value:#x}"
 
@@ -449,11 +476,17 @@ class _Teller:
         self._console.line(", ".join(more))
 
 
-def _number(word: int, of: Type) -> int:
-    """A value of a type, in a word."""
-    bits = 8 * of.size if 0 < of.size < 8 else 64
-    value = word & (1 << bits) - 1
-    return value - (1 << bits) if of.kind == "signed" and value >> bits - 1 else value
+def _number(raw: int, of: Type, width: int) -> int | float | None:
+    """A value of a type; of none of its own size in a word of so many bytes."""
+    size = of.size or width
+    raw &= (1 << 8 * size) - 1
+    if of.kind == "float":
+        code = {4: "<f", 8: "<d"}.get(size)
+        return None if code is None else float(struct.unpack(code, raw.to_bytes(size, "little"))[0])
+    is_negative = (of.kind == "signed" and raw >> 8 * size - 1) or (
+        of.kind == "word" and raw >= (1 << 8 * size) - _SMALL
+    )
+    return raw - (1 << 8 * size) if is_negative else raw
 
 
 def _read_text(space: AddressSpace, address: int) -> str | None:

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Where a function's parameters are when it is called: by DWARF's locations, else by the ABI.
+
+An ABI says where parameters go, but compilers keep to it only where others can call: gcc leaves
+parameters out of clones (``.constprop``, ``.isra``), passes those of local functions of i386 in
+registers, and all of them with ``-mregparm=3``, as for Linux. A location says what was done; but
+one that holds for the whole function may be a variable that is not written yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+
+from elftools.dwarf.dwarf_expr import DWARFExprParser
+from elftools.dwarf.ranges import BaseAddressEntry
+
+if TYPE_CHECKING:
+    from xenaltp2m.events import Registers
+
+IN_REGISTERS = "rdi", "rsi", "rdx", "rcx", "r8", "r9"
+"""The first six words of arguments (System V ABI, AMD64, 3.2.3)."""
+MOST_WORDS = 256
+"""Words of arguments: what is further up the stack is not read."""
+_REGPARM = "rax", "rdx", "rcx"
+"""With ``-mregparm=3`` (gcc, i386)."""
+_DWARF_64 = (
+    "rax", "rdx", "rcx", "rbx", "rsi", "rdi", "rbp", "rsp",
+    "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+)  # fmt: skip
+_DWARF_32 = "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"
+"""DWARF's numbers of registers (System V ABI, AMD64 and Intel386)."""
+_KEPT = frozenset(("rbx", "rsp", "rbp", "r12", "r13", "r14", "r15"))
+"""A function saves these before it uses them: no parameter comes in one."""
+_LONGEST = 64
+"""Bytes of an expression; a place that takes more is none at the entry."""
+
+
+class Piece(NamedTuple):
+    """Some bytes of a value: of a register, of a word of arguments, or a constant."""
+
+    size: int
+    register: str | None = None
+    word: int | None = None
+    constant: int = 0
+
+    def read(self, registers: Registers, arguments: Sequence[int]) -> int | None:
+        """Return them; None where the word was not read."""
+        value = self.constant
+        if self.register is not None:
+            value = getattr(registers, self.register)
+        elif self.word is not None:
+            if self.word >= len(arguments):
+                return None
+            value = arguments[self.word]
+        return value & (1 << 8 * self.size) - 1
+
+
+Place: TypeAlias = "tuple[Piece, ...] | None"
+"""Lowest bytes first; None where it is not known."""
+
+
+class Passed(Protocol):
+    """What is passed: a type."""
+
+    @property
+    def size(self) -> int:
+        """Return its bytes."""
+
+    @property
+    def kind(self) -> str:
+        """Return what it is, as :class:`xenaltp2m.prototypes.Type` says it."""
+
+
+def places(
+    found: Sequence[Place | bool], types: Sequence[Passed], by_abi: Sequence[Place]
+) -> list[Place]:
+    """Choose where each parameter is.
+
+    Args:
+        found: Where it is by DWARF; True for a variable that is written only later, False where
+            the parameter was left out.
+        types: Of the parameters.
+        by_abi: Where they are by the ABI; this holds unless some are elsewhere, or left out.
+    """
+    holds = all(
+        place is True or (place is not False and _is_same(place, abi))
+        for place, abi in zip(found, by_abi, strict=True)
+    )
+    return [
+        (abi if holds and not _is_copied(one, abi) else None) if place is True else place or None
+        for place, one, abi in zip(found, types, by_abi, strict=True)
+    ]
+
+
+def _is_same(place: Place | bool, abi: Place) -> bool:
+    if place is None or abi is None or isinstance(place, bool):
+        return place is abi
+    return [piece[1:] for piece in place] == [piece[1:] for piece in abi]
+
+
+def _is_copied(one: Passed, abi: Place) -> bool:
+    """Whether it is a word on the stack of i386, which has no need to be written elsewhere."""
+    return abi is not None and abi[0].size == one.size == 4 and abi[0].word is not None
+
+
+class Locator:
+    """Evaluates the locations of one function, at its entry."""
+
+    def __init__(self, unit: Any, function: Any, low: int, *, is_64_bit: bool) -> None:
+        """Take over a DWARF unit, and the entry of a function that begins at ``low``."""
+        self._unit, self._low = unit, low
+        self._names = _DWARF_64 if is_64_bit else _DWARF_32
+        self._width = 8 if is_64_bit else 4
+        self._parser = DWARFExprParser(unit.structs)
+        base = function.attributes.get("DW_AT_frame_base")
+        self._frame = self._frame_base([] if base is None else base.value)
+
+    def find(self, parameter: Any, size: int) -> Place | bool:
+        """Find a parameter of ``size`` bytes, in the words of :func:`places`."""
+        constant = parameter.attributes.get("DW_AT_const_value")
+        if constant is not None:
+            return self._constant(constant.value, size)
+        location = parameter.attributes.get("DW_AT_location")
+        if location is None:
+            return False
+        if isinstance(location.value, int):
+            expression = self._at_entry(parameter, location.value)
+            return False if expression is None else self._evaluate(expression, size) or None
+        found = self._evaluate(location.value, size)
+        # It holds everywhere, so that this is its home; it does not come there.
+        is_home = found and any(piece.register in _KEPT for piece in found)
+        return True if found == () or is_home else found
+
+    def _constant(self, value: Any, size: int) -> Place:
+        if isinstance(value, bytes):  # a string, which no parameter is
+            return None
+        number = value if isinstance(value, int) else int.from_bytes(bytes(value), "little")
+        return (Piece(size, constant=number & (1 << 8 * size) - 1),)
+
+    def _at_entry(self, parameter: Any, offset: int) -> list[int] | None:
+        """Return the expression that a list of locations has for the entry."""
+        lists = self._unit.dwarfinfo.location_lists()
+        if lists is None:
+            return None
+        base = self._unit.get_top_DIE().attributes.get("DW_AT_low_pc")
+        start = 0 if base is None else base.value
+        for span in lists.get_location_list_at_offset(offset, parameter):
+            if isinstance(span, BaseAddressEntry) or not hasattr(span, "loc_expr"):
+                start = span.base_address
+                continue
+            begin = 0 if getattr(span, "is_absolute", False) else start
+            if begin + span.begin_offset <= self._low < begin + span.end_offset:
+                found: list[int] = span.loc_expr
+                return found
+        return None
+
+    def _frame_base(self, expression: Sequence[int]) -> int | None:
+        """Return where the frame base is, from the first word of arguments; None if unknown."""
+        ops = self._parse(expression)
+        if [op.op_name for op in ops] == ["DW_OP_call_frame_cfa"]:
+            return 0
+        if len(ops) == 1 and self._register(ops[0]) == "rbp":
+            return -2 * self._width  # once it is set up: PUSH below the return address
+        return None
+
+    def _parse(self, expression: Sequence[int]) -> list[Any]:
+        if len(expression) > _LONGEST:
+            return []
+        try:
+            return list(self._parser.parse_expr(expression))
+        except KeyError:  # an operation that is not known
+            return []
+
+    def _evaluate(self, expression: Sequence[int], size: int) -> Place:
+        """Return where a value is; () for memory that the function itself writes."""
+        found: list[Piece] = []
+        ops: list[Any] = []
+        for op in [*self._parse(expression), None]:
+            if op is not None and op.op_name != "DW_OP_piece":
+                ops.append(op)
+                continue
+            if op is None and not ops:
+                break
+            piece = self._pieces(ops, size if op is None else op.args[0])
+            if not piece:
+                return piece
+            found += piece
+            ops = []
+        return tuple(found) or None
+
+    def _pieces(self, ops: list[Any], size: int) -> Place:
+        if ops and ops[-1].op_name == "DW_OP_stack_value":
+            return self._value(ops[:-1], size)
+        if len(ops) != 1:
+            return None
+        [op] = ops
+        if (register := self._register(op)) is not None:
+            return (Piece(size, register),)
+        if op.op_name == "DW_OP_implicit_value":
+            return self._constant(op.args[0], size)
+        above = None
+        if op.op_name == "DW_OP_fbreg" and self._frame is not None:
+            above = self._frame + op.args[0]
+        elif op.op_name == "DW_OP_call_frame_cfa":
+            above = 0
+        elif op.op_name == f"DW_OP_breg{self._names.index('rsp')}":
+            above = op.args[0] - self._width
+        if above is None:
+            return None
+        return () if above < 0 else tuple(self._on_stack(above, size))
+
+    def _on_stack(self, above: int, size: int) -> Iterator[Piece]:
+        """Return bytes so far above the return address."""
+        word, within = divmod(above, self._width)
+        if within or size > self._width * MOST_WORDS:
+            return
+        word += len(IN_REGISTERS) if self._width == 8 else 0
+        for at in range(0, size, self._width):
+            yield Piece(min(self._width, size - at), word=word + at // self._width)
+
+    def _value(self, ops: list[Any], size: int) -> Place:
+        """Return what is no place, but a value."""
+        if len(ops) != 1:
+            return None
+        [op] = ops
+        name = op.op_name
+        if name in ("DW_OP_entry_value", "DW_OP_GNU_entry_value"):
+            [inner] = op.args
+            register = self._register(inner[0]) if len(inner) == 1 else None
+            return None if register is None else (Piece(size, register),)
+        if name.startswith("DW_OP_breg") and not op.args[0]:
+            number = int(name.removeprefix("DW_OP_breg"))
+            return (Piece(size, self._names[number]),) if number < len(self._names) else None
+        if name.startswith("DW_OP_lit"):
+            return self._constant(int(name.removeprefix("DW_OP_lit")), size)
+        if name.startswith("DW_OP_const") and name[len("DW_OP_const")] in "1248us":
+            return self._constant(op.args[0], size)
+        return None
+
+    def _register(self, op: Any) -> str | None:
+        digits = op.op_name.removeprefix("DW_OP_reg")
+        number = op.args[0] if digits == "x" else int(digits) if digits.isdecimal() else None
+        return self._names[number] if number is not None and number < len(self._names) else None
+
+
+def by_abi(word: int | None, size: int, *, is_64_bit: bool) -> Place:
+    """Return where a value is that begins with a word of arguments."""
+    width = 8 if is_64_bit else 4
+    if word is None or size > width * MOST_WORDS:
+        return None
+    found = []
+    for at in range(0, max(size, 1), width):
+        number, part = word + at // width, min(width, size - at) or width
+        if is_64_bit and number < len(IN_REGISTERS):
+            found.append(Piece(part, IN_REGISTERS[number]))
+        else:
+            found.append(Piece(part, word=number))
+    return tuple(found)
+
+
+def by_regparm(types: Sequence[Passed], most: int, *, hidden: bool) -> list[Place]:
+    """Return where parameters are with ``-mregparm`` (gcc, ``function_arg_32``).
+
+    Args:
+        types: Of the parameters.
+        most: How many registers there are.
+        hidden: Whether the first is where to put a structure that is returned.
+    """
+    free = list(_REGPARM[:most])[int(hidden) :]
+    word, found = 0, list[Place]()
+    for one in types:
+        sizes = [min(4, one.size - at) for at in range(0, one.size, 4)] or [4]
+        if one.kind != "float" and len(sizes) <= len(free):
+            found.append(tuple(map(Piece, sizes, free)))
+            del free[: len(sizes)]
+            continue
+        if one.kind != "float":
+            free.clear()
+        found.append(by_abi(word, one.size, is_64_bit=False))
+        word += len(sizes)
+    return found
