@@ -71,6 +71,7 @@ EMULATE, NOWRITE, READ_DATA, INSN_DATA, SET = (
     Flag.SET_REGISTERS,
 )  # fmt: skip
 NOP, INT3, UD2, IRET = b"\x90", b"\xcc", b"\x0f\x0b", b"\xcf"
+VMFUNC = b"\x0f\x01\xd4"
 STEP_DR6 = 1 << 14
 DF_SET = 1 << 10 | 2
 LSTAR, PAT, EFER = 0xC0000082, 0x277, 0xC0000080
@@ -1356,6 +1357,91 @@ def test_pages_whose_frame_changes() -> None:
     assert computer.register("rax") & 0xFF == 6
 
 
+STORE_BYTE = b"\xc6\x05"
+"""MOV byte [address], value."""
+
+
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("alias", [False, True])
+def test_fault_19_the_second_store_of_a_block_changes_code_of_that_block(
+    alias: bool, counted: bool
+) -> None:
+    """The first changes nothing; with ``alias`` both go by another linear address."""
+    changed = CODE + 16
+    mov = b"\xb0\x01"  # mov $1, %al; its operand becomes 2
+    at = OTHER if alias else CODE
+    code = b"\xc6\x04\x25" + int32(at + 0x800) + b"\x00"
+    code += b"\xc6\x04\x25" + int32(at + 17) + b"\x02" + mov + STOP
+    assert len(code) - len(STOP) - 1 == changed + 1 - CODE
+    computer = Computer(code)
+    computer.go_long()
+    computer.map(OTHER, CODE | PRESENT | WRITABLE)
+    computer.host.run(computer.domid, 1000 if counted else None)
+    assert computer.vcpu.halted
+    assert computer.register("rax") & 0xFF == 2
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_fault_19_stores_into_another_page_with_code(counted: bool) -> None:
+    """The block has stored there before it changes a function that was executed."""
+    function = b"\xb0\x01\xc3"
+    call = b"\xe8" + int32(OTHER + 0x100 - CODE - 5)
+    stores = STORE_BYTE + int32(OTHER) + b"\x00" + STORE_BYTE + int32(OTHER + 0x101) + b"\x02"
+    again = b"\xe8" + int32(OTHER + 0x100 - CODE - 24)
+    computer = Computer(call + stores + again + STOP, {OTHER + 0x100: function})
+    computer.host.run(computer.domid, 1000 if counted else None)
+    assert computer.vcpu.halted
+    assert computer.register("rax") & 0xFF == 2
+
+
+def test_fault_19_a_store_puts_what_exits_into_its_own_block() -> None:
+    code = STORE_BYTE + int32(CODE + 0x800) + b"\x00" + b"\x66\xc7\x05" + int32(CODE + 18)
+    code += b"\x0f\xa2" + NOP * 2 + NOP * 2 + STOP  # CPUID in the place of two NOPs
+    computer = Computer(code, rax=0x4000_0000)
+    computer.host.run(computer.domid)
+    assert computer.vcpu.halted
+    assert computer.register("rbx") == 0x566E_6558  # "XenV"
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_fault_19_stores_by_rep_into_the_page_that_is_executed(counted: bool) -> None:
+    """They change what comes behind them."""
+    code = b"\xf3\xaa" + b"\xb3\x01" * 4 + STOP  # rep stosb; mov $1, %bl; ...
+    computer = Computer(code, rax=0x43, rdi=CODE + 2, rcx=8, rbx=0)  # inc %ebx
+    computer.host.run(computer.domid, 1000 if counted else None)
+    assert computer.vcpu.halted
+    assert computer.register("rbx") == 8
+
+
+NOT_CANONICAL = [0x0000_8000_0000_0000, 0x7FFF_FFFF_FFF0_0000, 0x7FFF_FFFF_FFFF_F000]
+NOT_CANONICAL += [0x7FFF_FFFF_FFFF_F00C, 0x7FFF_FFFF_FFFF_FFFF, 0x8000_0000_0000_0000]
+
+
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("address", NOT_CANONICAL, ids=hex)
+@pytest.mark.parametrize("code", ["8a03", "8803", "ffe3", "f3a4"], ids=["r", "w", "x", "rep"])
+def test_fault_32_no_address_of_a_guest_is_the_simulators(
+    code: str, address: int, counted: bool
+) -> None:
+    """Nor where its own code has run: two views differ, so that it forgets pages."""
+    read = b"\x8b\x14\x25" + int32(DATA)
+    switches = (b"\x83\xf1\x01" + VMFUNC + read) * 4
+    computer = Computer(switches + bytes.fromhex(code), mode=Altp2mMode.MIXED, views=True)
+    computer.go_long()
+    computer.describe()
+    computer.set(rbx=address, rsi=address, rdi=DATA, rcx=0, rax=0)
+    computer.view((DATA >> 12, R), enter=False)
+    computer.host.altp2m_set_vcpu_enable_notify(computer.domid, 0, OTHER >> 12)
+    if code == "f3a4":
+        computer.set(rcx=1)
+        computer.write(CODE, NOP * len(switches))
+    computer.host.run(computer.domid, 1000 if counted else None)
+    assert computer.vector == GP
+    at = address if code == "ffe3" else CODE + len(switches)
+    assert computer.words(computer.register("rsp"), 2) == [0, at]
+    assert computer.register("rdx") == computer.register("rax") == 0
+
+
 # Several vCPUs, several domains.
 
 
@@ -1478,8 +1564,6 @@ def test_an_exception_of_the_simulators_own_ends_the_run_between_instructions(
 
 
 # VMFUNC and #VE.
-
-VMFUNC = b"\x0f\x01\xd4"
 
 
 @pytest.mark.parametrize("counted", [False, True])

@@ -353,13 +353,13 @@ _EXITING = re.compile(
 def exiting_starts(page: bytes) -> Iterator[int]:
     """Yield the offsets in a page where an instruction may begin that the CPU must not run alone.
 
-    Too many rather than too few: bytes within instructions are among them. An instruction that
-    begins in the page before is found by its prefixes or its first byte.
+    It may be a part of a page. Too many rather than too few: bytes within instructions are among
+    them. An instruction that begins in the page before is found by its prefixes or its first byte.
     """
     for found in _EXITING.finditer(page):
         yield from _with_prefixes(page, found.start())
     if page[-1] in _PREFIXES:
-        yield from _with_prefixes(page, PAGE_SIZE - 1)
+        yield from _with_prefixes(page, len(page) - 1)
 
 
 def _with_prefixes(page: bytes, at: int) -> Iterator[int]:

@@ -25,9 +25,12 @@ from xenaltp2m.abi.x86 import (
     EFER_LMA,
     EFER_LME,
     FLAG_RF,
+    FLAG_VM,
+    GP,
     UD,
     Fault,
     Segment,
+    canonical,
     exiting_starts,
 )
 from xenaltp2m.backend.mock.vcpu import EFER, GENERAL_REGISTERS, MSR_REGISTERS, REGISTERS, Vcpu
@@ -37,17 +40,16 @@ if TYPE_CHECKING:
     from xenaltp2m.backend.mock.machine import Frames
     from xenaltp2m.backend.mock.p2m import P2m
 
-_UNTIL = 1 << 63
-"""Where no guest's code can be: Unicorn wants an address to stop at."""
-_HIDDEN = _UNTIL - (1 << 20)
-"""Linear addresses from here to :data:`_UNTIL` are the core's own, and no guest's: one frame."""
-_INVALIDATE = bytes.fromhex("488b06 4883c608 0f0138 e2f4")
-"""1: mov (%rsi), %rax; add $8, %rsi; invlpg (%rax); loop 1b. Unicorn forgets a page in no other
-way."""
-_INVALIDATED = _HIDDEN + len(_INVALIDATE)
+_HIDDEN = (1 << 63) - PAGE_SIZE
+"""The linear page of the core's own code. It is not canonical: no guest may use it."""
+_INVALIDATE = bytes.fromhex("488b06 4883c608 0f0138 e2f4 f4")
+"""1: mov (%rsi), %rax; add $8, %rsi; invlpg (%rax); loop 1b; hlt. Unicorn forgets a page in no
+other way."""
+_UNDEFINED = b"\x06"
+"""What the page has for a guest that jumps there: an instruction that 64-bit mode has not."""
 _LIST = 0x100
 """Where in the frame the addresses for that are."""
-_MOST_FORGOTTEN = (PAGE_SIZE - _LIST) // 8
+_MOST_FORGOTTEN = (PAGE_SIZE - _LIST) // 8 - 1
 LONGEST_INSTRUCTION = 15
 _LAST_OF_32_BITS, _LAST_ADDRESS = (1 << 32) - 1, (1 << 64) - 1
 _INVALID_INSTRUCTION, _EXCEPTION = 10, 21
@@ -55,7 +57,6 @@ _INVALID_INSTRUCTION, _EXCEPTION = 10, 21
 _KINDS = {16: "r", 17: "w", 18: "x"}
 """``UC_MEM_*``."""
 _PERMISSIONS = {"r": 1, "w": 2, "x": 4}
-_ALL = 7
 _GENERAL = slice(HVM_CPU.fields["rax"].offset, HVM_CPU.fields["rip"].offset + 8)
 _ELSEWHERE = {"tsc", "msr_efer", "fs_base", "gs_base"}
 _MSRS = {name: msr for msr, name in MSR_REGISTERS.items() if name not in _ELSEWHERE}
@@ -93,6 +94,13 @@ class NewCode(Exception):  # noqa: N818 - what it is about
 
     It is told between its runs only: within one it may be going through the list (g_tree_foreach,
     softmmu/cpus.c, Unicorn 2.1), or be translating into the page already.
+    """
+
+
+class WritesCode(Exception):  # noqa: N818 - what it does
+    """The instruction stores into a frame with code, where it cannot be executed itself.
+
+    Unicorn would look for what it has translated of it at the first such store only.
     """
 
 
@@ -169,7 +177,7 @@ class Engine:
         self._raised: BaseException | None = None
         self._interrupt: int | None = None
         self._no_code: tuple[int, BaseException] | None = None
-        self._pages_are_wrong = False
+        self._pages_are_wrong = self._invalidates = False
         self.remembered: dict[int, Place] = {}
         """What Unicorn was told, by the address of the linear page."""
         self._counts = 0
@@ -196,11 +204,8 @@ class Engine:
     # Memory.
 
     def _fill(self, _uc: Any, address: int, access: int, entry: Any, _data: Any) -> bool:
-        if _HIDDEN <= address < _UNTIL:
-            entry.paddr, entry.perms = self._hidden * PAGE_SIZE, _ALL
-            return True
         if self._resolve is None or self._raised is not None or self._no_code:
-            return self._anything(entry)
+            return self._anything(address, access, entry)
         try:
             place = self._resolve(address, _KINDS[access], self._user)
         except BaseException as raised:  # noqa: BLE001 - C is between here and who handles it
@@ -208,7 +213,7 @@ class Engine:
                 self._raised = raised
                 return False
             if not 0 <= address - self.linear_rip // PAGE_SIZE * PAGE_SIZE <= PAGE_SIZE:
-                return self._anything(entry)
+                return self._anything(address, access, entry)
             self._no_code = address, raised
             return False
         if self._counts and _KINDS[access] != "x":
@@ -219,14 +224,14 @@ class Engine:
         self.remembered[address & -PAGE_SIZE] = place
         return True
 
-    def _anything(self, entry: Any) -> bool:
+    def _anything(self, address: int, access: int, entry: Any) -> bool:
         """Let Unicorn have what it asks for after the end.
 
         When it stops it looks up every page with an address to stop at; an answer of no would
         have it jump back into what has ended.
         """
-        entry.paddr, entry.perms = self._hidden * PAGE_SIZE, _ALL
-        self._pages_are_wrong = True
+        entry.paddr, entry.perms = self._hidden * PAGE_SIZE, _PERMISSIONS[_KINDS[access]]
+        self._pages_are_wrong |= not self._invalidates or address != _HIDDEN
         return True
 
     def _mend_pages(self) -> None:
@@ -261,13 +266,21 @@ class Engine:
                 self.remembered.pop(page, None)
 
     def _invalidate(self, pages: Collection[int]) -> None:
-        addresses = struct.pack(f"<{len(pages)}Q", *pages)
+        addresses = struct.pack(f"<{len(pages) + 1}Q", *pages, _HIDDEN)
         own = _INVALIDATE.ljust(_LIST) + addresses
-        self._frames.page(self._hidden)[: len(own)] = own
+        frame = self._frames.page(self._hidden)
+        frame[: len(own)] = own
         self.uc.context_restore(self._long_mode)
+        # With VM set, as no guest can in long mode, none comes to the code translated here.
+        self.uc.reg_write(self._x86.UC_X86_REG_RFLAGS, FLAG_VM | 2)
         self.uc.reg_write(self._x86.UC_X86_REG_RSI, _HIDDEN + _LIST)
-        self.uc.reg_write(self._x86.UC_X86_REG_RCX, len(pages))
-        self.uc.emu_start(_HIDDEN, _INVALIDATED, count=self._counts)
+        self.uc.reg_write(self._x86.UC_X86_REG_RCX, len(pages) + 1)
+        self._invalidates = True
+        try:
+            self.uc.emu_start(_HIDDEN, 0, count=self._counts)
+        finally:
+            self._invalidates = False
+            frame[: len(own)] = _UNDEFINED * len(own)
         if self._register(self._x86.UC_X86_REG_RCX):
             raise GaveUp("Unicorn did not forget pages")
         self._mend_pages()
@@ -275,6 +288,16 @@ class Engine:
     def forget_code(self) -> None:
         """Translate all code anew."""
         self.uc.ctl_flush_tb()
+
+    def forget_code_of(self, mfn: int) -> None:
+        """Translate the code of one frame anew."""
+        self.forget_pages()
+        self._resolve, self._raised, self._no_code = lambda *_: Place(mfn, "x"), None, None
+        try:  # Unicorn takes an address that it has not looked up: any
+            self.uc.ctl_remove_cache(_HIDDEN, _HIDDEN + PAGE_SIZE)
+        finally:
+            self._resolve = None
+            self.forget_pages()
 
     def _interrupted(self, uc: Any, vector: int, _data: Any) -> None:
         self._interrupt = vector
@@ -292,7 +315,7 @@ class Engine:
         self._counts = limit and 4 * _MOST_FORGOTTEN
         errno, self._broke_off = 0, False
         try:
-            self.uc.emu_start(rip, _UNTIL, count=limit)
+            self.uc.emu_start(rip, 0, count=limit)
         except self._error as error:
             errno = error.errno
         finally:
@@ -312,7 +335,7 @@ class Engine:
         if self._interrupt is not None:
             return SoftwareInterrupt(self._interrupt)
         if errno == _INVALID_INSTRUCTION:
-            return Fault(UD)
+            return Fault(UD) if canonical(self.rip) else Fault(GP, 0)
         if errno and not (errno == _EXCEPTION and self._no_code):
             raise GaveUp(f"Unicorn gave up with error {errno} at {self.rip:#x}")
         return None
@@ -598,6 +621,16 @@ _RIP = REGISTERS["rip"]
 _REST = slice(REGISTERS["rflags"].stop, HVM_CPU.size)
 
 
+class Code(NamedTuple):
+    """A frame with code, as it was when it was translated."""
+
+    content: bytes
+    exits: frozenset[int]
+    """Where it may leave guest mode."""
+    pages: set[int]
+    """Linear pages at which it was executed."""
+
+
 class Core:
     """Two engines that share memory: one runs on, the other executes single instructions.
 
@@ -610,6 +643,7 @@ class Core:
         self._own = [self._frame() for _ in range(4)]
         hidden, self.scratch, self.marker, self.nothing = self._own
         """Frames of the core's own: its own code, two for what leads nowhere, one for holes."""
+        frames.page(hidden)[:] = _UNDEFINED * PAGE_SIZE
         self.where: Where | None = None
         """Where the engine ran last."""
         self.stayed = False
@@ -619,15 +653,18 @@ class Core:
         const = _unicorn().unicorn_const
         for engine in (self.engine, self.stepper):
             engine.uc.ctl_exits_enabled(True)
+        self.engine.uc.hook_add(const.UC_HOOK_EDGE_GENERATED, self._translated)
         self.stepper.reads_ahead = False
         self.stepper.uc.hook_add(const.UC_HOOK_MEM_READ | const.UC_HOOK_MEM_WRITE, self._accessed)
         self._on_access: Callable[[Seen], None] | None = None
         self._counts = False
-        self._code: dict[int, tuple[bytes, frozenset[int]]] = {}
-        """Of each frame with code: its bytes when it was translated, and where it may exit."""
+        self._code: dict[int, Code] = {}
+        """By frame."""
+        self._stale: set[int] = set()
+        """Frames whose code was found changed while the engine runs."""
+        self._written: set[int] = set()
+        """Frames with code that it may write to."""
         self._checked = 0
-        self._code_changed = False
-        """Whether code was found changed while the engine did not run."""
         self._runs = self._new_exits = False
         """Whether the engine runs, and has come to a page without knowing where to stop there."""
         self._exits: dict[int, set[int]] = {}
@@ -650,21 +687,39 @@ class Core:
             self._on_access(Seen(_KINDS[access], address, size))
 
     def _set_exits(self) -> None:
-        self.engine.uc.ctl_set_exits(
-            [_UNTIL, _INVALIDATED, *(one for page in self._exits.values() for one in page)]
-        )
+        self.engine.uc.ctl_set_exits([one for page in self._exits.values() for one in page])
 
     def exits_at(self, address: int) -> bool:
         """Whether what is at a linear address may not be the core's to execute."""
         return address in self._exits.get(address // PAGE_SIZE, ())
 
     def has_code(self, mfn: int) -> bool:
-        """Whether a frame was executed: a write to it must be noted."""
+        """Whether a frame was executed."""
         return mfn in self._code
 
-    def note_write(self) -> None:
-        """Where a frame that is about to be written to is executed next, have it asked for anew."""
-        self.engine.forget_pages()
+    def has_code_at(self, address: int, mfn: int) -> bool:
+        """Whether a frame was executed at a linear page."""
+        code = self._code.get(mfn)
+        return code is not None and address // PAGE_SIZE in code.pages
+
+    def note_write(self, mfn: int) -> None:
+        """The engine is about to write to a frame with code, and looks at each store."""
+        self._written.add(mfn)
+
+    def _translated(self, uc: Any, block: Any, _before: Any, _data: Any) -> None:
+        """Stop before a block that has got an instruction which the core may not execute."""
+        address, end = block.pc, block.pc + block.size
+        while self._written and address < end:
+            page, offset = divmod(address, PAGE_SIZE)
+            count = min(end - address, PAGE_SIZE - offset)
+            known = self._exits.get(page, set())
+            for mfn in self._written:
+                if page in self._code[mfn].pages:
+                    part = bytes(self._frames.peek(mfn)[offset : offset + count])
+                    if any(address + at not in known for at in exiting_starts(part)):
+                        self._stale.add(mfn)
+                        uc.emu_stop()
+            address += count
 
     def note_code(self, address: int, mfn: int) -> None:
         """Code in this frame is about to be executed at this linear page.
@@ -674,13 +729,18 @@ class Core:
         """
         known = self._code.get(mfn)
         page = address // PAGE_SIZE
+        if known is not None and known.content != bytes(self._frames.peek(mfn)):
+            if self._runs:
+                self._stale.add(mfn)
+                raise NewCode
+            self.forget_code(mfn)
+            known = None
         if known is None:
             self.engine.forget_pages()  # it may be writable at another address
-        if known is None or known[0] != self._frames.peek(mfn):
-            self._code_changed |= known is not None
             content = bytes(self._frames.peek(mfn))
-            known = self._code[mfn] = content, frozenset(exiting_starts(content))
-        wanted = {page * PAGE_SIZE + at for at in known[1]}
+            known = self._code[mfn] = Code(content, frozenset(exiting_starts(content)), set())
+        known.pages.add(page)
+        wanted = {page * PAGE_SIZE + at for at in known.exits}
         exits = self._exits.setdefault(page, set())
         if not wanted <= exits:
             exits |= wanted
@@ -689,23 +749,22 @@ class Core:
                 raise NewCode
             self._set_exits()
 
+    def forget_code(self, mfn: int) -> None:
+        """Take a frame for data until it is executed again."""
+        self.engine.forget_code_of(mfn)
+        self._written.discard(mfn)
+        for page in self._code.pop(mfn).pages:
+            self._exits.pop(page, None)  # they are noted again with the code that has them
+        self._set_exits()
+
     def check_code(self) -> None:
-        """Forget translations of code that was changed by somebody else than the engine."""
+        """Forget translations of code that was changed since the engine ran, or by itself."""
         frames, since = self._frames, self._checked
         self._checked = frames.moment
-        stale = [
-            mfn
-            for mfn, (content, _) in self._code.items()
-            if frames.may_have_changed(mfn, since) and frames.peek(mfn) != content
-        ]
-        for mfn in stale:
-            del self._code[mfn]
-        if stale or self._code_changed:
-            self._code_changed = False
-            self._exits.clear()  # they are noted again with the code that has them
-            self._set_exits()
-            self.engine.forget_code()
-            self.engine.forget_pages()
+        for mfn, code in [*self._code.items()]:
+            may_have_changed = mfn in self._written or frames.may_have_changed(mfn, since)
+            if may_have_changed and bytes(frames.peek(mfn)) != code.content:
+                self.forget_code(mfn)
 
     def run(self, rip: int, resolve: Resolve, limit: int) -> Fault | SoftwareInterrupt | None:
         """Let the fast engine run; see :meth:`Engine.run`."""
@@ -717,10 +776,12 @@ class Core:
             try:
                 return self.engine.run(rip, resolve, limit)
             except (NewCode, ReadsAhead):
-                if not self._new_exits:
+                if not (self._new_exits or self._stale):
                     raise
             finally:
                 self._runs = False
+                while self._stale:
+                    self.forget_code(self._stale.pop())
                 if self._new_exits:
                     self._set_exits()
                     self._new_exits = False
@@ -739,7 +800,7 @@ class Core:
         self.stepper.forget_pages()
         # Nothing behind the instruction is looked at.
         ends = range(linear + 1, linear + LONGEST_INSTRUCTION + 1)
-        self.stepper.uc.ctl_set_exits([_UNTIL, *(end & _LAST_ADDRESS for end in ends)])
+        self.stepper.uc.ctl_set_exits([end & _LAST_ADDRESS for end in ends])
         self._on_access = on_access
         try:
             return self.stepper.run(rip, resolve, 1)

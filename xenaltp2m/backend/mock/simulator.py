@@ -64,6 +64,7 @@ from xenaltp2m.backend.mock.core import (
     SoftwareInterrupt,
     State,
     Where,
+    WritesCode,
     null_stack,
 )
 from xenaltp2m.backend.mock.guest import AT_PAGE, Outcome, access, vm_exit
@@ -268,12 +269,20 @@ class MachineCode(Processor):
         if kind == "x":
             self.core.note_code(linear, mfn)
             return Place(mfn, granted.replace("w", ""), gfns, entries)
-        if self.core.has_code(mfn):
-            if kind == "w":
-                self.core.note_write()
-            else:
-                granted = granted.replace("w", "")
+        if kind == "w" and self.core.has_code_at(linear, mfn):  # Unicorn looks at each store
+            return Place(mfn, granted, gfns, entries)
+        if self.core.has_code(mfn) and kind == "r":
+            granted = granted.replace("w", "")
         return Place(mfn, granted.replace("x", ""), gfns, entries)
+
+    def _resolve_to_run(self, linear: int, kind: str, user: bool) -> Place:
+        """Find a page for the engine that runs on; WritesCode where it may not use it."""
+        place = self._resolve(linear, kind, user)
+        if kind == "w" and self.core.has_code(place.mfn):
+            if "x" not in place.rights:
+                raise WritesCode
+            self.core.note_write(place.mfn)
+        return place
 
     def _walk_freely(self, linear: int, kind: str, user: bool = False) -> int:
         """Translate without the view's restrictions and without leaving marks; a Fault if none."""
@@ -359,7 +368,7 @@ class MachineCode(Processor):
         core.check_code()
         self._enter(core.engine)
         try:
-            return core.run(self.vcpu.register("rip"), self._resolve, limit)
+            return core.run(self.vcpu.register("rip"), self._resolve_to_run, limit)
         finally:
             self._leave(core.engine)
 
@@ -445,7 +454,7 @@ class MachineCode(Processor):
             else:
                 try:
                     stopped = self._run_engine(limit)
-                except ReadsAhead:
+                except (ReadsAhead, WritesCode):
                     stopped = None
                     if not self.core.exits_at(self._linear_rip):  # now that its page is known
                         stopped = self._step_once(self._fetch(self._linear_rip), self._resolve)
