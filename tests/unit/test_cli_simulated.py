@@ -262,3 +262,39 @@ def test_watch_of_a_symbol_s_own_bytes(capsys: pytest.CaptureFixture[str]) -> No
         with pytest.raises(SystemExit, match="2"):
             cli.main([*watch, *wrong])
         assert why in capsys.readouterr().err
+
+
+def ending(tmp_path: Path) -> Path:
+    """The racer, which has a CLI and a HLT as its first instructions."""
+    image = Image.open(RACER)
+    start = image.address("_start")
+    code = next(
+        part.data[start - part.address :][:16]
+        for part in image.segments
+        if 0 <= start - part.address < len(part.data)
+    )
+    content = RACER.read_bytes()
+    assert content.count(code) == 1
+    path = tmp_path / "ends.elf"
+    path.write_bytes(content.replace(code, b"\xfa\xf4" + code[2:]))
+    return path
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["trace", "guest", "hit", "--symbols"],
+        ["watch", "guest", "--symbol", "hit", "--access", "rw", "--image"],
+        ["protect", "guest", "--symbol", "hit", "--duration", "0", "--image"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_fault_33_a_guest_that_ends_at_once_begins_when_the_agent_is_ready(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = cli.main(["--connect", "mock", *command, str(ending(tmp_path)), "--json"])
+    lines = capsys.readouterr().out.splitlines()
+    assert status == cli.DONE
+    if command[0] != "protect":
+        ended, _ = map(json.loads, lines)
+        assert (ended["event"], ended["shutdown_reason"]) == ("DomainEnded", 0)

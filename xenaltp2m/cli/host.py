@@ -22,6 +22,7 @@ from xenaltp2m.view import Progress
 from xenaltp2m.viewstate import MAX_FILE, State
 
 if TYPE_CHECKING:
+    from xenaltp2m.backend import Backend
     from xenaltp2m.backend.mock import Instruction, MockBackend
 
 Script: TypeAlias = Callable[[int], "list[Instruction]"]
@@ -54,7 +55,8 @@ def connect(
         console: Gets the progress.
         image: The guest's image.
         script: What the mock's guest does otherwise, on each vCPU, for ever; nothing if None.
-        start: Whether the mock's guest runs, or is paused as one by ``xl create -p``.
+        start: Whether the mock's guest runs, or, where it executes the image, is paused until
+            :func:`begin`.
     """
     if options.connect != "mock":
         with _host(options) as xen:
@@ -87,10 +89,28 @@ def connect(
         if script is not None and not executes:
             for vcpu in range(_MOCK_VCPUS):
                 backend.load(domid, script(memory // xa.PAGE_SIZE), vcpu, loop=True)
-        if start:
-            with guard.holding_back():  # the simulator, which executes now, has C in between
-                backend.domain_unpause(domid)
-        yield xen
+        if start or not executes:
+            _unpause(xen.backend, domid)
+        try:
+            yield xen
+        finally:  # where the agent failed before it was ready
+            if domid in backend.machine.domains and backend.domain(domid).pauses:
+                _unpause(backend, domid)
+
+
+def begin(domain: xa.Domain) -> None:
+    """Have the mock's guest run, now that the agent is ready; any other does so, or not, by itself.
+
+    It executes at once: one that ends soon would have done so before anybody heard of it.
+    """
+    backend = domain.xen.backend
+    if backend.name == "mock" and domain.info().paused:
+        _unpause(backend, domain.domid)
+
+
+def _unpause(backend: Backend, domid: int) -> None:
+    with guard.holding_back():  # the simulator, which executes now, has C in between
+        backend.domain_unpause(domid)
 
 
 def _host(options: argparse.Namespace) -> xa.Xen:

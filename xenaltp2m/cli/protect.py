@@ -20,7 +20,7 @@ from xenaltp2m.cli.arguments import (
     until,
 )
 from xenaltp2m.cli.console import Console, Table
-from xenaltp2m.cli.host import Signals, connect, is_altp2m_active, note_undone
+from xenaltp2m.cli.host import Signals, begin, connect, is_altp2m_active, note_undone
 from xenaltp2m.cli.pages import (
     check_loaded,
     counted,
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     gfns = pages(image, symbols)
     with ExitStack() as stack:
         signals = stack.enter_context(Signals())
-        xen = stack.enter_context(connect(options, console, image))
+        xen = stack.enter_context(connect(options, console, image, start=False))
         domain = stack.enter_context(xen.domain(options.domain))
         was_active = is_altp2m_active(domain, console)
         matches = {symbol.name: check_loaded(domain, image, symbol, console) for symbol in symbols}
@@ -87,6 +87,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         )
         if options.duration != 0:
             console.note(f"The guest runs in view {view.id} {until(options)}.")
+        begin(domain)
         told: set[int] = set()
         for _ in signals.awaited(options.duration):
             _watch(view, told, console)

@@ -26,7 +26,7 @@ from xenaltp2m.cli.arguments import (
 )
 from xenaltp2m.cli.console import Console, Table, printable
 from xenaltp2m.cli.course import Course
-from xenaltp2m.cli.host import Stop, connect, is_altp2m_active, note_undone
+from xenaltp2m.cli.host import Stop, begin, connect, is_altp2m_active, note_undone
 from xenaltp2m.cli.pages import counted
 from xenaltp2m.memory import AddressSpace
 from xenaltp2m.prototypes import Parameter, Prototype, Prototypes, Type
@@ -159,7 +159,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     prototypes = _prototypes(options, symbols, console)
     with ExitStack() as stack:
         stop = stack.enter_context(Stop())
-        xen = stack.enter_context(connect(options, console, image))
+        xen = stack.enter_context(connect(options, console, image, start=False))
         domain = stack.enter_context(xen.domain(options.domain))
         symbols = _slid(options, domain, symbols)
         for name in prototypes:
@@ -182,6 +182,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         _tell_start(options, console, domain, symbols, prototypes)
         course = Course(options, domain.xen.backend.clock, "call")
         teller = _Teller(options, console, course, symbols, prototypes, trace, stop)
+        begin(domain)
         teller.listen()
     undone = "breakpoints removed", "vCPUs moved back", "monitor closed"
     note_undone(console, *undone, was_active=was_active)

@@ -28,7 +28,7 @@ from xenaltp2m.cli.arguments import (
 )
 from xenaltp2m.cli.console import Console, Table, printable
 from xenaltp2m.cli.course import Course
-from xenaltp2m.cli.host import Stop, connect, is_altp2m_active, note_undone
+from xenaltp2m.cli.host import Stop, begin, connect, is_altp2m_active, note_undone
 from xenaltp2m.cli.pages import (
     check_loaded,
     counted,
@@ -159,7 +159,9 @@ def run(options: argparse.Namespace, console: Console) -> None:
     with ExitStack() as stack:
         stop = stack.enter_context(Stop())
         xen = stack.enter_context(
-            connect(options, console, image, partial(_script, gfns, options.msrs, image))
+            connect(
+                options, console, image, partial(_script, gfns, options.msrs, image), start=False
+            )
         )
         domain = stack.enter_context(xen.domain(options.domain))
         was_active = is_altp2m_active(domain, console) if gfns or ranges else True
@@ -185,6 +187,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
             watch.watch_bytes(ranges)
         _tell_start(domain, gfns, ranges, options, console, view)
         watch.check_view()
+        begin(domain)
         watch.listen(monitor, stop)
     undone = ["monitor closed"]
     if view is not None:
