@@ -75,6 +75,7 @@ VMFUNC = b"\x0f\x01\xd4"
 STEP_DR6 = 1 << 14
 DF_SET = 1 << 10 | 2
 LSTAR, PAT, EFER = 0xC0000082, 0x277, 0xC0000080
+OSFXSR = 1 << 9
 
 
 def int32(value: int) -> bytes:
@@ -94,13 +95,17 @@ def store(address: int, value: int) -> bytes:
     return b"\xc7\x05" + int32(address) + int32(value)
 
 
-@pytest.fixture
-def ring_3() -> Computer:
+def in_ring_3() -> Computer:
     """In 64-bit mode, where everybody may do everything that pages forbid."""
     computer = Computer(NOP)
     computer.go_long(PRESENT | WRITABLE | USER)
     computer.describe(ring=3)
     return computer
+
+
+@pytest.fixture
+def ring_3() -> Computer:
+    return in_ring_3()
 
 
 # The machine.
@@ -131,6 +136,15 @@ def test_a_guest_begins_as_xen_has_it_begin() -> None:
     assert vcpu.register("rflags") == 2
     info = vcpu.register("rbx")
     assert struct.unpack("<II", computer.read(info, 8)) == (0x336EC578, 1)
+
+
+def test_fault_24_the_fpu_begins_as_after_a_reset() -> None:
+    """SDM 3A, table 10-1: FCW 40H, MXCSR 1F80H; FNINIT makes it 37FH."""
+    fnstcw, stmxcsr = b"\xd9\x3d", b"\x0f\xae\x1d"
+    code = fnstcw + int32(DATA) + stmxcsr + int32(DATA + 4) + b"\xdb\xe3" + fnstcw
+    computer = Computer(code + int32(DATA + 8) + STOP, cr4=OSFXSR)
+    computer.run()
+    assert computer.words(DATA, 3) == [0x40, 0x1F80, 0x37F]
 
 
 def test_a_run_ends_after_its_turns() -> None:
@@ -597,6 +611,97 @@ def test_fault_20_an_exception_after_another(ring_3: Computer, code: str) -> Non
     ring_3.run(40)
     assert ring_3.vector == UD
     assert [one for one, _ in ring_3.vcpu.delivered] == [vector] * 3 + [UD]
+
+
+SCE = 1
+
+
+def syscall_in(computer: Computer, code: bytes = b"\x0f\x05") -> None:
+    computer.write(CODE, code)
+    computer.write(OTHER, HALT)
+    star = KERNEL_CODE << 32 | (KERNEL_DATA | 3) << 48
+    computer.set(msr_star=star, msr_lstar=OTHER, msr_syscall_mask=IF | TF | 0x400)
+    computer.set(rflags=IF | CF | 0x400 | 2, rcx=7, r11=7)
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+def test_fault_21_syscall(emulated: bool) -> None:
+    """SDM 2B; by Xen's emulator, too."""
+    computer = in_ring_3()
+    syscall_in(computer, NOP + b"\x0f\x05")
+    computer.set(msr_efer=computer.register("msr_efer") | SCE)
+    if emulated:
+        computer.listen()
+        computer.switch("software_breakpoint", True)
+        computer.write(CODE + 1, INT3)
+        request = heard(computer, Reason.SOFTWARE_BREAKPOINT)
+        computer.answer(request, EMULATE | INSN_DATA, data=b"\x0f\x05".ljust(16, NOP))
+    computer.run()
+    assert computer.register("rip") == OTHER + 1
+    assert computer.register("rcx") == CODE + 3
+    assert computer.register("r11") == IF | CF | 0x400 | 2
+    assert computer.register("rflags") & ~0x8D4 == CF | 2
+    assert (computer.register("cs_sel"), computer.register("ss_sel")) == (KERNEL_CODE, KERNEL_DATA)
+    assert computer.register("cs_arbytes") == 0xA9B
+    assert computer.register("ss_arbytes") == 0xC93
+    assert computer.register("rsp") == USER_STACK
+    assert computer.processor.privilege == 0
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_fault_21_syscall_is_undefined_without_sce_and_outside_64_bit_mode(wide: bool) -> None:
+    computer = Computer(NOP)
+    if wide:
+        computer.go_long()
+    computer.describe()
+    syscall_in(computer)
+    if not wide:
+        computer.set(msr_efer=SCE)
+    assert computer.handled()[0] == CODE
+    assert computer.vector == UD
+    assert computer.register("rcx") == computer.register("r11") == 7
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("ring", [0, 3])
+def test_fault_21_sysenter(wide: bool, ring: int) -> None:
+    computer = Computer(b"\x0f\x34", {OTHER: HALT})
+    if wide:
+        computer.go_long(PRESENT | WRITABLE | USER)
+    computer.describe(ring=ring)
+    computer.set(sysenter_cs=KERNEL_CODE | 3, sysenter_eip=OTHER, sysenter_esp=IST_STACK)
+    computer.set(rflags=IF | CF | 2)
+    computer.run()
+    assert computer.register("rip") == OTHER + 1
+    assert computer.register("rsp") == IST_STACK
+    assert computer.register("rflags") == CF | 2
+    assert (computer.register("cs_sel"), computer.register("ss_sel")) == (KERNEL_CODE, KERNEL_DATA)
+    assert computer.register("cs_arbytes") == (0xA9B if wide else 0xC9B)
+    assert computer.processor.privilege == 0
+
+
+def test_fault_21_sysenter_wants_a_selector_and_protected_mode() -> None:
+    computer = Computer(b"\x0f\x34", sysenter_eip=OTHER)
+    computer.describe()
+    assert computer.handled()[:2] == [0, CODE]
+    assert computer.vector == GP
+    computer = Computer(b"", {BOOT_SECTOR: b"\x0f\x34", 4 * GP: struct.pack("<HH", 5, 0x2000)})
+    computer.write(0x20005, HALT)
+    computer.go_real(cs=0x7C00, ss=0x30000)
+    computer.set(rip=0x10, sysenter_cs=KERNEL_CODE, rsp=0x100)
+    computer.run()
+    assert computer.vcpu.delivered == [(GP, 3)]
+    assert computer.register("cs_base") + computer.register("rip") == 0x20006
+
+
+def test_fault_21_to_ring_3_and_back(ring_3: Computer) -> None:
+    """SYSRET goes back to the instruction after SYSCALL."""
+    syscall_in(ring_3, b"\x0f\x05\xb0\x07\xf4")
+    ring_3.set(msr_efer=ring_3.register("msr_efer") | SCE)
+    ring_3.write(OTHER, b"\x48\x0f\x07")
+    assert ring_3.handled()[:2] == [0, CODE + 4]  # the HLT is not for ring 3
+    assert ring_3.vector == GP
+    assert ring_3.register("rax") & 0xFF == 7
 
 
 # The trap flag.

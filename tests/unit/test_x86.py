@@ -390,7 +390,7 @@ def test_decode(code: str, mode: int, expected: tuple[object, ...]) -> None:
         assert decode(raw[:length], mode == 64, size) is None  # it goes on behind the page
 
 
-@pytest.mark.parametrize("code", ["90", "48ff", "0f1f00", "0f05", "c3", "", "66", "0f"])
+@pytest.mark.parametrize("code", ["90", "48ff", "0f1f00", "0f0b", "c3", "", "66", "0f"])
 def test_what_does_not_exit(code: str) -> None:
     assert decode(bytes.fromhex(code), True, 4) is None
 

@@ -27,7 +27,7 @@ CR4_TSD, CR4_PSE, CR4_PAE, CR4_LA57, CR4_SMEP, CR4_SMAP = (
     1 << 20,
     1 << 21,
 )
-EFER_LME, EFER_LMA, EFER_NXE = 1 << 8, 1 << 10, 1 << 11
+EFER_SCE, EFER_LME, EFER_LMA, EFER_NXE = 1 << 0, 1 << 8, 1 << 10, 1 << 11
 FLAG_TF, FLAG_IF, FLAG_DF, FLAG_OF, FLAG_NT = 1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 14
 FLAG_RF, FLAG_VM, FLAG_AC = 1 << 16, 1 << 17, 1 << 18
 
@@ -345,7 +345,7 @@ _PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3") | frozens
 )
 _EXITING = re.compile(
     rb"(?=[\x6c-\x6f\xcc-\xce\xe4-\xe7\xec-\xef\xf1\xf4\xfa\xfb]"
-    rb"|\x0f(?:[\x00\x01\x06-\x09\x20-\x23\x30-\x33\x35\xa2]|\Z))",
+    rb"|\x0f(?:[\x00\x01\x05-\x09\x20-\x23\x30-\x35\xa2]|\Z))",
     re.DOTALL,
 )
 
@@ -384,7 +384,8 @@ class Decoded(NamedTuple):
     repeats: bool
 
 
-_UNPRIVILEGED = frozenset({0xCC, 0xCD, 0xCE, 0xF1, 0x0FA2, 0x0F31})
+SYSCALL, SYSENTER = 0x0F05, 0x0F34
+_UNPRIVILEGED = frozenset({0xCC, 0xCD, 0xCE, 0xF1, 0x0FA2, 0x0F31, SYSCALL, SYSENTER})
 _UNPRIVILEGED_01 = frozenset({0xC1, 0xD0, 0xD4, 0xF9})
 
 
@@ -449,6 +450,7 @@ def repeated(code: bytes, long: bool, default_size: int) -> Repeated | None:
 _IMMEDIATE = frozenset({0xCD, 0xE4, 0xE5, 0xE6, 0xE7})
 _NO_MODRM = frozenset(
     {0x0F06, 0x0F07, 0x0F08, 0x0F09, 0x0F30, 0x0F31, 0x0F32, 0x0F33, 0x0F35, 0x0FA2}
+    | {SYSCALL, SYSENTER}
 )
 
 

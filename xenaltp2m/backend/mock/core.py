@@ -67,6 +67,8 @@ SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs")
 _SEGMENT = struct.Struct("<I4xQII")
 """``SegmentCache``: selector, base, limit, flags."""
 _WORDS, _FLAGS, _EXCEPTION_NUMBER = struct.Struct("<16Q"), struct.Struct("<I"), struct.Struct("<i")
+_FCW_AT_RESET, _MXCSR_AT_RESET = 0x40, 0x1F80
+"""SDM 3A, table 10-1; ``vcpu_reset_fpu``."""
 _BEHIND_DR0 = 8 * 8 + 4 * 8
 """Debug registers and what is set in them; then comes ``old_exception``."""
 _HF_CPL, _HF_CS32, _HF_SS32, _HF_ADDSEG, _HF_PE, _HF_LMA, _HF_CS64 = (
@@ -196,6 +198,8 @@ class Engine:
         self.uc.reg_write(x86.UC_X86_REG_CR0, CR0_PE | 0x10)
         self.uc.msr_write(EFER, 0)
         self.uc.reg_write(x86.UC_X86_REG_CR4, 0)
+        self.uc.reg_write(x86.UC_X86_REG_FPCW, _FCW_AT_RESET)
+        self.uc.reg_write(x86.UC_X86_REG_MXCSR, _MXCSR_AT_RESET)
         self.initial = self.uc.context_save()
         self._places = self._find_places()
         self._now = self.new_state()

@@ -26,6 +26,7 @@ from xenaltp2m.abi.x86 import (
     DF,
     EFER_LMA,
     EFER_LME,
+    EFER_SCE,
     FLAG_AC,
     FLAG_DF,
     FLAG_IF,
@@ -39,6 +40,8 @@ from xenaltp2m.abi.x86 import (
     NP,
     OF,
     PF,
+    SYSCALL,
+    SYSENTER,
     UD,
     VE,
     Decoded,
@@ -96,6 +99,10 @@ from xenaltp2m.backend.mock.processor import (
 )
 from xenaltp2m.backend.mock.vcpu import (
     EFER,
+    FLAT_CODE,
+    FLAT_CODE_64,
+    FLAT_DATA,
+    FLAT_LIMIT,
     GENERAL_REGISTERS,
     HARDWARE_EXCEPTION,
     PRIVILEGED_EXCEPTION,
@@ -748,6 +755,8 @@ class MachineCode(Processor):
             return (yield from self._vmfunc(length))
         if opcode == _RDMSR:
             return (yield from self._read_msr_at_rip(length))
+        if opcode in (SYSCALL, SYSENTER):
+            return (yield from self._call_system(opcode, length))
         effect = self._effect(found)
         if effect is None:
             return (yield from self._execute_alone())
@@ -857,6 +866,39 @@ class MachineCode(Processor):
         elif effect.port == _DEBUG_PORT:
             self.console.append(effect.value & 0xFF)
 
+    def _call_system(self, opcode: int, length: int) -> Waits[Done]:
+        try:
+            self._enter_system(opcode, length)
+        except Fault as fault:
+            return (yield from self._raise(fault))
+        if self.vcpu.register("rflags") & FLAG_TF:
+            return (yield from self._apply_trap_flag())
+        return Done.NATIVE
+
+    def _enter_system(self, opcode: int, length: int) -> None:
+        """SYSCALL and SYSENTER (SDM 2B), which Unicorn leaves out; a Fault where there is none."""
+        vcpu, register, long = self.vcpu, self.vcpu.register, self._long_mode
+        flags = register("rflags") & ~FLAG_RF
+        if opcode == SYSCALL:
+            if not self.long or not register("msr_efer") & EFER_SCE:
+                raise Fault(UD)
+            code = register("msr_star") >> 32
+            vcpu.set_registers({"rcx": register("rip") + length, "r11": flags})
+            flags &= ~register("msr_syscall_mask")
+            target = {"rip": register("msr_lstar")}
+        else:
+            code = register("sysenter_cs")
+            if not register("cr0") & CR0_PE or not code & 0xFFFC:
+                raise Fault(GP, 0)
+            flags &= ~(FLAG_VM | FLAG_IF)
+            mask = _U64 if long else _U32
+            target = {"rip": register("sysenter_eip"), "rsp": register("sysenter_esp")}
+            target = {name: value & mask for name, value in target.items()}
+        vcpu.set_registers({"rflags": flags | 2, **target})
+        vcpu.set_registers({"cs_sel": code & 0xFFFC, "ss_sel": (code & 0xFFFC) + 8})
+        vcpu.set_segment("cs", Segment(0, FLAT_LIMIT, FLAT_CODE_64 if long else FLAT_CODE))
+        vcpu.set_segment("ss", Segment(0, FLAT_LIMIT, FLAT_DATA))
+
     def _check_overflow(self, length: int) -> Waits[Done]:
         """INTO."""
         if self.long:
@@ -930,6 +972,8 @@ class MachineCode(Processor):
         if found is not None and (found.opcode, found.modrm) == (0x0F01, 0xC1):
             yield from self._cannot_emulate(answered=answered)
             return False
+        if found is not None and found.opcode in (SYSCALL, SYSENTER):
+            return self._emulate_system_call(found)
         effect = None if found is None else self._effect(found)
         if found is not None and found.length and effect is not None:
             if not (yield from self._emulate_effect(effect, found.length)):
@@ -947,6 +991,14 @@ class MachineCode(Processor):
         error = fault.error_code if has_error_code(fault.vector) else NO_ERROR_CODE
         vcpu.raise_trap(Trap(fault.vector, HARDWARE_EXCEPTION, error, 0, fault.address))
         return False
+
+    def _emulate_system_call(self, found: Decoded) -> bool:
+        try:
+            self._enter_system(found.opcode, found.length)
+        except Fault as fault:
+            self._fault(fault.vector)
+            return False
+        return True
 
     def _parts(self, code: bytes, kind: Flag, data: bytes) -> list[bytes]:
         """For each repetition that Xen's emulator does at once, its part of an answer's data."""
