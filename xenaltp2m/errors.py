@@ -458,6 +458,9 @@ HINTS: dict[tuple[str, int], tuple[str, ...]] = {
     ("*", _errno.EACCES): (_SKEW, _PRIVILEGE),
     ("*", _errno.EPERM): (_PRIVILEGE,),
     ("*", _errno.ENOMEM): ("the host has no memory left",),
+    ("*", _errno.EMFILE): (
+        "this process has as many files open as it may: close some, or raise `ulimit -n`",
+    ),
 }
 """Causes, likeliest first, by (operation, errno); then by family (``altp2m``, ``monitor``), then
 ``*``. Checked against the hypervisor's own refusals in ``tests/unit/test_errors.py``."""

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import select
+import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from dataclasses import replace
-from errno import ENODEV
+from errno import EMFILE, ENODEV
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
@@ -33,11 +35,13 @@ from xenaltp2m.answers import DENIABLE, FITTING, Plan, misfit
 from xenaltp2m.errors import (
     AlreadyError,
     BusyError,
+    ClosedError,
     InvalidArgumentError,
     RingError,
     UnsupportedError,
     XenError,
     add_failure,
+    from_errno,
 )
 from xenaltp2m.events import (
     EVENTS,
@@ -51,7 +55,7 @@ from xenaltp2m.events import (
     UnknownEvent,
     WriteCtrlreg,
 )
-from xenaltp2m.handle import Handle, UndoList
+from xenaltp2m.handle import Handle, UndoList, check_callback
 from xenaltp2m.responses import RESUME, Action, Response, view_number
 from xenaltp2m.signals import guard, uninterruptible
 from xenaltp2m.types import SINGLE_STEP_OFF, VIEWS_BEFORE_4_21, VcpuInfo
@@ -63,8 +67,11 @@ if TYPE_CHECKING:
     from xenaltp2m.types import ViewId
     from xenaltp2m.view import View
 
+_LOG = logging.getLogger(__name__)
 _LIVENESS_SECONDS = 0.5
-"""How long nothing may happen before the domain is looked at: nothing tells of its end."""
+"""Idle interval between liveness checks: Xen does not signal a domain's death."""
+_TURN_SECONDS = 0.001
+"""How long ``async for`` hands out events before other tasks get their turn."""
 _FLUSH_EACH = 3
 """Mask of a request's index: how many responses are kept back for one notification."""
 _SETTLE_SECONDS = 0.2
@@ -142,6 +149,7 @@ class Monitor(Handle):
         self._answerers: list[Handler] = []
         self._children: list[Handle] = []
         """What needs its events to be answered, and is closed before it."""
+        self._stop_lock = threading.RLock()  # a signal handler may stop() within a stop()
         self._set_up(subscriptions)
 
     @uninterruptible
@@ -166,29 +174,30 @@ class Monitor(Handle):
         self._gates_writes = False
         """Whether register writes wait for the answer, until the ring is given back."""
         self._damaged = self._enabled_in_xen = False
-        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._poller = select.epoll()
-        self._poll = self._clock.polling(self._poller)
-        self._poller.register(self._wakeup, select.EPOLLIN)
+        self._attached = False
+        """Whether the ring and the descriptors may be used: a close that failed has none."""
+        self._wakeup = -1
         self._leave_loop: Callable[[], object] | None = None
         self._own = UndoList()
-        """What is this process's: its end of the ring and of the event channel."""
-        self._own.push("", self._close_files)
+        """What is this process's: its end of the ring and of the event channel, its descriptors."""
         self._undo.push("", self._let_go)
         guard.enter()  # first: a process killed from here on would leave a ring behind
         try:
+            self._open_files()
             self._open()
             for wanted in subscriptions:
                 self.enable(wanted)
             if self.access_required:
                 self._require_access()
         except BaseException as error:
+            self._attached = False
             try:
                 self._roll_back(self._undo, error, heir=domain._undo)
             finally:
                 super().abandon()
                 guard.leave()
             raise
+        _LOG.info("%r: attached, vm_event version %d", self, self.version)
 
     def __repr__(self) -> str:
         return f"<Monitor of domain {self._domid}>"
@@ -202,6 +211,38 @@ class Monitor(Handle):
         except LookupError as error:
             raise UnsupportedError(str(error), op="vm_event_get_version") from None
         return version
+
+    def _open_files(self) -> None:
+        """Open what stop() writes to, and what waits for that and for the event channel."""
+        try:
+            self._wakeup = self._own.do(
+                "",
+                partial(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK),
+                lambda _: self._close_wakeup(),
+            )
+            self._poller = self._own.do("", select.epoll, select.epoll.close)
+        except OSError as error:
+            raise from_errno("monitor_wait", error.errno or EMFILE, domid=self._domid) from error
+        self._poller.register(self._wakeup, select.EPOLLIN)
+        self._poll = self._clock.polling(self._poller)
+
+    def _close_wakeup(self) -> None:
+        with self._stop_lock:  # its number may be another file's at once
+            wakeup, self._wakeup = self._wakeup, -1
+            os.close(wakeup)
+
+    def _detach(self) -> None:
+        """Let nobody use the ring and the descriptors any more, before they are given back."""
+        self._attached = False
+        self._end_loop()
+
+    def _check_open(self) -> None:
+        super()._check_open()
+        if not self._attached:
+            raise ClosedError(
+                f"{self!r} was closed in part and has no ring: call close() again",
+                domid=self._domid,
+            )
 
     def _open(self) -> None:
         """Enable it and set its ring up while the domain stands still.
@@ -237,6 +278,7 @@ class Monitor(Handle):
             self._poller.register(backend.evtchn_fd(self._channel), select.EPOLLIN)
             self._undo.drop()
             self._undo.push(f"monitor of domain {domid}", self._disable)
+            self._attached = True
 
     def expect_delays(self) -> None:
         """Be told that a page was taken from one of the domain's p2m tables.
@@ -280,11 +322,6 @@ class Monitor(Handle):
         self._answer(event, kept.response)
         return True
 
-    def _close_files(self) -> None:
-        self._end_loop()
-        self._poller.close()
-        os.close(self._wakeup)
-
     def _require_access(self) -> None:
         required = partial(self._backend.domain_set_access_required, self._domid)
         journal = self.domain._journal
@@ -322,6 +359,7 @@ class Monitor(Handle):
                 self._turn(wanted, True)
             except AlreadyError:
                 # Nobody else can be listening: somebody has left it on, with his own options.
+                _LOG.info("%r: %s was left on, and is switched anew", self, _words(wanted))
                 self._turn(wanted, False)
                 self._turn(wanted, True)
         self._enabled[wanted.key] = wanted
@@ -334,7 +372,7 @@ class Monitor(Handle):
         Raises:
             InvalidArgumentError: It was not.
         """
-        self._check_open()
+        super()._check_open()  # without a ring, too: a child may be closed once more
         unwanted = subscription(which)
         if unwanted.key not in self._enabled:
             raise InvalidArgumentError(f"{self!r} does not hear of {_words(unwanted)}")
@@ -379,8 +417,13 @@ class Monitor(Handle):
         """Have a handler asked what to answer where nobody has answered.
 
         The latest is asked first; where all return None, the event's default response is taken.
+        What one raises is raised where the monitor is listened to, once the vCPU was resumed.
+
+        Raises:
+            InvalidArgumentError: It is no function, or an async one.
         """
         self._check_open()
+        check_callback(handler)
         self._answerers.append(handler)
 
     def _close_first(self, handle: Handle) -> None:
@@ -401,11 +444,14 @@ class Monitor(Handle):
 
     def stop(self) -> None:
         """End the iteration that runs, or the next one; from any thread or signal handler."""
-        if not self.closed:
-            self._stopping = True
-            os.eventfd_write(self._wakeup, 1)
+        with self._stop_lock:
+            if self._attached:
+                self._stopping = True
+                os.eventfd_write(self._wakeup, 1)
 
-    def events(self, timeout: float | None = None) -> Generator[Event, None, None]:
+    def events(
+        self, timeout: float | None = None, *, seconds: float | None = None
+    ) -> Generator[Event, None, None]:
         """Yield what happens, each event after the one before it was answered.
 
         What is not answered by :meth:`Event.reply` gets the event's default response when the next
@@ -414,19 +460,28 @@ class Monitor(Handle):
         Args:
             timeout: How many seconds nothing may happen before the iteration ends; None waits
                 for ever.
+            seconds: How many seconds the iteration takes in all, however much happens.
 
         Raises:
+            InvalidArgumentError: A time is not a number, or negative.
             BusyError: Somebody iterates already.
             RingError: The ring holds something that is not an event. Its vCPU is answered.
         """
+        _check_seconds(timeout=timeout, seconds=seconds)
+        return self._events(timeout, seconds)
+
+    def _events(self, timeout: float | None, seconds: float | None) -> Generator[Event, None, None]:
         with self._iteration():
-            while not self._closed and (event := self._next(timeout)) is not None:
+            until = self._end_of(seconds)
+            while self._attached and (event := self._next(timeout, until)) is not None:
                 yield event
                 self._settle()
                 if type(event) is DomainEnded:
                     return
 
-    def run(self, handler: Handler, timeout: float | None = None) -> None:
+    def run(
+        self, handler: Handler, timeout: float | None = None, *, seconds: float | None = None
+    ) -> None:
         """Call a handler for each event and answer with what it returns.
 
         What it raises is raised here, after the vCPU got the event's default response.
@@ -435,15 +490,21 @@ class Monitor(Handle):
             handler: Gets an event, returns its response; None is the default one, unless it has
                 replied already. Responses that are made once and returned often are cheap.
             timeout: As for :meth:`events`.
+            seconds: As for :meth:`events`; a handler that is running is waited for.
 
         Raises:
-            InvalidArgumentError: A response does not fit its event.
+            InvalidArgumentError: The handler cannot be called, or is async; a time is not a number,
+                or negative; or the handler has returned what is no response, or one that does not
+                fit its event, which has got its default response then.
         """
+        check_callback(handler)
+        _check_seconds(timeout=timeout, seconds=seconds)
         with self._iteration():
-            while not self._closed and (event := self._next(timeout)) is not None:
+            until = self._end_of(seconds)
+            while self._attached and (event := self._next(timeout, until)) is not None:
                 response = handler(event)
-                if self._closed:
-                    return  # by the handler: the event was answered then
+                if not self._attached:
+                    return  # the handler has closed it: the event was answered then
                 if type(event) is DomainEnded:
                     return
                 if response is not None:
@@ -451,9 +512,16 @@ class Monitor(Handle):
                 else:
                     self._settle()
                 if not (self._let_through or self._stopping):
-                    self._serve(handler, timeout)
+                    self._serve(handler, timeout, until)
 
-    def _serve(self, handler: Handler, timeout: float | None) -> None:
+    def _end_of(self, seconds: float | None) -> float | None:
+        """Return when an iteration of so many seconds ends, by the backend's clock."""
+        return None if seconds is None else self._clock.monotonic() + seconds
+
+    def _is_over(self, until: float | None) -> bool:
+        return self._stopping or (until is not None and self._clock.monotonic() >= until)
+
+    def _serve(self, handler: Handler, timeout: float | None, until: float | None) -> None:
         """Do what :meth:`run` does, as long as nothing is out of the ordinary.
 
         All of it is in one function: calls and lookups are most of what an event costs in Python.
@@ -476,6 +544,10 @@ class Monitor(Handle):
                     if notify() < 0:
                         return
                     self._notified = notified = answered
+                if until is not None:
+                    wait = min(wait, until - self._clock.monotonic())
+                    if wait <= 0:
+                        return
                 ready = poll(wait)
                 if ready == signalled:
                     pending()
@@ -487,7 +559,7 @@ class Monitor(Handle):
             elif answered != notified and not taken & _FLUSH_EACH:
                 self._flush()  # many are waiting: vCPUs may be, for room
                 notified = self._notified
-                if self._stopping:
+                if self._is_over(until):
                     return
             raw = slots[taken & SLOT_MASK].tobytes()
             head = _unpack(raw)
@@ -513,8 +585,8 @@ class Monitor(Handle):
                 or ring.state is not in_hand  # the handler has replied, or closed the monitor
                 or (delayed and vcpu in delayed)  # the handler has had a page removed
             ):
-                if self._closed:
-                    return  # by the handler: the event was answered then
+                if not self._attached:
+                    return  # the handler has closed it: the event was answered then
                 if response is not None:
                     self._answer(event, response)
                 else:
@@ -540,15 +612,24 @@ class Monitor(Handle):
         return self.events()
 
     async def __aiter__(self) -> AsyncGenerator[Event, None]:
-        """As :meth:`events`, for ``async for``."""
+        """As :meth:`events`, for ``async for``.
+
+        Other tasks of the loop get their turn at least every millisecond, between two events.
+        """
         loop = asyncio.get_running_loop()
         ready = asyncio.Event()
         with self._iteration():
             descriptor = self._poller.fileno()
             loop.add_reader(descriptor, ready.set)
-            self._leave_loop = partial(loop.remove_reader, descriptor)
+
+            def leave() -> None:
+                loop.remove_reader(descriptor)
+                ready.set()
+
+            self._leave_loop = leave
             try:
-                while not self._closed:
+                turn_ends = loop.time() + _TURN_SECONDS
+                while self._attached:
                     ready.clear()
                     event = self._next(0)
                     if event is None:
@@ -557,12 +638,17 @@ class Monitor(Handle):
                         try:
                             await asyncio.wait_for(ready.wait(), _LIVENESS_SECONDS)
                         except TimeoutError:
-                            event = self._ended()
+                            event = self._ended() if self._attached else None
+                        turn_ends = loop.time() + _TURN_SECONDS
                     if event is not None:
                         yield event
                         self._settle()
                         if type(event) is DomainEnded:
                             return
+                    if self._attached and loop.time() >= turn_ends:
+                        self._flush()  # the turn of others may be long
+                        await asyncio.sleep(0)
+                        turn_ends = loop.time() + _TURN_SECONDS
             finally:
                 self._end_loop()
 
@@ -600,18 +686,18 @@ class Monitor(Handle):
         """Answer what was handed out, and show Xen the answers."""
         self._iterating = False
         try:
-            if not self._closed:
+            if self._attached:
                 self._settle()
         finally:
-            if not self._closed:
-                with guard.holding_back():
+            with guard.holding_back(), self._stop_lock:
+                if self._attached:
                     for request in self._ring.outstanding:
                         self._resume(request)  # an exception has kept its response from it
-                    self._flush()
                     if self._stopping:
                         self._stopping = False
                         with contextlib.suppress(BlockingIOError):
                             os.eventfd_read(self._wakeup)
+                    self._flush()
 
     def _event(self, request: Request) -> Event:
         """Wrap a request."""
@@ -620,12 +706,12 @@ class Monitor(Handle):
         event._request, event._head, event._monitor = request, head, self
         return event
 
-    def _next(self, timeout: float | None) -> Event | None:
+    def _next(self, timeout: float | None, until: float | None = None) -> Event | None:
         """Return the next event; None after a stop, or where nothing happens for long enough."""
         while True:
-            request = None if self._stopping else self._ring.take()
+            request = None if self._is_over(until) else self._ring.take()
             if request is None:
-                ended = self._await_more(timeout)
+                ended = self._await_more(timeout, until)
                 if ended is _NOT_YET:
                     continue
                 return ended
@@ -653,7 +739,7 @@ class Monitor(Handle):
         self._answer(event, RESUME)
         return True
 
-    def _await_more(self, timeout: float | None) -> DomainEnded | None:
+    def _await_more(self, timeout: float | None, until: float | None) -> DomainEnded | None:
         """Show Xen the responses, then wait until there may be a request.
 
         Returns:
@@ -661,10 +747,12 @@ class Monitor(Handle):
         """
         self._flush()
         begun = looked = self._clock.monotonic()
-        while not self._stopping:
+        while not self._is_over(until):
             wait = _LIVENESS_SECONDS
             if timeout is not None:
                 wait = max(min(wait, begun + timeout - self._clock.monotonic()), 0)
+            if until is not None:
+                wait = max(min(wait, until - self._clock.monotonic()), 0)
             if self._heed(self._poll(wait)) and self._ring.unread:
                 return _NOT_YET
             now = self._clock.monotonic()
@@ -730,8 +818,10 @@ class Monitor(Handle):
                 if response is not None:
                     self._answer(event, response)
                     return
-            with contextlib.suppress(XenError):
+            try:
                 self._answer(event, event.default_response)
+            except XenError as error:
+                _LOG.warning("%r is resumed, for its default response fails: %s", event, error)
         finally:
             if self._is_unanswered(request):
                 self._resume(request)
@@ -760,6 +850,10 @@ class Monitor(Handle):
 
     def _answer(self, event: Event, response: Response) -> None:
         """Write a response into the ring."""
+        if not isinstance(response, Response):
+            raise InvalidArgumentError(
+                f"an event is answered by a Response, not {response!r}; a handler may return None"
+            )
         if event._head[3] in self._delayed:
             response = self._in_time(event, response)
         plan = self._plans.get(id(response)) or self._plan(event, response)
@@ -785,8 +879,6 @@ class Monitor(Handle):
     def _plan(self, event: Event, response: Response) -> Plan:
         """Check a response and work out what is the same whichever event it answers."""
         self._check_open()
-        if not isinstance(response, Response):
-            raise InvalidArgumentError(f"an event is answered by a Response, not {response!r}")
         if event._monitor is None:
             raise InvalidArgumentError(f"{event!r} did not come from a monitor")
         self._check_fits(event, response)
@@ -903,6 +995,7 @@ class Monitor(Handle):
         """Close without undoing anything but what is this process's own: the domain is gone."""
         if self.closed:
             return
+        self._detach()
         with contextlib.suppress(XenError):
             self._own.unwind(f"abandoning {self!r}")
         guard.leave()
@@ -931,9 +1024,10 @@ class Monitor(Handle):
                         self._give_back()
                         return
                 self._await_vcpus()
-            except BusyError:
+            except BusyError as error:
                 if last:
                     raise
+                _LOG.debug("%r: to be disabled again: %s", self, error.message)
             self._clock.sleep(_SETTLE_STEP)  # vCPUs that wait for room must run to find some
 
     def _give_back(self) -> None:
@@ -944,11 +1038,13 @@ class Monitor(Handle):
                 raise  # else somebody has disabled it
         self._enabled_in_xen = False
         self.domain._journal.undone(monitor=False)
+        _LOG.info("%r: detached", self)
 
     def _let_go(self) -> None:
         """Let go of the ring and the event channel, unless they are needed to try again."""
         if self._enabled_in_xen:
             raise BusyError(f"{self!r} is still enabled", domid=self._domid)
+        self._detach()
         self._own.unwind(f"closing {self!r}")
 
     def _deaf_without_us(self) -> bool:
@@ -972,8 +1068,9 @@ class Monitor(Handle):
                 for request in self._ring.outstanding:
                     self._resume(request)
                 self._flush()
-        except RingError:
+        except RingError as error:
             if not self._damaged:
+                _LOG.warning("%r: each vCPU is resumed, for %s", self, error.message)
                 for vcpu in range(self._vcpus):
                     self._ring.force(self.version, vcpu, _PAUSED)
                     self._flush()
@@ -996,7 +1093,10 @@ class Monitor(Handle):
                     del waiting[vcpu]
                 elif before is None:
                     waiting[vcpu] = now
-            if not waiting or self._clock.monotonic() > end:
+            if not waiting:
+                return
+            if self._clock.monotonic() > end:
+                _LOG.info("%r: vCPUs %s have not run since their answers", self, sorted(waiting))
                 return
             self._clock.sleep(_SETTLE_STEP)
 
@@ -1022,6 +1122,17 @@ def has_ring(backend: Backend, domid: int) -> bool:
     except XenError as error:
         return error.errno != ENODEV
     return True
+
+
+def _check_seconds(**times: float | None) -> None:
+    """Refuse times that are none."""
+    for name, value in times.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+            raise InvalidArgumentError(
+                f"{name} is a number of seconds, 0 or more, or None: not {value!r}"
+            )
 
 
 def subscription(wanted: Subscription | type[Event]) -> Subscription:

@@ -5,16 +5,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
+import logging
 import os
+import resource
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -24,6 +29,7 @@ import xenaltp2m as xa
 from tests.unit.ringhost import RingHost, domain, finish, started
 from xenaltp2m.abi.vm_event import encode_request
 from xenaltp2m.backend.mock import Cpuid, Instruction, MockBackend
+from xenaltp2m.handle import Handle
 
 PAUSED, EMULATE, TOGGLE, DENY, VIEW, REGISTERS, FAST = (
     1,
@@ -841,3 +847,415 @@ def test_fault_01_ctrl_c_at_any_line_of_the_loop(way: str) -> None:
         if not more:
             break
     assert nth > 100
+
+
+# Times, and arguments.
+
+
+def endless(host: RingHost, monitor: xa.Monitor, most: int = 20_000) -> None:
+    """Have an event follow each answer, and stop the monitor after so many."""
+    left = itertools.count(most, -1)
+
+    def again() -> None:
+        if next(left) > 0:
+            host.put(access())
+        else:
+            monitor.stop()
+
+    host.on_notify = again
+    host.put(access())
+
+
+@pytest.mark.parametrize("way", ["run", "run, None returned", "events"])
+def test_fault_28_a_loop_of_so_many_seconds_ends_while_events_keep_coming(
+    host: RingHost, monitor: xa.Monitor, way: str
+) -> None:
+    endless(host, monitor, most=1_000_000)
+    began = time.monotonic()
+    count = itertools.count()
+    if way == "events":
+        for _ in monitor.events(seconds=0.2):
+            next(count)
+    else:
+        response = None if "None" in way else xa.Response.resume()
+        monitor.run(lambda _: (next(count), response)[1], seconds=0.2)
+    assert time.monotonic() - began >= 0.2
+    assert 0 < next(count) < 1_000_000
+    assert len(host.responses) >= next(count) - 1
+
+
+def test_fault_28_several_vcpus_do_not_keep_it_from_ending(
+    host: RingHost, monitor: xa.Monitor
+) -> None:
+    """The ring is never empty then, and nothing is waited for."""
+    count = 0
+
+    def handler(event: xa.Event) -> xa.Response:
+        nonlocal count
+        count += 1
+        host.put(numbered(count))
+        return xa.Response.resume()
+
+    for number in range(4):
+        host.put(numbered(number))
+    monitor.run(handler, seconds=0.1)
+    assert count > 0
+
+
+@pytest.mark.parametrize("seconds", [0, 0.05])
+def test_fault_28_a_quiet_guest_does_not_make_it_shorter_or_longer(
+    monitor: xa.Monitor, seconds: float
+) -> None:
+    began = time.monotonic()
+    monitor.run(lambda _: None, seconds=seconds)
+    assert time.monotonic() - began >= seconds
+    assert list(monitor.events(seconds=seconds)) == []
+    monitor.run(lambda _: None, timeout=0.01, seconds=3600)  # what comes first ends it
+
+
+@pytest.mark.parametrize("time_", [-1, -0.5, float("nan"), "5", True])
+@pytest.mark.parametrize("name", ["timeout", "seconds"])
+def test_fault_27_times_that_are_none_are_refused_at_the_call(
+    monitor: xa.Monitor, name: str, time_: Any
+) -> None:
+    for call in (monitor.events, partial(monitor.run, lambda _: None)):
+        with pytest.raises(xa.InvalidArgumentError, match=name):
+            call(**{name: time_})
+
+
+async def coroutine(event: xa.Event) -> None:
+    del event
+
+
+class Coroutine:
+    async def __call__(self, event: xa.Event) -> None:
+        del event
+
+
+@pytest.mark.parametrize("handler", [None, 5, "handler", coroutine, Coroutine()])
+def test_fault_27_a_handler_that_cannot_be_called_is_refused_at_the_call(
+    host: RingHost, monitor: xa.Monitor, handler: Any
+) -> None:
+    host.put(access())
+    for call in (monitor.run, monitor.answer_by_default):
+        with pytest.raises(xa.InvalidArgumentError, match="callback"):
+            call(handler)
+    monitor.run(lambda _: None, timeout=0)
+    assert len(host.responses) == 1, "the monitor is as it was"
+
+
+@pytest.mark.parametrize("returned", [True, False, 0, "resume", xa.Response, xa.Action.RESUME])
+@pytest.mark.parametrize("nth", [1, 3])
+@pytest.mark.parametrize("delayed", [False, True])
+def test_fault_27_what_is_no_response_is_raised_once_the_event_was_answered(
+    host: RingHost, monitor: xa.Monitor, returned: Any, nth: int, delayed: bool
+) -> None:
+    count = itertools.count(1)
+    for number in range(4):
+        host.put(numbered(number))
+    if delayed:
+        monitor.expect_delays()
+    with pytest.raises(xa.InvalidArgumentError, match="is answered by a Response"):
+        monitor.run(lambda _: returned if next(count) == nth else None, timeout=0)
+    assert len(host.responses) == nth
+    monitor.answer_by_default(lambda _: returned)
+    with pytest.raises(xa.InvalidArgumentError, match="is answered by a Response"):
+        monitor.run(lambda _: None, timeout=0)
+    assert len(host.responses) == nth + 1
+
+
+# Descriptors: none leaks, and none is used once its number is another file's.
+
+
+class Child(Handle):
+    """Something of the monitor's that cannot be closed at first."""
+
+    refuses = True
+
+    def _take_back(self) -> None:
+        if self.refuses:
+            raise xa.LeftoverError("not now", left=["something"])
+
+
+def open_descriptors() -> dict[str, str]:
+    found = {}
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found[link.name] = str(link.readlink())
+    return found
+
+
+def test_fault_09_a_monitor_that_was_closed_in_part_uses_no_descriptor(host: RingHost) -> None:
+    dom, monitor = started(host, xa.MemAccess, xa.Cpuid)
+    host.put(access())
+    [event] = monitor.events(timeout=0)
+    child = Child()
+    monitor._close_first(child)
+    with pytest.raises(xa.LeftoverError, match="not now"):
+        monitor.close()
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(8)]
+        monitor.stop()
+        for use in (
+            monitor.fileno,
+            monitor.flush,
+            lambda: monitor.run(lambda _: None),
+            lambda: list(monitor.events()),
+            lambda: event.reply(xa.Response.resume()),
+            lambda: monitor.enable(xa.MemAccess),
+            lambda: listen(monitor, "async for", lambda _: None),
+        ):
+            with pytest.raises(xa.ClosedError, match="close"):
+                use()
+        assert [file.seek(0, 2) for file in files] == [0] * 8
+        child.refuses = False
+        monitor.close()
+        assert [os.fstat(file.fileno()).st_size for file in files] == [0] * 8
+    assert monitor.closed
+    finish(dom)
+
+
+@pytest.mark.parametrize("nth", [1, 3])
+def test_fault_09_a_handler_that_closes_it_in_part(host: RingHost, nth: int) -> None:
+    dom, monitor = started(host, xa.MemAccess)
+    child = Child()
+    monitor._close_first(child)
+    count = itertools.count(1)
+
+    def handler(event: xa.Event) -> xa.Response:
+        if next(count) == nth:
+            with contextlib.suppress(xa.LeftoverError):
+                monitor.close()
+        return xa.Response.resume()
+
+    for number in range(4):
+        host.put(numbered(number))
+    monitor.run(handler)
+    assert next(count) == nth + 1
+    assert len(host.responses) == 4
+    child.refuses = False
+    monitor.close()
+    finish(dom)
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_fault_09_a_process_out_of_descriptors_leaks_none(host: RingHost, room: int) -> None:
+    """The first is the eventfd, the second the epoll."""
+    dom = domain(host)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as stack:
+        highest = -1
+        while highest < max(map(int, open_descriptors())):  # no number below it is free then
+            highest = stack.enter_context(Path(os.devnull).open()).fileno()
+        before = open_descriptors()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1 + room, hard))
+        try:
+            for _ in range(3):
+                with pytest.raises(xa.XenError) as raised:
+                    dom.monitor(xa.MemAccess)
+                assert raised.value.errno == errno.EMFILE
+                assert "ulimit -n" in str(raised.value)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert open_descriptors() == before
+    assert "monitor_enable" not in host.calls
+    dom.monitor(xa.MemAccess).close()
+    finish(dom)
+
+
+def test_fault_09_stopping_in_another_thread_while_it_closes_writes_to_no_file(
+    host: RingHost,
+) -> None:
+    dom = domain(host)
+    current: list[xa.Monitor] = []
+    over = threading.Event()
+
+    def stop() -> None:
+        while not over.is_set():
+            for monitor in current[-1:]:
+                monitor.stop()
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    try:
+        for _ in range(200):
+            current.append(dom.monitor(xa.MemAccess))
+            current[-1].close()
+            with tempfile.TemporaryFile() as one, tempfile.TemporaryFile() as other:
+                assert [os.fstat(file.fileno()).st_size for file in (one, other)] == [0, 0]
+    finally:
+        over.set()
+        thread.join()
+    finish(dom)
+
+
+def test_fault_09_a_stop_as_the_loop_ends_leaves_no_wakeup_behind(
+    host: RingHost, monitor: xa.Monitor
+) -> None:
+    """Else every later wait would end at once, and the loop spin."""
+    over = threading.Event()
+
+    def stop() -> None:
+        while not over.is_set():
+            monitor.stop()
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    try:
+        for _ in range(500):
+            monitor.run(lambda _: None, timeout=0)
+    finally:
+        over.set()
+        thread.join()
+    monitor.stop()
+    monitor.run(lambda _: None)
+    assert monitor._poller.poll(0) == []
+
+
+# asyncio: other tasks get their turn while events keep coming.
+
+
+def test_fault_08_timers_and_tasks_run_while_events_keep_coming(host: RingHost) -> None:
+    dom, monitor = started(host, xa.MemAccess)
+    endless(host, monitor)
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        for _ in range(5):
+            await asyncio.sleep(0)
+            turns += 1
+        asyncio.get_running_loop().call_later(0.01, monitor.stop)
+
+    async def agent() -> int:
+        task = asyncio.create_task(others())
+        count = 0
+        async for event in monitor:
+            event.reply(xa.Response.resume())
+            count += 1
+        await task
+        return count
+
+    count = asyncio.run(agent())
+    assert turns == 5
+    assert 0 < count < 20_000
+    monitor.close()
+    finish(dom)
+
+
+@pytest.mark.parametrize("how", ["timeout", "cancel", "Ctrl-C"])
+def test_fault_08_it_can_be_ended_while_events_keep_coming(host: RingHost, how: str) -> None:
+    dom, monitor = started(host, xa.MemAccess)
+    endless(host, monitor)
+    count = 0
+
+    async def listening() -> None:
+        nonlocal count
+        async for event in monitor:
+            event.reply(xa.Response.resume())
+            count += 1
+            if how == "Ctrl-C" and count == 10:
+                signal.raise_signal(signal.SIGINT)
+
+    async def agent() -> None:
+        if how == "timeout":
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.01):
+                    await listening()
+        elif how == "cancel":
+            task = asyncio.create_task(listening())
+            await asyncio.sleep(0.001)
+            task.cancel()
+            await asyncio.wait([task])
+            assert task.cancelled()
+        else:
+            await listening()
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt) if how == "Ctrl-C" else contextlib.nullcontext():
+            asyncio.run(agent())
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert 0 < count < 20_000
+    assert host.responses
+    assert not monitor._ring.outstanding
+    monitor.close()
+    finish(dom)
+
+
+def test_fault_08_two_domains_in_one_task_group_are_served_alike() -> None:
+    hosts = [RingHost(), RingHost()]
+    opened = [started(host, xa.MemAccess) for host in hosts]
+    counts = [0, 0]
+    for host, (_, monitor) in zip(hosts, opened, strict=True):
+        endless(host, monitor)
+
+    async def listening(which: int) -> None:
+        async for event in opened[which][1]:
+            event.reply(xa.Response.resume())
+            counts[which] += 1
+            if min(counts) >= 500:
+                for _, monitor in opened:
+                    monitor.stop()
+
+    async def agent() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for which in range(2):
+                tasks.create_task(listening(which))
+
+    asyncio.run(agent())
+    for host, (dom, monitor) in zip(hosts, opened, strict=True):
+        monitor.close()
+        finish(dom)
+        host.close()
+    assert min(counts) >= 500
+    assert max(counts) < 20_000
+
+
+def test_fault_08_another_task_may_close_the_monitor(host: RingHost) -> None:
+    dom, monitor = started(host, xa.MemAccess)
+    began = time.monotonic()
+
+    async def agent() -> None:
+        asyncio.get_running_loop().call_soon(monitor.close)
+        async for _ in monitor:
+            raise AssertionError("nothing happens")
+
+    asyncio.run(agent())
+    assert monitor.closed
+    assert time.monotonic() - began < 30
+    finish(dom)
+
+
+# What it logs.
+
+
+def test_fault_29_a_monitor_logs_that_it_is_there_and_what_it_could_not_do(
+    host: RingHost, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "xenaltp2m")
+
+    class Unable(RingHost):
+        def hvm_inject_trap(self, *_: object) -> None:
+            raise xa.BusyError("an event is pending already")
+
+    unable = Unable()
+    dom, monitor = started(unable, xa.MemAccess)
+    unable.put(happened(xa.Reason.SOFTWARE_BREAKPOINT, software_breakpoint__insn_length=1))
+    monitor.run(lambda _: None, timeout=0)
+    unable.damage(0x1234)
+    monitor.close()
+    finish(dom)
+    unable.close()
+    assert [(one.name, one.levelname) for one in caplog.records] == [
+        ("xenaltp2m.monitor", "INFO"),
+        ("xenaltp2m.monitor", "WARNING"),
+        ("xenaltp2m.monitor", "WARNING"),
+        ("xenaltp2m.monitor", "INFO"),
+    ]
+    attached, failed, damaged, detached = caplog.messages
+    assert "attached" in attached
+    assert "an event is pending already" in failed
+    assert "damaged" in damaged
+    assert "detached" in detached
