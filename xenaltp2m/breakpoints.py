@@ -4,22 +4,21 @@
 A page with breakpoints is executed from a *shadow*, a copy with int3 in it, that one view shows
 instead of the page. Whoever reads sees the page itself, what is written lands in the page itself,
 and the shadow's own gfn looks as if nothing were there. Memory can be watched, too, in the same
-views. There are three, and two more where memory is watched::
+views. There are three, and one more where memory is watched::
 
     view  | a page with breakpoints         | a shadow's own gfn      | a page with watches
     ------|---------------------------------|-------------------------|------------------------
     hooks | its shadow, to be executed only | the sink: reads as ones | not to be used unheard
     step  | itself, not to be written       | the sink                | not to be used unheard
-    seen  | itself, not to be written       | the sink                | not to be written
-    used  | itself, not to be written       | the sink                | anything
-    write | itself                          | the sink                | anything
+    write | itself                          | the sink                | not to be used unheard
+    used  | itself, as its one vCPU needs   | the sink                | as its one vCPU needs
 
 The vCPUs are in ``hooks``. One that comes upon an int3, or reads a page with breakpoints, executes
 that one instruction in ``step``; one that writes to such a page executes it in ``write``. One that
-reads what is watched executes the instruction in ``seen``, one that writes to it in ``used``: so
-what else the same instruction does is heard of, too. No other vCPU sees any of this, and none is
-stopped; but for a moment where shadows are added, where the first watch is, and where the CPU marks
-an entry of watched page tables as used.
+uses what is watched executes the instruction in ``used``, where each page is opened when the
+instruction first violates its rights, so that every page it uses is reported. One vCPU at a time
+is in ``used``; others that come to watched pages meanwhile try again. No other vCPU sees any of
+this, and none is stopped; but for a moment where shadows are added, and where the first watch is.
 
 A shadow whose page was written to is *stale*: until it is copied anew it may not be executed, so
 that the next vCPU that wants to tells. Writes that move the bounds of instructions are noticed
@@ -38,16 +37,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from xenaltp2m.abi.vm_event import AccessFlag
-from xenaltp2m.abi.x86 import (
-    CR0_PG,
-    GP,
-    PTE_ACCESSED,
-    PTE_DIRTY,
-    PTE_PRESENT,
-    Repeated,
-    page_table_entry_size,
-    repeated,
-)
+from xenaltp2m.abi.x86 import CR0_PG, GP, Repeated, repeated
 from xenaltp2m.errors import AlreadyError, InvalidArgumentError, NotMappedError, XenError
 from xenaltp2m.events import (
     Event,
@@ -56,18 +46,19 @@ from xenaltp2m.events import (
     SoftwareBreakpoint,
     TrapType,
 )
+from xenaltp2m.executions import Execution
 from xenaltp2m.handle import Handle, UndoList, check_callback
 from xenaltp2m.hooks import (
     Breakpoint,
     Callback,
     Hit,
     LinearBreakpoint,
-    MemoryUse,
     Touch,
     TouchCallback,
     Watch,
 )
 from xenaltp2m.instructions import LONGEST_ACCESS
+from xenaltp2m.memory import MappedPages
 from xenaltp2m.placement import check_placement
 from xenaltp2m.repetitions import Repetitions
 from xenaltp2m.responses import REINJECT, RESUME, STEP, Response
@@ -94,6 +85,10 @@ _REPEATS = frozenset(b"\xf2\xf3\x66\x67\x26\x2e\x36\x3e\x64\x65")
 """What a repeated string instruction begins with: REP, sizes, segments."""
 _OFFSET = PAGE_SIZE - 1
 _W, _X = AccessFlag.W, AccessFlag.X
+_MOST_REPEATING = 64
+_MOST_REFUSALS = 1000
+"""Attempts to use watched memory, all while one vCPU does not finish its step: then the next is
+let in beside it. What both do to one page may be told of one only, but no guest stands still."""
 _READ_ONES, _WRITE_NOWHERE = (
     Response.emulate(read_data=b"\xff" * 64),
     Response.emulate(write=False),
@@ -239,16 +234,26 @@ class Breakpoints(Handle):
         """Have the views, and the vCPUs in them; with all that there was, where there was some."""
         super().__init__()
         self._domid = int(self._domain.domid)
-        self._awaited: dict[int, list[tuple[Watch, MemoryUse]]] = {}
-        """Of vCPUs whose step is told of: what wants to know when it was executed."""
+        self._mapped = MappedPages(self._domain)
+        self._told: set[int] = set()
+        """vCPUs whose step ends with an event."""
         self._afters = 0
-        """How many watches want to know."""
+        """How many watches have ``after``."""
+        self._executions: dict[int, Execution] = {}
+        """Of vCPUs in ``used``."""
+        self._repeating: list[Execution] = []
+        """Between two iterations of a string instruction that uses watched memory."""
+        self._holder: int | None = None
+        """The vCPU that may be in ``used``."""
+        self._refusals = 0
+        self._opened: dict[int, Access] = {}
+        """What ``used`` allows for some pages, beyond ``step``."""
         self._writers: dict[int, Collection[int]] = {}
         """The gfns that each vCPU may be writing to, as far as is known."""
         self._views: list[View] = []
         self._ids: set[int] = set()
-        self._watch_views: tuple[View, View] | None = None
-        """``seen`` and ``used``, once something is watched."""
+        self._used_view: View | None = None
+        """``used``, once something is watched."""
         self._responses: dict[tuple[View, bool], Response] = {}
         self._added = UndoList()
         """What the shadows are."""
@@ -273,19 +278,21 @@ class Breakpoints(Handle):
                 for gfn_before, lead in before.leads.items():
                     self._lead(gfn, gfn_before).ends = lead.ends
             if self._watched:
-                self._create_watch_views()
-                for gfn in self._watched:
-                    self._set_rights(gfn)
+                self._create_used_view()
+                self._set_rights(self._watched)
                 self._count_afters()
             self._altp2m.switch_to_view(self.hooks)
         except BaseException as error:
             undo = UndoList()
+            undo.push("", self._mapped.close)
             undo.push("", self._take_back)
             self._roll_back(undo, error, heir=self._domain._undo)
             super().abandon()
             raise
 
-    def _through(self, view: View, event: Event, *, tell: bool = False) -> Response:
+    def _through(
+        self, view: View, event: Event, *, tell: bool = False, plain: bool = False
+    ) -> Response:
         """Have an instruction executed in a view.
 
         From its first step on it is one that is told of, or none: Xen tells of no step once it has
@@ -295,17 +302,18 @@ class Breakpoints(Handle):
             view: The view.
             event: The instruction is about to be executed.
             tell: Whether the end of the step is to be told of in any case.
+            plain: Whether it need not be told of, though memory is watched.
         """
         told = False
-        if self._awaited or self._afters or not self._fast or tell:
+        if self._told or self._watched or not self._fast or tell:
             vcpu = int(event.vcpu)
             if event.view == self.hooks.id:
                 self._repetitions.forget(vcpu)
-                if self._afters or not self._fast or tell:
-                    self._awaited[vcpu] = []
-                else:
-                    self._awaited.pop(vcpu, None)
-            told = vcpu in self._awaited
+                self._executions.pop(vcpu, None)
+                self._told.discard(vcpu)
+                if tell or not self._fast or (self._watched and not plain):
+                    self._told.add(vcpu)
+            told = vcpu in self._told
         found = self._responses.get((view, told))
         if found is None:
             found = STEP.in_view(view)
@@ -326,22 +334,18 @@ class Breakpoints(Handle):
         return view
 
     @uninterruptible
-    def _create_watch_views(self) -> None:
-        """Have ``seen`` and ``used``, with the pages that there are."""
-        made: list[View] = []
+    def _create_used_view(self) -> None:
+        """Have ``used``, with the pages that there are."""
         undo = UndoList()
         try:
             with self._domain.paused():
-                for label in ("seen", "used"):
-                    view = self._create_view(label)
-                    undo.push("", partial(self._destroy_view, view))
-                    self._shadows.hide_all(view)
-                    made.append(view)
-                self._watch_views = made[0], made[1]
-                for gfn in self._pages:
-                    self._set_rights(gfn)
+                view = self._create_view("used")
+                undo.push("", partial(self._destroy_view, view))
+                self._shadows.hide_all(view)
+                self._used_view = view
+                self._set_rights(self._pages)
         except BaseException as error:
-            self._watch_views = None
+            self._used_view = None
             self._roll_back(undo, error, heir=self._undo)
             raise
 
@@ -466,7 +470,7 @@ class Breakpoints(Handle):
         lead = page.leads[before] = _Lead(memory, unmap)
         self._leads.setdefault(before, set()).add(gfn)
         try:
-            self._set_rights(before)
+            self._set_rights([before])
         except BaseException as error:
             undo = UndoList()
             undo.push("", partial(self._lead_no_more, gfn, before))
@@ -483,7 +487,7 @@ class Breakpoints(Handle):
         self._leads[before].remove(gfn)
         if not self._leads[before]:
             del self._leads[before]
-        undo.push("", partial(self._set_rights, before))
+        undo.push("", partial(self._set_rights, [before]))
         undo.unwind(f"removing the breakpoints of gfn {gfn:#x}")
 
     @uninterruptible
@@ -536,9 +540,11 @@ class Breakpoints(Handle):
         *,
         after: TouchCallback | None = None,
         reads: bool = False,
+        each_iteration: bool = False,
     ) -> Watch:
         """Have something called when the guest writes to some bytes, or reads them.
 
+        Each execution of an instruction is told once, however often and wherever it uses the bytes.
         What the guest does with the rest of their pages costs it time, and is counted. Fetches are
         not heard of: that is what breakpoints are for.
 
@@ -546,9 +552,14 @@ class Breakpoints(Handle):
             address: Guest-physical.
             length: Bytes.
             before: Called with a :class:`Touch` before the instruction executes; as the callback
-                of :meth:`insert`.
+                of :meth:`insert`. Where a write can be found only by comparing memory after the
+                instruction, ``after`` is called, or without one ``before``, with
+                ``touch.executed``.
             after: The same when it has.
             reads: Whether reads are told, too.
+            each_iteration: Whether each iteration of a repeated string instruction (REP MOVS) is a
+                touch. By default all together are one: ``before`` is called before the first that
+                uses the bytes, ``after`` after the last.
 
         Raises:
             InvalidArgumentError: The range is empty, or not in memory.
@@ -558,18 +569,18 @@ class Breakpoints(Handle):
         self._check_open()
         if length <= 0:
             raise InvalidArgumentError(f"{length} bytes cannot be watched")
-        made = Watch(self, address, length, reads, before, after)
-        self._domain.memory.read(address, length)
+        made = Watch(self, address, length, reads, before, after, each_iteration)
+        self._domain.memory.check(address, length)
         for gfn in made.gfns:
             self._check_not_shadow(gfn)
-        if self._watch_views is None:
-            self._create_watch_views()
+        if self._used_view is None:
+            self._create_used_view()
         undo = UndoList()
         try:
+            undo.push("", partial(self._unwatch, made))
             for gfn in made.gfns:
-                undo.push("", partial(self._unwatch, made, gfn))
                 self._watched.setdefault(gfn, []).append(made)
-                self._set_rights(gfn)
+            self._set_rights(made.gfns)
             self._count_afters()
         except BaseException as error:
             self._roll_back(undo, error, heir=self._undo)
@@ -586,8 +597,7 @@ class Breakpoints(Handle):
         self._check_open()
         if isinstance(unwanted, Watch):
             undo = UndoList()
-            for gfn in unwanted.gfns:
-                undo.push("", partial(self._unwatch, unwanted, gfn))
+            undo.push("", partial(self._unwatch, unwanted))
             undo.unwind(f"removing {unwanted!r}")
             self._count_afters()
             return
@@ -649,6 +659,7 @@ class Breakpoints(Handle):
         if lost.view is not self.hooks or not (lost.reapplied or in_part):
             return
         failures = []
+        self._mapped.forget()
         for gfn, page in self._pages.items():
             try:
                 self._outdate(gfn)
@@ -681,39 +692,49 @@ class Breakpoints(Handle):
             page.planted = False
 
     def _rights(self, gfn: int) -> dict[View, Access]:
-        """What may be done with a page in each view but ``write``, where everything may."""
+        """Return what may be done with a page in each view; all of it in ``write`` by default."""
         page, watches = self._pages.get(gfn), self._watched.get(gfn, ())
         guarded = gfn in self._leads or (page is not None and page.shadow_gfn)
-        code = Access.RX if guarded else Access.RWX
-        hooks = step = code
+        hooks = step = Access.RX if guarded else Access.RWX
+        write = Access.RWX
         if page is not None:
             hooks = Access.RW
             if page.shadow_gfn:
                 hooks = Access.X if page.planted else Access.N
         if watches:
             unheard = Access.X if any(watch.reads for watch in watches) else Access.RX
-            hooks, step = hooks & unheard, step & unheard
+            hooks, step, write = hooks & unheard, step & unheard, unheard
         rights = {self.hooks: hooks, self._step_view: step}
-        if self._watch_views:
-            seen, used = self._watch_views
-            rights |= {seen: Access.RX if watches else code, used: code}
+        if self._used_view is not None:
+            rights[self._write_view] = write
+            rights[self._used_view] = self._opened.get(gfn, step)
         return rights
 
-    def _set_rights(self, gfn: int) -> None:
-        for view, access in self._rights(gfn).items():
-            view.set_access(gfn, access)
+    def _set_rights(self, gfns: Collection[int]) -> None:
+        """Set what may be done with pages in each view; of many at once."""
+        wanted: dict[tuple[View, Access], list[int]] = {}
+        for gfn in gfns:
+            for right in self._rights(gfn).items():
+                wanted.setdefault(right, []).append(gfn)
+        for (view, access), some in wanted.items():
+            if len(some) == 1:
+                view.set_access(some[0], access)
+            else:
+                view.set_access(gfns if len(some) == len(gfns) else some, access)
 
     def _count_afters(self) -> None:
         watches = {watch for some in self._watched.values() for watch in some}
         self._afters = sum(watch.after is not None for watch in watches)
 
-    def _unwatch(self, watch: Watch, gfn: int) -> None:
-        watches = self._watched.get(gfn, [])
-        if watch in watches:
-            watches.remove(watch)
-        if not watches:
-            self._watched.pop(gfn, None)
-        self._set_rights(gfn)
+    def _unwatch(self, watch: Watch) -> None:
+        for gfn in watch.gfns:
+            watches = self._watched.get(gfn, [])
+            if watch in watches:
+                watches.remove(watch)
+            if not watches:
+                self._watched.pop(gfn, None)
+            self._opened.pop(gfn, None)
+        self._set_rights(watch.gfns)
 
     def _watches(self, watch: Watch) -> bool:
         return watch in self._watched.get(watch.gfns[0], ())
@@ -734,7 +755,7 @@ class Breakpoints(Handle):
             if self._int3:
                 shadow_gfn, shadow = self._shadows.take()
                 undo.push("", partial(self._shadows.give_back, shadow_gfn))
-            undo.push("", partial(self._set_rights, gfn))
+            undo.push("", partial(self._set_rights, [gfn]))
             page = self._pages[gfn] = _Page(memory, shadow_gfn, shadow, unmap)
             undo.push("", partial(self._pages.__delitem__, gfn))
             if self._int3:
@@ -746,7 +767,7 @@ class Breakpoints(Handle):
                 hooks.remap(gfn, shadow_gfn, access=Access.N)
                 undo.push("", partial(hooks.revert, gfn))
                 self._shadows.hide(hooks, shadow_gfn)
-            self._set_rights(gfn)
+            self._set_rights([gfn])
         except BaseException as error:
             self._roll_back(undo, error, heir=self._undo)
             raise
@@ -767,7 +788,7 @@ class Breakpoints(Handle):
         undo.push("", page.unmap)
         if page.shadow_gfn:
             undo.push("", partial(self._shadows.give_back, page.shadow_gfn))
-        undo.push("", partial(self._set_rights, gfn))
+        undo.push("", partial(self._set_rights, [gfn]))
         if page.shadow_gfn:
             undo.push("", partial(self.hooks.revert, gfn))
         del self._pages[gfn]
@@ -938,12 +959,12 @@ class Breakpoints(Handle):
                 return self._fetched(page, event)
         elif self._is_lost(event):
             return RESUME
+        if watches or self._is_in_used(event):
+            return self._touched(watches or [], event)
         if is_code and flags & _W:
             self._writers[vcpu] = written = self._written_with(gfn, event.offset)
             for one in written:
                 self._outdate(one)
-        if watches:
-            return self._touched(watches, event, is_code=is_code)
         return self._through(self._write_view if flags & _W else self._step_view, event)
 
     def _written_with(self, gfn: int, offset: int) -> Collection[int]:
@@ -953,8 +974,11 @@ class Breakpoints(Handle):
         """
         if not LONGEST_ACCESS <= offset <= PAGE_SIZE - LONGEST_ACCESS:
             return tuple(self._pages)
-        own = {gfn} & self._pages.keys()
-        return own | self._leads.get(gfn, set())
+        return self._code_in(gfn)
+
+    def _code_in(self, gfn: int) -> set[int]:
+        """Which pages with breakpoints a write into a page concerns: itself, those it leads to."""
+        return {gfn} & self._pages.keys() | self._leads.get(gfn, set())
 
     def _is_lost(self, event: MemAccess) -> bool:
         """Tell whether a view has stopped what it is to allow, and make it so again.
@@ -962,11 +986,7 @@ class Breakpoints(Handle):
         Xen has put the host's rights there; else the instruction would come again for ever.
         """
         gfn, tried = int(event.gfn), Access(event.access_flags & Access.RWX.value)
-        view = next(
-            (one for one in (self._step_view, self._write_view) if one.id == event.view), None
-        )
-        if view is None:
-            return False
+        view = next(one for one in self._views if one.id == event.view)
         allowed = self._rights(gfn).get(view, Access.RWX)
         if tried & allowed != tried:
             return False
@@ -975,43 +995,132 @@ class Breakpoints(Handle):
             view.set_access(gfn, allowed)
         return True
 
-    def _touched(self, watches: list[Watch], event: MemAccess, *, is_code: bool) -> Response:
-        access = MemoryUse(event, self._domain.memory)
-        reached = []
-        for watch in watches:
-            if access.written or watch.reads:
-                if access.may_reach(watch):
-                    watch.hits += 1
-                    reached.append(watch)
-                else:
-                    watch.passed += 1
+    def _is_in_used(self, event: Event) -> bool:
+        return self._used_view is not None and event.view == self._used_view.id
+
+    def _touched(self, watches: list[Watch], event: MemAccess) -> Response:
+        """Let an instruction go on that uses watched memory, and call all that want to know.
+
+        One vCPU at a time, for which just the pages are open that its instruction is known to use:
+        so no other access of it, and none of another vCPU, goes unheard meanwhile.
+        """
+        assert self._used_view is not None
+        gfn, vcpu = int(event.gfn), int(event.vcpu)
+        is_written = bool(event.access_flags & _W)
         registers: dict[str, int] = {}
-
-        def calls(what: str) -> list[tuple[Callable[[Any], object], object]]:
-            return [
-                (getattr(watch, what), Touch(watch, event, registers, access))
-                for watch in reached
-                if getattr(watch, what) is not None
-            ]
-
-        if access.written and event.access_flags & AccessFlag.FAULT_IN_GPT and not is_code:
-            marking = [*calls("before"), (self._mark, event), *calls("after")]
-            return self._call(marking, watches, registers, event, self._again(event))
-        assert self._watch_views is not None
-        through, used = self._watch_views
-        if access.written:
-            through = self._write_view if is_code else used
+        calls: list[tuple[Callable[[Any], object], object]] = []
+        execution = self._executions.get(vcpu) if self._is_in_used(event) else None
+        begins = execution is None
+        if execution is None:
+            if not self._may_enter_used(vcpu):
+                return self._again(event)
+            execution, calls = self._begin(event, registers)
+        code = self._code_in(gfn) if is_written else ()
+        if code:
+            self._writers[vcpu] = {*self._writers.get(vcpu, ()), *code}
+            for one in code:
+                self._outdate(one)
         found, again = self._being_fetched(event), None
         if found:
-            gfn, offset = divmod(found[0].address, PAGE_SIZE)
-            again = self._repeated(self._pages[gfn], offset, event)
-        over = self._through(through, event, tell=again is not None)
-        self._awaited.get(int(event.vcpu), []).extend(
-            (watch, access) for watch in reached if watch.after is not None
-        )
-        before = [*calls("before"), *self._hits(found, event, registers, again)]
-        still = [event] if found else watches  # what was a hit does not come again
-        return self._call(before, still, registers, event, over)
+            place, offset = divmod(found[0].address, PAGE_SIZE)
+            again = self._repeated(self._pages[place], offset, event)
+        new = execution.access(event, watches)
+        plain = not (self._afters or found) and execution.is_plain(event)
+        over = self._through(self._used_view, event, plain=plain)
+        self._executions[vcpu] = execution
+        opened = {} if begins else dict(self._opened)
+        self._open(opened | {gfn: Access.RWX if is_written else Access.RX})
+        if vcpu not in self._told:
+            self._count_passed(execution)
+        elif is_written:
+            execution.may_write(gfn)
+        for use in new:
+            watch = use.watch
+            if use.certain or watch.before is not None or vcpu not in self._told:
+                watch.hits += 1
+                use.told = True
+            if watch.before is not None:
+                calls.append((watch.before, Touch(use, event, registers)))
+        calls += self._hits(found, event, registers, again)
+        still = [event] if found or not watches else watches  # a hit does not come again
+        return self._call(calls, still, registers, event, over)
+
+    def _may_enter_used(self, vcpu: int) -> bool:
+        """Whether no other vCPU is in ``used``; it is taken to be there until it is known."""
+        holder = self._holder
+        if holder is not None and holder != vcpu and self._refusals < _MOST_REFUSALS:
+            assert self._used_view is not None
+            self._monitor.flush()  # so that it is where it was sent to
+            if self._altp2m.vcpu_view(holder) == self._used_view.id:
+                self._refusals += 1
+                return False
+        self._holder, self._refusals = vcpu, 0
+        return True
+
+    def _begin(
+        self, event: MemAccess, registers: dict[str, int]
+    ) -> tuple[Execution, list[tuple[Callable[[Any], object], object]]]:
+        """Return the execution that an instruction belongs to, and whom to call of another's end.
+
+        An execution that the guest has given up between two iterations never goes on.
+        """
+        for execution in self._repeating:
+            if execution.goes_on_at(event.registers):
+                self._repeating.remove(execution)
+                execution.begin(event.registers)
+                return execution, []
+        ended = []
+        if len(self._repeating) > _MOST_REPEATING:
+            ended = self._end(self._repeating.pop(0), event, registers)
+        return Execution(self._domain.memory, self._mapped, event.registers), ended
+
+    @uninterruptible
+    def _open(self, wanted: dict[int, Access]) -> None:
+        """Have ``used`` allow more than ``step`` for just these pages."""
+        assert self._used_view is not None
+        for gfn in self._opened.keys() | wanted.keys():
+            if self._opened.get(gfn) == wanted.get(gfn):
+                continue
+            if gfn in wanted:
+                self._used_view.set_access(gfn, wanted[gfn])
+                self._opened[gfn] = wanted[gfn]
+            else:
+                access = self._opened.pop(gfn)
+                try:
+                    self._used_view.set_access(gfn, self._rights(gfn)[self._used_view])
+                except BaseException:
+                    self._opened[gfn] = access
+                    raise
+
+    def _end(
+        self,
+        execution: Execution,
+        event: Event,
+        registers: dict[str, int],
+        *,
+        goes_on: bool = False,
+    ) -> list[tuple[Callable[[Any], object], object]]:
+        """End an execution, or an iteration where it ``goes_on``; list whom to call."""
+        calls: list[tuple[Callable[[Any], object], object]] = []
+        for use in list(execution.uses.values()):
+            watch = use.watch
+            if goes_on and not watch.each_iteration:
+                continue
+            del execution.uses[watch]
+            call = watch.after
+            if not use.told:
+                call = call or watch.before
+                watch.hits += 1
+            if call is not None and watch.inserted:
+                calls.append((call, Touch(use, event, registers, execution.now(use))))
+        self._count_passed(execution, goes_on=goes_on)
+        return calls
+
+    def _count_passed(self, execution: Execution, *, goes_on: bool = False) -> None:
+        over = {watch for watch in execution.beside if watch.each_iteration or not goes_on}
+        for watch in over:
+            watch.passed += 1
+        execution.beside -= over
 
     def _being_fetched(self, event: MemAccess) -> list[Breakpoint]:
         """List the breakpoints of an instruction for which page tables are read: it comes now."""
@@ -1019,7 +1128,7 @@ class Breakpoints(Handle):
             return []
         registers = event.registers
         linear = registers.linear_rip
-        if event.access_flags & _W or event.gla >> PAGE_SHIFT != linear >> PAGE_SHIFT:
+        if event.gla >> PAGE_SHIFT != linear >> PAGE_SHIFT:
             return []
         try:
             place = self._domain.memory.address_space(registers).translate(linear).physical
@@ -1027,20 +1136,6 @@ class Breakpoints(Handle):
             return []  # it is not mapped, and the CPU will tell the guest
         page = self._pages.get(place >> PAGE_SHIFT)
         return page.hooks.get(place & _OFFSET, []) if page is not None else []
-
-    def _mark(self, event: MemAccess) -> None:
-        """Mark an entry of the guest's page tables as used, which the CPU wanted to.
-
-        It could do so in ``used``, but what else the instruction does there would not be heard of.
-        """
-        size = page_table_entry_size(event.registers.cr4)
-        address = event.gfn << PAGE_SHIFT | event.offset & -size
-        memory = self._domain.memory
-        with self._domain.paused():  # another vCPU may change it, too
-            entry = int.from_bytes(memory.read(address, size), "little")
-            if entry & PTE_PRESENT:
-                entry |= PTE_DIRTY if entry & PTE_ACCESSED else PTE_ACCESSED
-                memory.write(address, entry.to_bytes(size, "little"))
 
     def _strange(self, event: MemAccess) -> Response | None:
         """A page that is not ours, or is no more: then the access is allowed by now."""
@@ -1110,13 +1205,20 @@ class Breakpoints(Handle):
         if event.view not in self._ids or event.view == self.hooks.id:
             return None
         self._repetitions.stepped(event)
-        self._writers.pop(int(event.vcpu), None)
+        vcpu = int(event.vcpu)
+        self._writers.pop(vcpu, None)
+        self._told.discard(vcpu)
+        if self._holder == vcpu:
+            self._holder = None
+        execution = self._executions.pop(vcpu, None)
+        if execution is None or not self._is_in_used(event):
+            return self._back
+        execution.compare(event.registers, self._watched)
         registers: dict[str, int] = {}
-        calls = [
-            (watch.after, Touch(watch, event, registers, access))
-            for watch, access in self._awaited.pop(int(event.vcpu), ())
-            if watch.after is not None and watch.inserted
-        ]
+        goes_on = execution.is_repeated_in(event.registers, self._watched)
+        if goes_on:
+            self._repeating.append(execution)
+        calls = self._end(execution, event, registers, goes_on=goes_on)
         return self._call(calls, calls, registers, event, self._back)
 
     def _nothing(self, event: MemAccess) -> Response:
@@ -1136,6 +1238,7 @@ class Breakpoints(Handle):
         """The vCPUs leave, then the views go, and only then the shadows: else Xen resets views."""
         doing = f"closing {self!r}"
         undo = UndoList()
+        undo.push("", self._mapped.close)
         undo.push("", lambda: self._added.unwind(doing))
         undo.push("", self._destroy_views)
         undo.unwind(doing)
@@ -1163,6 +1266,7 @@ class Breakpoints(Handle):
         """
         pages, watched = dict(self._pages), dict(self._watched)
         self._destroy_views()
+        self._mapped.close()
         later.adopt(self._added)
         super().abandon()
         self._pages, self._watched = pages, watched
@@ -1178,6 +1282,7 @@ class Breakpoints(Handle):
         for gfn in list(self._pages):
             with suppress(XenError):
                 self._unmap(gfn)
+        self._mapped.abandon()
         self._shadows.abandon()
         self._altp2m._tell_no_more(self._found_lost)
         super().abandon()

@@ -7,18 +7,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeAlias, Unpack
 
-from xenaltp2m.abi.vm_event import AccessFlag
 from xenaltp2m.abi.x86 import Fault
 from xenaltp2m.errors import InvalidArgumentError
-from xenaltp2m.events import Event, MemAccess, Registers
+from xenaltp2m.events import Event, Registers
 from xenaltp2m.handle import UndoList
-from xenaltp2m.instructions import LONGEST_ACCESS, access_size
 from xenaltp2m.responses import RESUME, RegisterValues
 from xenaltp2m.types import PAGE_SHIFT, VcpuId
 
 if TYPE_CHECKING:
     from xenaltp2m.breakpoints import Breakpoints
-    from xenaltp2m.memory import AddressSpace, Memory
+    from xenaltp2m.executions import Use
+    from xenaltp2m.memory import AddressSpace
 
 _MOST_LOOKS = 16
 _IN_REGISTERS = "rdi", "rsi", "rdx", "rcx", "r8", "r9"
@@ -106,27 +105,35 @@ class Hit(_Stop):
 class Touch(_Stop):
     """A vCPU that is about to use memory that is watched, or just has, and waits.
 
+    Each execution of an instruction is one touch of a watch, however much of it is used.
+
     Attributes:
         watch: The watch.
-        address: Where the access begins, guest-physical: it may be before what is watched.
-        written: Whether it writes; it may read as well, which Xen does not tell.
-        certain: Whether it is known to reach what is watched. It is not where it begins less than
-            64 bytes before and nothing tells how long it is: the package capstone does.
+        address: Where the access begins, guest-physical: it may be before what is watched. Of
+            several, that of the first write, or of the first read where there is none.
+        length: How many bytes it has; None where that is not known.
+        written: Whether it writes; it may read as well.
+        certain: Whether it is known to reach what is watched. It is not where it begins before
+            that, and nothing tells how long it is: the package capstone does.
+        executed: Whether the instruction has executed. Always so in ``after``; in ``before`` where
+            the access was found only afterwards, by comparing memory.
+        start: Where the bytes of ``old`` and ``new`` are, guest-physical.
+        old: The watched bytes that it uses, before the instruction.
+        new: The same bytes after it; None if it has not executed.
     """
 
-    __slots__ = ("address", "certain", "watch", "written")
+    __slots__ = (
+        "address", "certain", "executed", "length", "new", "old", "start", "watch", "written",
+    )  # fmt: skip
 
     def __init__(
-        self,
-        watch: Watch,
-        event: Event,
-        registers: dict[str, int],
-        access: MemoryUse,
+        self, use: Use, event: Event, registers: dict[str, int], new: bytes | None = None
     ) -> None:
         super().__init__(event, registers)
-        self.watch = watch
-        self.address, self.written = access.address, access.written
-        self.certain = access.begins_in(watch) or access.size is not None
+        self.watch = use.watch
+        self.address, self.length, self.written = use.address, use.length, use.written
+        self.certain, self.executed = use.certain, new is not None
+        self.start, self.old, self.new = use.start, use.old, new
 
     def __repr__(self) -> str:
         return f"<Touch of {self.watch!r} by vCPU {self.vcpu}>"
@@ -176,6 +183,7 @@ class Watch:
         address: Guest-physical.
         length: Bytes.
         reads: Whether reads are told, too.
+        each_iteration: Whether each iteration of a repeated string instruction is told.
         hits: How often it was used.
         passed: How often something else in its pages was, in the same way.
     """
@@ -188,9 +196,11 @@ class Watch:
         reads: bool,
         before: TouchCallback | None,
         after: TouchCallback | None,
+        each_iteration: bool,
     ) -> None:
         self._owner = owner
         self.address, self.length, self.reads = address, length, reads
+        self.each_iteration = each_iteration
         self.before, self.after = before, after
         self.hits = self.passed = 0
 
@@ -198,10 +208,14 @@ class Watch:
         return f"<Watch of {self.length} bytes at {self.address:#x}>"
 
     @property
+    def end(self) -> int:
+        """The address behind its last byte."""
+        return self.address + self.length
+
+    @property
     def gfns(self) -> range:
         """The pages it is in."""
-        last = self.address + self.length - 1
-        return range(self.address >> PAGE_SHIFT, (last >> PAGE_SHIFT) + 1)
+        return range(self.address >> PAGE_SHIFT, (self.end - 1 >> PAGE_SHIFT) + 1)
 
     @property
     def inserted(self) -> bool:
@@ -309,31 +323,3 @@ class LinearBreakpoint:
         except (Fault, InvalidArgumentError):
             return entries, None
         return entries, physical
-
-
-class MemoryUse:
-    """A use of memory."""
-
-    __slots__ = ("_event", "_looked", "_memory", "address", "size", "written")
-
-    def __init__(self, event: MemAccess, memory: Memory) -> None:
-        self.address = event.gfn << PAGE_SHIFT | event.offset
-        self.written = bool(event.access_flags & AccessFlag.W)
-        self.size: int | None = None
-        """Bytes, once somebody had to know."""
-        self._event, self._memory, self._looked = event, memory, False
-
-    def begins_in(self, watch: Watch) -> bool:
-        """Whether its first byte is watched."""
-        return watch.address <= self.address < watch.address + watch.length
-
-    def may_reach(self, watch: Watch) -> bool:
-        """Whether some of it is watched, as far as can be told."""
-        if self.begins_in(watch):
-            return True
-        if not self.address < watch.address < self.address + LONGEST_ACCESS:
-            return False
-        if not self._looked:
-            self._looked = True
-            self.size = access_size(self._event, self._memory)
-        return self.size is None or watch.address < self.address + self.size

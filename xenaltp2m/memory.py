@@ -56,6 +56,18 @@ class Memory:
                 parts.append(b"".join(pages)[offset : offset + size])
         return b"".join(parts)
 
+    def check(self, address: int, length: int) -> None:
+        """Check that a range is memory, without reading it.
+
+        Raises:
+            InvalidArgumentError: As :meth:`read`.
+
+        ``xenforeignmemory_map``.
+        """
+        for gfns, _, _ in self._spans(address, length):
+            with self._mapped(gfns, writable=False):
+                pass
+
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """Write bytes at a guest-physical address, across pages.
 
@@ -227,12 +239,16 @@ class MappedPages(Handle):
             undo.push(what, partial(self._unmap, gfn))
         undo.unwind(f"closing {self!r}")
 
-    def _lay_down(self, _later: UndoList) -> None:
-        """Map nothing more for now; what is read later is mapped anew."""
+    def forget(self) -> None:
+        """Unmap all; what is read later is mapped anew."""
         self._take_back()
 
+    def _lay_down(self, _later: UndoList) -> None:
+        """Map nothing more for now."""
+        self.forget()
+
     def _take_up(self) -> None:
-        self._take_back()  # what was read in between, where the domain is no more
+        self.forget()  # what was read in between, where the domain is no more
 
     def abandon(self) -> None:
         """Close where the domain is gone: the mappings are this process's own."""

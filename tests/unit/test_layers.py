@@ -27,9 +27,9 @@ LAYERS: list[set[str]] = [
         "domain", "memory", "xen", "journal", "viewstate", "answers",
     },
     {
-        "breakpoints", "hooks", "shadows", "instructions", "placement", "repetitions", "tracing",
-        "prototypes", "capturing", "viewaxis", "viewpicture", "viewstrips", "rescue", "carrying",
-        "hazards", "doctor", "symbols", "locations",
+        "breakpoints", "executions", "hooks", "shadows", "instructions", "placement", "repetitions",
+        "tracing", "prototypes", "capturing", "viewaxis", "viewpicture", "viewstrips", "rescue",
+        "carrying", "hazards", "doctor", "symbols", "locations",
     },
     {""},  # the package itself: what users import
     {"cli", "__main__", "testing"},
