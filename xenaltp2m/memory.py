@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -29,6 +30,11 @@ _FEW_VCPUS = 8
 """To ask each whether it ran takes longer than to read anew, where there are more."""
 
 
+_writes: Counter[int] = Counter()
+"""Of this process, to each domain's memory: pages that were read before are outdated. By domid, so
+that every handle of a domain counts, also those of other connections."""
+
+
 class Memory:
     """A domain's guest-physical memory, as the host p2m has it: views and remaps do not show.
 
@@ -38,8 +44,11 @@ class Memory:
     def __init__(self, domain: Domain) -> None:
         self._domain = domain
         self._backend = domain.xen.backend
-        self.writes = 0
-        """How often something was written through this."""
+
+    @property
+    def writes(self) -> int:
+        """How often this process has written to the domain's memory, through any handle of it."""
+        return _writes[int(self._domain.domid)]
 
     def read(self, address: int, length: int) -> bytes:
         """Read ``length`` bytes from a guest-physical address, across pages.
@@ -79,16 +88,19 @@ class Memory:
         ``xenforeignmemory_map``.
         """
         source = memoryview(data).cast("B")
-        self.writes += 1
         done = 0
-        for gfns, offset, size in self._spans(address, len(source)):
-            end = done + size
-            with self._mapped(gfns, writable=True) as pages:
-                for page in pages:
-                    part = source[done : min(done + PAGE_SIZE - offset, end)]
-                    page[offset : offset + len(part)] = part
-                    done += len(part)
-                    offset = 0  # noqa: PLW2901 - only the first page starts within
+        try:
+            for gfns, offset, size in self._spans(address, len(source)):
+                end = done + size
+                with self._mapped(gfns, writable=True) as pages:
+                    for page in pages:
+                        part = source[done : min(done + PAGE_SIZE - offset, end)]
+                        page[offset : offset + len(part)] = part
+                        done += len(part)
+                        offset = 0  # noqa: PLW2901 - only the first page starts within
+        finally:
+            # Afterwards: who reads meanwhile may remember a page of which half is written.
+            _writes[int(self._domain.domid)] += 1
 
     def read_page(self, gfn: int) -> bytes:
         """Read one page: 4096 bytes."""
@@ -265,8 +277,9 @@ class AddressSpace:
     """A guest's linear addresses. Made by :meth:`Memory.address_space`.
 
     Pages that were read are remembered, from the second read on, for as long as no vCPU of the
-    domain has run; or they are kept mapped. Everything in the guest's tables may be anything: a
-    walk reads five entries at most.
+    domain has run and this process has not written to its memory; or they are kept mapped. Other
+    processes' writes to a domain that stands still are not noticed. Everything in the guest's
+    tables may be anything: a walk reads five entries at most.
     """
 
     def __init__(self, memory: Memory, paging: Paging, mapped: MappedPages | None = None) -> None:

@@ -233,3 +233,18 @@ def test_any_tables(dom: xa.Domain, mode: str, data: st.DataObject) -> None:
         return
     assert found.page_size in (4096, 2 << 20, 4 << 20, 1 << 30)
     assert found.physical % found.page_size == address % found.page_size
+
+
+@pytest.mark.parametrize("how", ["the same connection", "another connection"])
+def test_fault_09_a_write_through_another_handle_is_seen(how: str) -> None:
+    """Pages are remembered while no vCPU runs: what this process writes changes them, too."""
+    mock = MockBackend()
+    mock.add_domain("guest", memory_kib=8 << 10)
+    with xa.connect(mock) as xen, xa.connect(mock) as second, xen.domain("guest") as dom:
+        tables, address = Tables(dom, "4"), address_in("4")
+        tables.map(address, DATA | P)
+        assert [tables.space.read(address, 2) for _ in range(2)] == [bytes(2)] * 2
+        other = (xen if how == "the same connection" else second).domain("guest")
+        other.memory.write(DATA, b"ab")
+        assert tables.space.read(address, 2) == b"ab"
+        other.close()
