@@ -29,6 +29,22 @@ _STEPS = 3000
 _QUIET = 0.05
 
 
+def kernel_of(name: str) -> Path:
+    """An example's image, or one that a test has written."""
+    return Path(name) if name.endswith(".elf") else GUESTS / f"{name}.elf"
+
+
+def write_image(path: Path, first: int, content: bytes) -> None:
+    """Write an image of one segment, which is entered at its start: PVH, 32-bit, paging off."""
+    note = struct.pack("<III4sI", 4, 4, 18, b"Xen\0", first)
+    at = 52 + 2 * 32
+    head = b"\x7fELF\1\1\1" + bytes(9)
+    head += struct.pack("<HHIIIIIHHHHHH", 2, 3, 1, first, 52, 0, 0, 52, 32, 2, 0, 0, 0)
+    for kind, offset, place, size in [(1, at, first, len(content)), (4, at + len(content), 0, 20)]:
+        head += struct.pack("<8I", kind, offset, place, place, size, size, 7, 1)
+    path.write_bytes(head + content + note)
+
+
 class RunningGuest:
     """A guest, paused before its first instruction."""
 
@@ -37,7 +53,7 @@ class RunningGuest:
     ) -> None:
         self.xen, self.vcpus, self.start = xen, vcpus, start
         self.dom = xen.domain(domid)
-        self.image = Image.open(GUESTS / f"{name}.elf")
+        self.image = Image.open(kernel_of(name))
 
     def address(self, symbol: str) -> int:
         """Where something is, guest-physical."""
@@ -91,7 +107,8 @@ def serve(
 def running(host: str, name: str, vcpus: int = 1) -> Iterator[RunningGuest]:
     """Have a guest within the block; ``host`` is "xen", or the mock at a release."""
     if host == "xen":
-        options = [f'kernel="{GUESTS / name}.elf"', f'name="{name}"', f"vcpus={vcpus}"]
+        kernel, name = kernel_of(name), Path(name).stem
+        options = [f'kernel="{kernel}"', f'name="{name}"', f"vcpus={vcpus}"]
         options += [f'on_{event}="preserve"' for event in ("crash", "poweroff", "reboot")]
         command = ["xl", "create", "-p", "-q", "-e", "/lab/external-1.cfg", *options]
         subprocess.run(command, check=True)
@@ -101,7 +118,7 @@ def running(host: str, name: str, vcpus: int = 1) -> Iterator[RunningGuest]:
                     info.domid for info in xen.domains() if xen.domain(info.domid).name == name
                 ]
                 yield RunningGuest(
-                    xen, domid, name, vcpus, lambda: xen.backend.domain_unpause(int(domid))
+                    xen, domid, str(kernel), vcpus, lambda: xen.backend.domain_unpause(int(domid))
                 )
         finally:
             subprocess.run(["xl", "destroy", name], check=True)
@@ -110,7 +127,7 @@ def running(host: str, name: str, vcpus: int = 1) -> Iterator[RunningGuest]:
     mock = MockBackend((release[0], release[1]))
     mock.steps_at_once = _STEPS
     made = mock.add_domain(name, vcpus=vcpus, memory_kib=MEMORY_KIB)
-    mock.boot(made, GUESTS / f"{name}.elf")
+    mock.boot(made, kernel_of(name))
     with xa.connect(mock) as xen:
         yield RunningGuest(xen, made, name, vcpus, lambda: mock.domain_unpause(made))
 
