@@ -95,6 +95,20 @@ def test_trace_tells_calls_and_returns(capsys: pytest.CaptureFixture[str]) -> No
     assert (summary["dropped"], summary["unfinished"], summary["reapplied"]) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_fault_15_trace_counts_what_it_tells(
+    count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two vCPUs call at once: what is beyond the count is no part of the trace."""
+    told, summary = traced(capsys, "hit", "--count", str(count))
+    assert len(told) == summary["calls"] == summary["by_function"]["hit"] == count
+    trace = ["--connect", "mock", "trace", "guest", "--symbols", str(RACER), "hit"]
+    assert cli.main([*trace, "--count", str(count)]) == cli.DONE
+    out = capsys.readouterr().out
+    assert out.count(" hit(?)") == count
+    assert re.search(rf"^{count} calls? in ", out, re.MULTILINE)
+
+
 def test_trace_leaves_out_what_is_not_wanted(capsys: pytest.CaptureFixture[str]) -> None:
     told, summary = traced(capsys, "hit", "--rate", "0.001", "--duration", "0.3")
     assert len(told) == 1

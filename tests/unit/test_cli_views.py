@@ -213,6 +213,13 @@ def test_the_demo_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert document["noticed"] == 0
 
 
+def test_fault_15_the_demo_waits_for_a_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", "--count", "3"]) == cli.DONE
+    *calls, last = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in calls] == ["call", "1", "2", "3"]
+    assert last == "The guest's self-check noticed nothing in 1 pass."
+
+
 def test_the_demo_s_guest_is_the_example() -> None:
     example = ROOT / "examples" / "guest" / "checker.elf"
     assert demo.IMAGE.read_bytes() == example.read_bytes(), "make guest copies it"

@@ -315,8 +315,43 @@ def test_rows_of_the_summary_are_few(
 
 
 def test_pages_that_cannot_be_watched(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([*WATCH, "--gfn", "0xfffff", "--duration", "0"]) == cli.DONE
-    assert "gfn 0xfffff is not watched: it is not ordinary memory" in capsys.readouterr().err
+    assert cli.main([*PAGE, "--gfn", "0x2000", "--duration", "0"]) == cli.DONE
+    assert "gfn 0x2000 is not watched: it is not ordinary memory" in capsys.readouterr().err
+
+
+def test_fault_15_an_address_in_place_of_a_gfn(
+    capsys: pytest.CaptureFixture[str], mocks: list[WatchedMock]
+) -> None:
+    assert cli.main([*PAGE, "--gfn", "0x101000-0x101001", "--duration", "0"]) == cli.USAGE
+    assert capsys.readouterr().err.splitlines() == [
+        "xenaltp2m: error: gfn 0x101000..0x101001: the highest gfn of domain 1 is 0xfefff",
+        "  hint: was the address 0x101000 meant? its gfn is 0x101",
+    ]
+    mocks[0].assert_as_before()
+
+
+def test_fault_15_pages_that_are_no_memory_are_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main([*PAGE, "--gfn", "0x2000-0x201f", "--duration", "0"]) == cli.DONE
+    told = [line for line in capsys.readouterr().err.splitlines() if "ordinary" in line]
+    [line] = told
+    assert line.endswith("gfn 0x2000..0x201f is not watched: it is not ordinary memory")
+
+
+def test_fault_15_watching_nothing(
+    capsys: pytest.CaptureFixture[str], mocks: list[WatchedMock]
+) -> None:
+    for access in ("r", "n2rwx"):
+        nothing = [*WATCH, "--gfn", "0x2000-0x201f", "--access", access, "--duration", "0"]
+        assert cli.main(nothing) == cli.REFUSED
+        [error, hint] = capsys.readouterr().err.splitlines()
+        assert error.endswith(
+            "there is nothing to watch: gfn 0x2000..0x201f is not ordinary memory"
+        )
+        assert hint == "  hint: was the address 0x2000 meant? its gfn is 0x2"
+        mocks[-1].assert_as_before()
+    assert cli.main([*nothing, "--cr3"]) == cli.DONE
 
 
 def test_a_page_that_xen_resets_is_watched_again(
@@ -363,7 +398,7 @@ def test_a_signal_where_nothing_happens(mocks: list[WatchedMock]) -> None:
     main_thread = threading.get_ident()
     timer = threading.Timer(0.3, lambda: signal.pthread_kill(main_thread, signal.SIGINT))
     timer.start()
-    assert cli.main([*WATCH, "--gfn", "0xfffff"]) == cli.DONE
+    assert cli.main([*WATCH, "--breakpoints"]) == cli.DONE
     timer.join()
     mocks[0].assert_as_before()
 
@@ -439,7 +474,7 @@ def test_the_domain_ends(
     timer = threading.Timer(0.4, lambda: end(mocks[0]))
     timer.start()
     # The guest does nothing here that is told: the timer's thread has the mock for itself.
-    code = cli.main([*WATCH, "--gfn", "0xfffff", *(["--json"] if as_json else [])])
+    code = cli.main([*WATCH, "--breakpoints", *(["--json"] if as_json else [])])
     timer.join()
     out, err = capsys.readouterr()
     assert code == cli.DONE

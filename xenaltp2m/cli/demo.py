@@ -35,7 +35,7 @@ start and which runs on afterwards, untraced; where there is none, the error say
 --json prints one object:
   xen, backend, domid, name, image, function
   calls      [{"number", "vcpu", "rip", "rsp", "rbx", "rsi", "caller", "caller_symbol"}]
-  noticed    how many differences the guest has noticed
+  noticed    how many differences the guest has noticed; null where it has not looked yet
   passes     how often it has looked
 """
 
@@ -94,7 +94,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
             "image": str(IMAGE),
             "function": _FUNCTION,
             "calls": demo.calls,
-            "noticed": noticed,
+            "noticed": noticed if passes else None,
             "passes": passes,
         }
     undone = "breakpoint removed", "vCPUs moved back", "monitor closed"
@@ -103,7 +103,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
     if not console.as_json:
         if more := demo.calls[_SHOWN:]:
             console.line(f"and {len(more)} more")
-        console.line(f"The guest's self-check noticed {noticed or 'nothing'} in {passes} passes.")
+        found = f"noticed {noticed or 'nothing'} in {counted(passes, 'pass', 'passes')}"
+        console.line(f"The guest's self-check {found if passes else 'has not ended once'}.")
 
 
 def _domain(xen: xa.Xen, name: str) -> xa.Domain:
@@ -117,7 +118,7 @@ def _domain(xen: xa.Xen, name: str) -> xa.Domain:
 
 
 class _Demo:
-    """Collects calls, and asks the guest at the last what it has noticed."""
+    """Collects calls, and asks the guest at the end what it has noticed."""
 
     def __init__(self, domain: xa.Domain, image: Image, count: int) -> None:
         self._domain, self._image, self._count = domain, image, count
@@ -129,17 +130,19 @@ class _Demo:
         return len(self.calls) >= self._count
 
     def listen(self, trace: Trace, stop: Stop) -> None:
-        """Collect calls until there are enough, a signal has come, or the domain has gone.
+        """Collect calls, until there are enough and the guest has looked at itself once.
+
+        A signal, or the domain's end, ends it, too.
 
         Raises:
             UnsupportedError: None comes.
         """
         clock = self._domain.xen.backend.clock
         patience = clock.monotonic() + _PATIENCE
-        while not (stop.came or self._enough or trace.ended):
-            seen = len(self.calls)
+        while not (stop.came or self._checked or trace.ended):
+            seen = trace.hits.total()
             trace.run(partial(self._take, trace), _TICK_SECONDS)
-            if len(self.calls) > seen:
+            if trace.hits.total() > seen:
                 patience = clock.monotonic() + _PATIENCE
             elif clock.monotonic() > patience:
                 raise xa.UnsupportedError(
@@ -149,7 +152,7 @@ class _Demo:
                 )
 
     def _take(self, trace: Trace, seen: Seen) -> None:
-        """Note a call, while its vCPU waits; with the last, end the trace."""
+        """Note a call, while its vCPU waits; with the last, look whether it is the end."""
         if isinstance(seen, Call) and not self._enough:
             symbol = None if seen.caller is None else self._image.locate(seen.caller)
             self.calls.append(
@@ -161,8 +164,10 @@ class _Demo:
                     "caller_symbol": None if symbol is None else str(symbol),
                 }
             )
-        if self._enough:
-            self._checked = self._checked or self._read()
+        if self._enough and self._checked is None:
+            found = self._read()
+            self._checked = found if found[1] else None
+        if self._checked is not None:
             trace.stop()
 
     def self_check(self) -> tuple[int, int]:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 import xenaltp2m as xa
 from xenaltp2m.cli.console import Console
@@ -47,11 +49,48 @@ def _content(segment: Segment, symbol: Symbol) -> bytes:
     return segment.data[start : start + symbol.size].ljust(symbol.size, b"\0")
 
 
+def runs_of_gfns(gfns: Iterable[int]) -> list[str]:
+    """Show gfns, which are in order: neighbouring ones together."""
+    runs = [
+        [gfn for _, gfn in run]
+        for _, run in groupby(enumerate(gfns), lambda numbered: numbered[1] - numbered[0])
+    ]
+    return [run_of_gfns(run[0], len(run)) for run in runs]
+
+
+def check_gfns(domain: xa.Domain, gfns: Sequence[int]) -> None:
+    """Refuse gfns above the domain's highest: they are often addresses.
+
+    Args:
+        domain: The domain.
+        gfns: In order.
+
+    Raises:
+        InvalidArgumentError: There are some.
+    """
+    highest = domain.maximum_gfn
+    beyond = gfns[bisect_right(gfns, highest) :]
+    if beyond:
+        shown = ", ".join(runs_of_gfns(beyond)[:4])
+        raise xa.InvalidArgumentError(
+            f"gfn {shown}: the highest gfn of domain {domain.domid} is {highest:#x}",
+            domid=domain.domid,
+            gfn=xa.Gfn(beyond[0]),
+            hint=address_hint(beyond[0]),
+        )
+
+
+def address_hint(gfn: int) -> tuple[str, ...]:
+    """Ask whether a gfn that is no memory was meant as an address."""
+    meant = gfn >> xa.PAGE_SHIFT
+    return (f"was the address {gfn:#x} meant? its gfn is {meant:#x}",) if meant else ()
+
+
 def run_of_gfns(first: int, count: int) -> str:
     """Show neighbouring gfns."""
     return f"{first:#x}" if count == 1 else f"{first:#x}..{first + count - 1:#x}"
 
 
-def counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str, plural: str = "") -> str:
     """Show how many there are of something."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"{number} {noun}" if number == 1 else f"{number} {plural or noun + 's'}"

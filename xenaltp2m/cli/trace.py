@@ -8,6 +8,7 @@ import json
 import math
 import struct
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -261,6 +262,7 @@ class _Teller:
         self._next_tick = 0.0
         self._next_check = _VERIFY_SECONDS
         self._rates: dict[str, tuple[float, int]] = {}
+        self._final: tuple[Counter[str], int] | None = None
 
     # Listening.
 
@@ -283,6 +285,8 @@ class _Teller:
             return
         if isinstance(seen, Call):
             self._course.told += 1
+            if self._course.left <= 0:  # other vCPUs may have called already
+                self._final = self._trace.hits.copy(), self._trace.dropped
         if not self._top:
             line = self._document(seen) if self._console.as_json else self._text(seen)
             self._lines.append(line)
@@ -433,12 +437,18 @@ class _Teller:
 
     # Counting.
 
+    @property
+    def _counts(self) -> tuple[Counter[str], int]:
+        """How often each function was called until the end, and how many calls were left out."""
+        return self._final or (self._trace.hits, self._trace.dropped)
+
     def _table(self, *, rates: bool = False) -> Table:
         rows = []
-        for name, calls in self._trace.hits.most_common():
+        hits, _ = self._counts
+        for name, calls in hits.most_common():
             rate = self._rate(name, calls) if rates else self._course.rate(calls)
             rows.append((name, str(calls), f"{rate:.0f}"))
-        title = self._course.title(self._trace.hits.total())
+        title = self._course.title(hits.total())
         return Table(("function", "calls", "per second"), rows, title=title)
 
     def _rate(self, name: str, calls: int) -> float:
@@ -451,7 +461,8 @@ class _Teller:
     def sum_up(self) -> None:
         """Print how many calls there were, and of what."""
         trace, passed = self._trace, self._course.passed
-        total = trace.hits.total()
+        hits, dropped = self._counts
+        total = hits.total()
         busy = min(trace.busy / passed, 1.0) if passed > 0 else 0.0
         if self._console.as_json:
             document = {
@@ -459,18 +470,18 @@ class _Teller:
                 "seconds": round(passed, 6),
                 "rate": round(self._course.rate(total), 3),
                 "busy": round(busy, 6),
-                "dropped": trace.dropped,
+                "dropped": dropped,
                 "waiting": trace.waiting,
                 "unfinished": trace.unfinished,
                 "reapplied": trace.reapplied,
-                "by_function": dict(trace.hits),
+                "by_function": dict(hits),
             }
             self._console.line(json.dumps({"summary": document}))
             return
         self._console.line("")
         self._console.table(self._table())
         more = [f"{100 * busy:.0f} % of the time in handlers"]
-        more += [f"{trace.dropped} left out by --rate"] if trace.dropped else []
+        more += [f"{dropped} left out by --rate"] if dropped else []
         more += [f"{trace.waiting} not returned yet"] if trace.waiting else []
         more += [f"{trace.unfinished} left without a return"] if trace.unfinished else []
         more += [f"{counted(trace.reapplied, 'page')} made again"] if trace.reapplied else []

@@ -8,10 +8,9 @@ import contextlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from itertools import groupby
 from typing import Any, NamedTuple, TypeAlias
 
 import xenaltp2m as xa
@@ -30,10 +29,12 @@ from xenaltp2m.cli.console import Console, Table, printable
 from xenaltp2m.cli.course import Course
 from xenaltp2m.cli.host import Stop, begin, connect, is_altp2m_active, note_undone
 from xenaltp2m.cli.pages import (
+    address_hint,
+    check_gfns,
     check_loaded,
     counted,
     pages,
-    run_of_gfns,
+    runs_of_gfns,
 )
 from xenaltp2m.symbols import Image
 from xenaltp2m.types import GFN_LIMIT, PAGE_SHIFT
@@ -51,6 +52,9 @@ Of bytes, with --bytes or --exact, fetches are never told, and ACCESS is r or n.
 rx tells of writes only, x of reads and writes, rw of fetches. With n2rwx a page's first access is
 told, whatever it is, and nothing after it. r_pw is r, and lets the CPU's own page walk set
 accessed and dirty bits (Xen 4.20 and later).
+
+A gfn above the domain's highest is an error, and so is to watch nothing but what is no ordinary
+memory; of pages among others that cannot be watched a warning tells.
 
 A line has: seconds since the start, vCPU, its view, what happened, where, what was tried (rwx; a
 write counts as a read, too), the instruction (rip), the address it used (gla); with --image the
@@ -164,6 +168,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
             )
         )
         domain = stack.enter_context(xen.domain(options.domain))
+        check_gfns(domain, gfns)
         was_active = is_altp2m_active(domain, console) if gfns or ranges else True
         for name in dict.fromkeys(options.symbols):
             assert image is not None
@@ -181,6 +186,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
             elif altp2m is not None:
                 view = altp2m.create_view(label="watch")
                 view.set_access(gfns, options.access, progress=console.progress("protecting"))
+                if len(kinds) == 1:
+                    _check_watched(domain, view, gfns, options.access)
                 altp2m.switch_to_view(view)
             course = Course(options, xen.backend.clock, "hit")
             watch = _Watch(options, console, course, image, view, breakpoints)
@@ -196,6 +203,20 @@ def run(options: argparse.Namespace, console: Console) -> None:
         undone += ["vCPUs moved back", "views destroyed"]
     note_undone(console, *undone, was_active=was_active)
     watch.sum_up()
+
+
+def _check_watched(
+    domain: xa.Domain, view: xa.View, gfns: Sequence[int], access: xa.Access
+) -> None:
+    """Refuse to watch nothing: Xen passes over what is not ordinary memory."""
+    if not any(view.effective_access(gfn) == access for gfn in gfns):
+        shown = ", ".join(runs_of_gfns(gfns)[:4])
+        raise xa.NotMappedError(
+            f"there is nothing to watch: gfn {shown} is not ordinary memory",
+            domid=domain.domid,
+            gfn=xa.Gfn(gfns[0]),
+            hint=address_hint(gfns[0]),
+        )
 
 
 class _Wanted(NamedTuple):
@@ -277,11 +298,8 @@ def _tell_start(
         what = f"{', '.join(parts)} of " if parts else ""
         console.note(f"Watching {what}domain {domain.domid} ({domain.name}) {end}.")
         return
-    runs = [
-        [gfn for _, gfn in run]
-        for _, run in groupby(enumerate(gfns), lambda numbered: numbered[1] - numbered[0])
-    ]
-    shown = ", ".join(run_of_gfns(run[0], len(run)) for run in runs[:4])
+    runs = runs_of_gfns(gfns)
+    shown = ", ".join(runs[:4])
     if len(runs) > 4:
         shown += ", ..."
     console.note(
@@ -395,8 +413,7 @@ class _Watch:
         """
         self._next_check = self._course.passed + _VERIFY_SECONDS
         if self._breakpoints is not None:
-            for gfn in self._breakpoints.verify():
-                self._warn_of(gfn)
+            self._warn_of(sorted(self._breakpoints.verify()))
         view = self._view
         if view is None or self._access is xa.Access.N2RWX:
             return
@@ -407,20 +424,18 @@ class _Watch:
             return
         view.set_access(lost, self._access)
         still = {mismatch.gfn for mismatch in view.verify()}
-        for gfn in lost:
-            if gfn in self._told:
-                continue
-            self._told.add(gfn)
-            if gfn in still:
-                self._console.warn(f"gfn {gfn:#x} is not watched: it is not ordinary memory")
-            else:
-                self._warn_of(gfn)
+        new = sorted(set(lost) - self._told)
+        self._told.update(new)
+        for shown in runs_of_gfns(gfn for gfn in new if gfn in still):
+            self._console.warn(f"gfn {shown} is not watched: it is not ordinary memory")
+        self._warn_of(gfn for gfn in new if gfn not in still)
 
-    def _warn_of(self, gfn: int) -> None:
-        self._console.warn(
-            f"gfn {gfn:#x} was not watched for a while: Xen has reset it, for the host "
-            "p2m changed; it is watched again"
-        )
+    def _warn_of(self, gfns: Iterable[int]) -> None:
+        for shown in runs_of_gfns(gfns):
+            self._console.warn(
+                f"gfn {shown} was not watched for a while: Xen has reset it, for the host "
+                "p2m changed; it is watched again"
+            )
 
     # Telling.
 
