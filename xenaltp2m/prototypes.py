@@ -9,19 +9,27 @@ from __future__ import annotations
 
 import os
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Self, TypeVar
 
-from elftools.dwarf.dwarfinfo import DebugSectionDescriptor
 from elftools.dwarf.ranges import BaseAddressEntry
-from elftools.elf.elffile import ELFFile
 
+from xenaltp2m.dwarf import (
+    check_unit,
+    find_type,
+    is_described,
+    is_skeleton,
+    load,
+    load_split,
+    load_supplement,
+)
+from xenaltp2m.elf import ET_REL, ElfFile, opened
 from xenaltp2m.errors import SymbolError
 from xenaltp2m.locations import IN_REGISTERS, Locator, Place, by_abi, by_regparm, places
-from xenaltp2m.symbols import Meter, is_described, opened
+from xenaltp2m.symbols import Meter
 
 if TYPE_CHECKING:
     from xenaltp2m.events import Registers
@@ -30,12 +38,6 @@ MAX_UNITS = 1 << 16
 """Compilation units."""
 MAX_ENTRIES = 1 << 20
 """Entries looked at in one search: some tens of seconds."""
-MAX_SECTIONS = 1 << 30
-"""Bytes of all sections, unpacked."""
-_MOST_UNPACKED = 64
-"""Times the file's size."""
-_PACKED_HEADER = 12
-"""Bytes: ZLIB, and a size."""
 _DEEPEST = 16
 """Types that refer to types, at most."""
 _MOST_PARAMETERS = 64
@@ -149,37 +151,32 @@ class Prototypes:
     :meth:`open` opens a file for as long as a ``with`` block lasts.
     """
 
-    def __init__(self, stream: BinaryIO, name: str) -> None:
+    def __init__(self, stream: BinaryIO, name: str, directory: Path | None = None) -> None:
         """Read the headers.
 
         Args:
             stream: The file; it stays the caller's to close.
             name: What messages call it.
+            directory: Where the files are searched for that it names; with None, they are not.
 
         Raises:
-            SymbolError: It is not an ELF image, is damaged, or has no debugging information.
+            SymbolError: It is not an ELF image, is damaged, or has no debugging information; or
+                some of that is in another file, which is missing.
         """
-        self.name = name
+        self.name, self._directory = name, directory
         self._left, self._meter = 0, Meter()
-        with self._reading():
-            elf = ELFFile(self._meter.on(stream))
-            self._is_64_bit = elf.elfclass == 64
-            left = min(MAX_SECTIONS, _MOST_UNPACKED * stream.seek(0, os.SEEK_END))
-            for section in elf.iter_sections():
-                if section.name.startswith((".debug", ".zdebug")):
-                    size = _unpacked_size(section, left)
-                    left -= size
-                    if left < 0:
-                        raise SymbolError(f"{name}: {section.name} has {size} bytes: too many")
-            self._dwarf: Any = None
-            if is_described(elf):
-                self._dwarf = elf.get_dwarf_info(relocate_dwarf_sections=False, follow_links=False)
-                self._measure()
-        if self._dwarf is None:
+        self._elf = ElfFile(stream, name)
+        self._is_64_bit = self._elf.bits == 64
+        if self._elf.type == ET_REL:
+            self._elf.refuse("a relocatable object (.o, .ko): its functions have no addresses yet")
+        if not is_described(self._elf):
             raise SymbolError(
                 f"{name} has no debugging information",
                 hint=("use an image that is not stripped, such as a -dbg package's vmlinux",),
             )
+        with self._reading():
+            self._dwarf = load(self._elf, self._meter)
+            self._dwarf.supplementary_dwarfinfo = load_supplement(self._elf, self._meter, directory)
 
     @classmethod
     @contextmanager
@@ -191,7 +188,7 @@ class Prototypes:
         """
         name = os.fspath(path)
         with opened(path) as stream:
-            yield cls(stream, name)
+            yield cls(stream, name, Path(name).parent)
 
     def at(self, address: int) -> Prototype | None:
         """Return the prototype of the function that begins at an address, as the file has it.
@@ -224,21 +221,15 @@ class Prototypes:
         for unit in self._units():
             found = []
             with self._reading():
-                for entry in self._functions(unit):
-                    low, high = self._entrance(unit, entry)
+                whole = self._whole(unit)
+                for entry in self._functions(whole):
+                    low, high = self._entrance(whole, entry)
                     name = self._name_of(entry)
                     if low is not None and name:
                         found.append(Function(name, low, max(high - low, 0)))
             yield from found
 
     # Units and entries.
-
-    def _measure(self) -> None:
-        """Count what is read of the sections, too."""
-        for name, section in vars(self._dwarf).items():
-            if isinstance(section, DebugSectionDescriptor):
-                stream: Any = self._meter.on(section.stream)
-                setattr(self._dwarf, name, section._replace(stream=stream))
 
     def _begin(self) -> None:
         """Begin a search."""
@@ -256,6 +247,11 @@ class Prototypes:
                 ) from error
             if isinstance(error, SymbolError):
                 raise
+            if isinstance(error, NotImplementedError) or "DWARF version" in str(error):
+                raise SymbolError(
+                    f"{self.name}: its debugging information is of a kind that pyelftools cannot "
+                    f"read: {error}"
+                ) from error
             # Damaged tables raise nearly anything there.
             raise SymbolError(f"{self.name}: its debugging information is damaged") from error
 
@@ -266,19 +262,26 @@ class Prototypes:
                 unit = next(units, None)
                 if unit is None:
                     return
+                check_unit(self._elf, unit)
                 yield unit
         raise SymbolError(f"{self.name} has more than {MAX_UNITS} compilation units")
+
+    def _whole(self, unit: Any) -> Any:
+        """The unit itself, or where its entries are."""
+        if not is_skeleton(unit):
+            return unit
+        return load_split(self._elf, unit, self._meter, self._directory)
 
     def _unit_of(self, address: int) -> Any:
         for unit in self._units():
             top = self._take(unit.get_top_DIE())
             if "DW_AT_ranges" in top.attributes:
                 if any(low <= address < high for low, high in self._ranges(unit, top)):
-                    return unit
+                    return self._whole(unit)
                 continue
             low, high = _bounds(top)
             if low is not None and low <= address < high:
-                return unit
+                return self._whole(unit)
         return None
 
     def _entrance(self, unit: Any, entry: Any) -> tuple[int | None, int]:
@@ -288,11 +291,14 @@ class Prototypes:
         return _bounds(entry)
 
     def _ranges(self, unit: Any, entry: Any) -> Iterator[tuple[int, int]]:
-        lists = self._dwarf.range_lists()
+        lists = unit.dwarfinfo.range_lists()
         offset = entry.attributes["DW_AT_ranges"].value
         if lists is None:
             return
-        base = _number(unit.get_top_DIE(), "DW_AT_low_pc") or 0
+        top = unit.get_top_DIE()
+        if entry is not top and unit["version"] < 5:
+            offset += _number(top, "DW_AT_GNU_ranges_base") or 0
+        base = _number(top, "DW_AT_low_pc") or 0
         for span in lists.get_range_list_at_offset(offset, cu=unit):
             self._take(span)
             if isinstance(span, BaseAddressEntry):
@@ -430,6 +436,9 @@ class Prototypes:
         owner = self._owner(entry, "DW_AT_type")
         if owner is None:
             return VOID
+        attribute = owner.attributes["DW_AT_type"]
+        if attribute.form == "DW_FORM_ref_sig8":
+            return self._type(find_type(owner.dwarfinfo, attribute.raw_value), depth)
         return self._type(owner.get_DIE_from_attribute("DW_AT_type"), depth)
 
     def _type(self, entry: Any, depth: int) -> Type:
@@ -502,16 +511,6 @@ def _places_32(types: list[Type], result: Type) -> list[int | None]:
         found.append(at)
         at += max(-(-one.size // 4), 1)
     return found
-
-
-def _unpacked_size(section: Any, limit: int) -> int:
-    """Bytes of a section, unpacked; where there are more than the limit, maybe not all of them."""
-    size: int = section.data_size
-    if section.name.startswith(".zdebug") and size <= limit:
-        # pyelftools looks only afterwards how many these are.
-        packed = section.data()[_PACKED_HEADER:]
-        return len(zlib.decompressobj().decompress(packed, limit + 1))
-    return size
 
 
 def _bounds(entry: Any) -> tuple[int | None, int]:

@@ -119,11 +119,10 @@ def a_list(chance: random.Random) -> None:
     """System.map."""
     stream = io.BytesIO(mutated(chance, KERNEL))
     try:
-        found = list(symbols._map_symbols(stream, "fuzzed"))
+        kernel = symbols.Symbols(*symbols._map_symbols(stream, "fuzzed"))
     except SymbolError:
         return
-    kernel = symbols.Symbols(found, "fuzzed")
-    for _, _, symbol in found[:3]:
+    for symbol in kernel.symbols[:3]:
         assert 0 <= symbol.address < 1 << 64
         assert kernel.locate(symbol.address) is not None
 

@@ -40,10 +40,11 @@ def kernel(tmp_path: Path) -> Symbols:
     return opened(tmp_path, LIST)
 
 
-def registers(lstar: int) -> Registers:
+def registers(lstar: int, **others: int) -> Registers:
     raw = bytearray(HVM_CPU.size)
-    offset, width = HVM_CPU.fields["msr_lstar"]
-    raw[offset : offset + width] = lstar.to_bytes(width, "little")
+    for name, value in {"msr_lstar": lstar, **others}.items():
+        offset, width = HVM_CPU.fields[name]
+        raw[offset : offset + width] = value.to_bytes(width, "little")
     return registers_at(HVM_CPU.fields)(bytes(raw))
 
 
@@ -83,6 +84,93 @@ def test_another_kernel_s_registers(kernel: Symbols, off: int) -> None:
     entry = kernel.address("entry_SYSCALL_64")
     with pytest.raises(SymbolError, match="is not of the kernel that runs"):
         kernel.find_slide(registers(entry + off))
+
+
+def test_fault_16_lines_without_an_address_are_counted(tmp_path: Path) -> None:
+    """As kernels before 4.15 print a hidden address, and nm a symbol that is not defined."""
+    more = (
+        b"\n          (null) A irq_stack_union\n(null) T hidden\t[ext4]\n"
+        b"                 U undefined\n                 w __gmon_start__\n   \n"
+    )
+    plain, found = opened(tmp_path, LIST), opened(tmp_path, LIST + more)
+    assert found.symbols == plain.symbols
+    assert (plain.skipped, found.skipped) == (1, 7)
+    with pytest.raises(SymbolError, match="kptr_restrict"):
+        opened(tmp_path, b"          (null) T _stext\n(null) t helper\n")
+    with pytest.raises(SymbolError, match="neither an ELF image nor a list"):
+        opened(tmp_path, b"\n\n")
+
+
+def test_fault_16_several_of_one_name_can_be_told_apart(tmp_path: Path) -> None:
+    base = 0xFFFFFFFF81000000
+    lines = [(base + 0x40, "helper", ""), (base, "helper", ""), (base + 0x80, "helper", "\t[ext4]")]
+    lines += [(base + 0x1000 + n, "many", "") for n in range(20)]
+    text = "".join(f"{address:x} t {name}{module}\n" for address, name, module in lines)
+    kernel = opened(tmp_path, text.encode())
+    listed = (
+        rf"helper#1 at {base:#x}, helper#2 at {base + 0x40:#x}, helper#3 at {base + 0x80:#x} "
+        r"\(ext4\)$"
+    )
+    with pytest.raises(SymbolError, match=listed):
+        kernel.address("helper")
+    assert kernel.address("helper#1") == base
+    assert kernel.address("helper#2+0x8") == base + 0x48
+    assert kernel.address("helper@ext4") == base + 0x80
+    assert kernel.address(f"helper@{base + 0x40:#x}") == base + 0x40
+    assert kernel.address(f"{base + 0x40:#x}") == base + 0x40
+    for wrong in ("helper#0", "helper#4", "helper@xfs", "helper@", "#1", f"helper@{base + 1:#x}"):
+        with pytest.raises(SymbolError, match="has no symbol"):
+            kernel.address(wrong)
+    with pytest.raises(SymbolError, match=r"many#8 at 0x\w+, \.\.\. 20 in all$"):
+        kernel.address("many")
+
+
+def test_fault_16_modules_do_not_move_with_the_kernel(kernel: Symbols) -> None:
+    slid = kernel.slid(SLIDE)
+    assert kernel.address("in_module") == 0xFFFFFFFFC0000000
+    with pytest.raises(SymbolError, match="in the module ext4"):
+        slid.address("in_module")
+    assert slid.locate(0xFFFFFFFFC0000000 + SLIDE) is None
+    assert (kernel.is_in_module("in_module"), kernel.is_in_module("_stext")) == (True, False)
+
+
+ENTRIES = b"""\
+ffffffff81000000 T _stext
+ffffffff81a00000 T entry_SYSCALL_64
+ffffffff81a00010 t entry_SYSCALL_64_trampoline
+ffffffff81a01b60 T entry_SYSENTER_compat
+ffffffff81a01c90 T entry_SYSCALL_compat
+ffffffff81a01d00 T ignore_sysret
+"""
+TRAMPOLINE = 0xFFFFFE0000006010
+"""SYSCALL64_entry_trampoline of CPU 0: its entry area has the trampoline in its seventh page."""
+
+
+@pytest.mark.parametrize("slide", [0, SLIDE])
+@pytest.mark.parametrize("cstar", ["entry_SYSCALL_compat", "ignore_sysret"])
+def test_fault_16_a_kernel_entered_by_a_trampoline(tmp_path: Path, slide: int, cstar: str) -> None:
+    """Linux 4.15 to 4.19 with page-table isolation (arch/x86/kernel/cpu/common.c, syscall_init)."""
+    kernel = opened(tmp_path, ENTRIES)
+    there = {
+        "msr_cstar": kernel.address(cstar) + slide,
+        "sysenter_eip": kernel.address("entry_SYSENTER_compat") + slide,
+    }
+    assert kernel.find_slide(registers(TRAMPOLINE, **there)) == slide
+    assert kernel.find_slide(registers(TRAMPOLINE, msr_cstar=there["msr_cstar"])) == slide
+    assert kernel.in_guest(registers(TRAMPOLINE, **there)).slide == slide
+    there["sysenter_eip"] += 0x10
+    with pytest.raises(SymbolError, match="is not of the kernel that runs"):
+        kernel.find_slide(registers(TRAMPOLINE, **there))
+
+
+def test_fault_05_a_slide_that_cannot_be_found_is_an_error(tmp_path: Path) -> None:
+    entries = opened(tmp_path, ENTRIES)
+    for there in (registers(0), registers(TRAMPOLINE)):
+        with pytest.raises(SymbolError, match="cannot be found"):
+            entries.in_guest(there)
+    without = opened(tmp_path, b"ffffffff81000000 T _stext\n")
+    with pytest.raises(SymbolError, match="cannot be found"):
+        without.in_guest(registers(0xFFFFFFFF81A00000))
 
 
 def test_an_image_is_opened_as_one() -> None:

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import io
+import re
+import struct
 import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from xenaltp2m.locations import Piece
 from xenaltp2m.prototypes import Parameter, Prototypes, Type
 from xenaltp2m.symbols import Image
 
+ET_EXEC = 2
 SOURCE = """
 typedef unsigned int u32; typedef u32 (*callback)(int); typedef const char *text;
 enum color { RED, GREEN }; struct pair { int a, b; }; struct big { long a[5]; };
@@ -282,9 +286,86 @@ def test_a_packed_section_that_is_larger_than_it_should(tmp_path: Path) -> None:
     packed = zlib.compress(bytes(8 << 20))
     content = ",".join(map(str, b"ZLIB" + bytes(8) + packed))
     source = f'.section .zdebug_info, "", @progbits\n.byte {content}\n'
-    made = compiled(tmp_path, source, "-c", language="assembler")
-    with pytest.raises(xa.SymbolError, match="bytes: too many"), Prototypes.open(made):
-        pass
+    made = bytearray(compiled(tmp_path, source, "-c", language="assembler").read_bytes())
+    made[16] = ET_EXEC
+    with pytest.raises(xa.SymbolError, match="damaged: 1 of 0 bytes"):
+        Prototypes(io.BytesIO(made), "packed")
+
+
+MADE = Path(__file__).parent / "elf"
+"""Of one source, by the tools that make.sh names."""
+AS_IN_SOURCE = {
+    "inner": "int inner(int x)",
+    "local": "int local(thing * it, long int by)",
+    "outer": "int outer(int a, const char * s)",
+}
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "plain.elf", "eu-strip.debug", "objcopy.debug", "zdebug.elf", "zstd.elf", "dwz.elf",
+        "dwz-other.elf", "gcc-split-4.elf", "gcc-split-5.elf", "clang-split-4.elf",
+        "clang-split-5.elf", "types-4.elf", "types-5.elf",
+    ],
+)  # fmt: skip
+def test_fault_16_debugging_information_wherever_tools_put_it(file: str) -> None:
+    symbols = Image.open(MADE / file)
+    with Prototypes.open(MADE / file) as prototypes:
+        found = {name: str(prototypes.at(symbols.symbol(name).address)) for name in AS_IN_SOURCE}
+        named = {one.name: one.size for one in prototypes.functions()}
+    if file.startswith("clang"):
+        found = {name: text.replace("long ", "long int ") for name, text in found.items()}
+    assert found == AS_IN_SOURCE
+    assert named == {name: symbols.symbol(name).size for name in AS_IN_SOURCE}
+
+
+@pytest.mark.parametrize(
+    ("image", "other"),
+    [("gcc-split-4", ".dwo"), ("gcc-split-5", ".dwo"), ("clang-split-5", ".dwo"), ("dwz", ".sup")],
+)
+def test_fault_16_a_file_that_is_missing_is_named(image: str, other: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{image}.elf"
+    path.write_bytes((MADE / path.name).read_bytes())
+    address = Image.open(path).symbol("outer").address
+    named = rf"{image}{other}, which is missing"
+    with pytest.raises(xa.SymbolError, match=named), Prototypes.open(path) as prototypes:
+        prototypes.at(address)
+    beside = tmp_path / f"{image}{other}"
+    beside.write_bytes((MADE / "plain.elf").read_bytes())
+    with (
+        pytest.raises(xa.SymbolError, match="is of another build"),
+        Prototypes.open(path) as prototypes,
+    ):
+        prototypes.at(address)
+    stream = io.BytesIO(path.read_bytes())  # from a stream, no other file is opened
+    with pytest.raises(xa.SymbolError, match="which is missing"):
+        Prototypes(stream, "stream").at(address)
+
+
+def test_fault_16_what_is_not_supported_is_not_called_damaged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    content = bytearray((MADE / "zstd.elf").read_bytes())
+    for package in ("compression", "backports"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(xa.SymbolError, match="compressed by zstd") as caught:
+        Prototypes(io.BytesIO(content), "zstd")
+    assert "objcopy --decompress-debug-sections" in str(caught.value)
+    header = struct.pack("<II", 2, 0)  # ch_type of ELFCOMPRESS_ZSTD, and what is reserved
+    content[content.index(header)] = 3
+    with pytest.raises(xa.SymbolError, match="compressed in a way that is not known, 3"):
+        Prototypes(io.BytesIO(content), "unknown")
+
+
+def test_fault_16_a_newer_dwarf_is_not_called_damaged(tmp_path: Path) -> None:
+    made = compiled(tmp_path, SOURCE, "-gdwarf-5", "-O0", "-nostdlib", "-static", "-Wl,-e,none")
+    content = bytearray(made.read_bytes())
+    listed = subprocess.check_output(["readelf", "-SW", str(made)], text=True)
+    [at] = re.findall(r"\.debug_info +PROGBITS +\w+ (\w+)", listed)
+    content[int(at, 16) + 4] = 6  # the version, behind the length
+    with pytest.raises(xa.SymbolError, match="pyelftools cannot read: .*DWARF version.*6"):
+        list(Prototypes(io.BytesIO(content), "new").functions())
 
 
 def test_images_without_it(tmp_path: Path) -> None:

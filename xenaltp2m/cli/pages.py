@@ -9,7 +9,7 @@ from itertools import groupby
 
 import xenaltp2m as xa
 from xenaltp2m.cli.console import Console
-from xenaltp2m.symbols import Image, Segment, Symbol
+from xenaltp2m.symbols import Image, Symbol
 
 _MOST_PAGES_OF_A_SYMBOL = 1 << 16
 
@@ -32,21 +32,17 @@ def check_loaded(domain: xa.Domain, image: Image, symbol: Symbol, console: Conso
     """Warn where the guest's memory is not what the image says.
 
     Returns:
-        Whether it is; None where the guest may write to it.
+        Whether it is; None where the guest may write to it, or the image has only its symbols.
     """
     segment = image.segment(symbol)
-    if segment.writable:
+    content = image.content(symbol.address, symbol.size)
+    if segment.writable or content is None:
         return None
     found = domain.memory.read(image.physical(symbol), symbol.size)
-    if found == _content(segment, symbol):
+    if found == content:
         return True
     console.warn(f"the memory of {symbol.name} in the guest is not what {image.name} has")
     return False
-
-
-def _content(segment: Segment, symbol: Symbol) -> bytes:
-    start = symbol.address - segment.virtual
-    return segment.data[start : start + symbol.size].ljust(symbol.size, b"\0")
 
 
 def runs_of_gfns(gfns: Iterable[int]) -> list[str]:

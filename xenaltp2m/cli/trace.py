@@ -31,7 +31,7 @@ from xenaltp2m.cli.host import Stop, begin, connect, is_altp2m_active, note_undo
 from xenaltp2m.cli.pages import counted
 from xenaltp2m.memory import AddressSpace
 from xenaltp2m.prototypes import Parameter, Prototype, Prototypes, Type
-from xenaltp2m.symbols import SYSTEM_CALL, Image, Symbols
+from xenaltp2m.symbols import Image, Symbols
 from xenaltp2m.tracing import Call, Return, Seen, Trace
 
 SUMMARY = "trace calls of a guest's functions: a line for each call, then undo everything"
@@ -210,14 +210,7 @@ def _slid(options: argparse.Namespace, domain: xa.Domain, symbols: Symbols) -> S
     """The symbols where the guest has them."""
     if options.slide is not None:
         return symbols.slid(options.slide)
-    registers = domain.registers()
-    try:
-        symbols.symbol(SYSTEM_CALL)
-    except xa.SymbolError:
-        return symbols
-    if not registers.msr_lstar:
-        return symbols
-    return symbols.slid(symbols.find_slide(registers))
+    return symbols.in_guest(domain.registers())
 
 
 def _tell_start(

@@ -64,6 +64,8 @@ def _load_segments(domain: Domain, elf: Any) -> tuple[int | None, int]:
         if segment["p_type"] == "PT_LOAD":
             first, size = segment["p_paddr"], segment["p_memsz"]
             data = segment.data()
+            if len(data) != segment["p_filesz"]:
+                raise ValueError("a segment ends behind the file's end")
             if len(data) > size:
                 raise ValueError("a segment is longer in the file than in memory")
             write(domain, first, data)
