@@ -33,6 +33,8 @@ _SECTIONS = frozenset(
 )  # fmt: skip
 _SHARED = "debug_addr", "debug_ranges"
 """What ``.dwo`` files leave in the image, for the linker relocates it."""
+_OTHER_FORM = "debug_loc", ".dwo"
+"""Lists of locations whose entries (DW_LLE_GNU_*) pyelftools takes for others."""
 _OF_DWARF_5 = {
     "DW_FORM_GNU_str_index": "DW_FORM_strx",
     "DW_FORM_GNU_addr_index": "DW_FORM_addrx",
@@ -72,7 +74,7 @@ def load(
         found[parameter] = None
         if shared is not None and name in _SHARED:
             found[parameter] = getattr(shared, parameter)
-        elif name in _SECTIONS:
+        elif name in _SECTIONS and (name, suffix) != _OTHER_FORM:
             # A file may have sections of both kinds, for ld compresses only those it makes smaller;
             # a .dwo file has one for each type unit.
             names = f".{name}{suffix}", f".z{name}{suffix}"

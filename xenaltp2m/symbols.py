@@ -391,6 +391,21 @@ class Symbols:
         offset = address - found.address
         return Location(found, offset) if offset < (found.size or _FARTHEST) else None
 
+    def extent(self, address: int, few: int, most: int) -> tuple[int, int]:
+        """Return where the function around an address begins, slide included, and its bytes.
+
+        Args:
+            address: In it, slide included.
+            few: How many bytes one has that nothing tells the end of.
+            most: How many are told of at most; from the address on, of a longer one.
+        """
+        found = self.locate(address)
+        if found is None or found.symbol.size == 0 or found.offset >= most:
+            at = bisect_right(self._addresses, address - self.slide)
+            room = self._addresses[at] + self.slide - address if at < len(self.symbols) else few
+            return address, min(room, few)
+        return address - found.offset, min(found.symbol.size, most)
+
     def _covering(self, at: int, address: int) -> int:
         """The symbol with a size that an address lies in, the innermost; or -1."""
         for _ in range(_MOST_NESTED):
@@ -471,6 +486,11 @@ class Image(Symbols):
         if segment is None or found.symbol.address < segment.virtual:
             return None
         return found
+
+    def is_code(self, address: int) -> bool:
+        """Whether a virtual address, slide not included, is in what the guest may execute."""
+        segment = self._segment_with(address)
+        return segment is not None and segment.executable
 
     def content(self, address: int, size: int) -> bytes | None:
         """Return what the file loads to a virtual address, slide not included.

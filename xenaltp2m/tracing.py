@@ -20,6 +20,7 @@ from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Required, TypeAlias, TypedDict
 
+from xenaltp2m import fingerprint
 from xenaltp2m.abi.x86 import CR0_PG, CR4_PAE, EFER_LMA, FRAME, PTE_PRESENT
 from xenaltp2m.breakpoints import Breakpoints
 from xenaltp2m.errors import InvalidArgumentError, NotMappedError, OutOfMemoryError
@@ -104,6 +105,7 @@ class TraceOptions(TypedDict, total=False):
     most_per_second: float | None
     fast: bool
     accept: Collection[str]
+    trust: bool
 
 
 class Trace(Handle):
@@ -131,6 +133,7 @@ class Trace(Handle):
         most_per_second: float | None = None,
         fast: bool = True,
         accept: Collection[str] = (),
+        trust: bool = False,
     ) -> None:
         """Begin.
 
@@ -146,10 +149,13 @@ class Trace(Handle):
             most_per_second: How many calls are told in a second; the rest is counted.
             fast: See :class:`Breakpoints`.
             accept: See :meth:`Domain.altp2m`.
+            trust: Whether the symbols are taken to be the guest's without looking; else its memory
+                is compared with them, before anything is changed.
 
         Raises:
             InvalidArgumentError: An argument is not what it should be.
-            SymbolError: A name is not known.
+            SymbolError: A name is not known; or the symbols are of something else, or nothing
+                tells whether they are.
             NotMappedError: Its address is none while paging is off.
             XenError: No vCPU is up.
         """
@@ -176,6 +182,8 @@ class Trace(Handle):
         addresses = {name: symbols.address(name) for name in names}
         registers = domain.registers()
         places = {name: self._place(name, at, registers) for name, at in addresses.items()}
+        if not trust:
+            fingerprint.check(domain, symbols, names, registers)
         super().__init__()
         self._arguments = arguments
         self._most = max(int(rate), 1) if rate else math.inf

@@ -320,6 +320,16 @@ def test_fault_16_debugging_information_wherever_tools_put_it(file: str) -> None
     assert named == {name: symbols.symbol(name).size for name in AS_IN_SOURCE}
 
 
+@pytest.mark.parametrize(("version", "known"), [(4, False), (5, True)])
+def test_fault_16_lists_of_locations_in_split_files(version: int, known: bool) -> None:
+    """``outer`` keeps its parameters elsewhere later; DWARF 4's lists are not read."""
+    image = MADE / f"gcc-split-{version}.elf"
+    with Prototypes.open(image) as prototypes:
+        outer = prototypes.at(Image.open(image).symbol("outer").address)
+    assert outer is not None
+    assert [one.word for one in outer.parameters] == ([0, 1] if known else [None, None])
+
+
 @pytest.mark.parametrize(
     ("image", "other"),
     [("gcc-split-4", ".dwo"), ("gcc-split-5", ".dwo"), ("clang-split-5", ".dwo"), ("dwz", ".sup")],
@@ -364,7 +374,7 @@ def test_fault_16_a_newer_dwarf_is_not_called_damaged(tmp_path: Path) -> None:
     listed = subprocess.check_output(["readelf", "-SW", str(made)], text=True)
     [at] = re.findall(r"\.debug_info +PROGBITS +\w+ (\w+)", listed)
     content[int(at, 16) + 4] = 6  # the version, behind the length
-    with pytest.raises(xa.SymbolError, match="pyelftools cannot read: .*DWARF version.*6"):
+    with pytest.raises(xa.SymbolError, match=r"pyelftools cannot read: .*DWARF version.*6"):
         list(Prototypes(io.BytesIO(content), "new").functions())
 
 

@@ -502,7 +502,7 @@ def test_fault_02_a_stack_segment_with_a_base() -> None:
     with (
         xa.connect(host) as xen,
         xen.domain(computer.domid) as dom,
-        Trace(dom, "function", symbols=symbols, arguments=1, returns=True) as trace,
+        Trace(dom, "function", symbols=symbols, arguments=1, returns=True, trust=True) as trace,
     ):
         host.steps_at_once = 200
         [call, came_back] = trace.calls(timeout=0.01)

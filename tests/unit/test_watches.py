@@ -426,7 +426,7 @@ def test_a_trace_of_what_is_not_mapped_yet(tmp_path: Path) -> None:
     with (
         xa.connect(host) as xen,
         xen.domain(computer.domid) as dom,
-        dom.trace("late", "never", symbols=symbols, returns=True) as trace,
+        dom.trace("late", "never", symbols=symbols, returns=True, trust=True) as trace,
     ):
         host.steps_at_once = 200
         seen = list(trace.calls(timeout=0.01))
@@ -457,7 +457,7 @@ def test_a_trace_of_what_changes_the_page_tables(tmp_path: Path, high: bool) -> 
     with (
         xa.connect(host) as xen,
         xen.domain(computer.domid) as dom,
-        dom.trace("switch", symbols=Symbols.open(kernel), returns=True) as trace,
+        dom.trace("switch", symbols=Symbols.open(kernel), returns=True, trust=True) as trace,
     ):
         host.steps_at_once = 200
         seen = list(trace.calls(timeout=0.01))

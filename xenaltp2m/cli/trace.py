@@ -54,6 +54,10 @@ another tells what it came back with, and how long that took.
 A kernel that KASLR has moved is found where it is by a vCPU's MSR_LSTAR, if the file says where
 entry_SYSCALL_64 is; --slide says how far otherwise.
 
+Before anything is changed, the guest's memory is compared with the file: the functions' code, else
+the build id, or the kernel's banner and its table of system calls. A file of something else is
+refused, and so is one that cannot be compared, unless --trust-symbols says that it is right.
+
 It ends after --duration or --count, with the domain, on Ctrl-C or SIGTERM, and when nobody reads
 its output any more; all of these undo everything.
 
@@ -101,6 +105,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--slide", type=_slide, metavar="N", help="how far KASLR has moved the kernel, in bytes"
     )
+    parser.add_argument(
+        "--trust-symbols", action="store_true",
+        help="do not compare the file with the guest's memory first",
+    )  # fmt: skip
     parser.add_argument("--returns", action="store_true", help="tell of returns, too")
     what = "tell only of calls with these page tables"
     add_repeated(parser, "--only-cr3", "cr3", "N", what, type=_cr3)
@@ -177,6 +185,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
                 most_per_second=options.rate,
                 fast=not options.toggle,
                 accept=options.accept,
+                trust=options.trust_symbols,
             )
         )
         stop.wake = trace.stop

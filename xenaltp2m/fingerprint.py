@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Whether a file's symbols are of what a guest runs: looked up in its memory before it is changed.
+
+A breakpoint at an address of another kernel is in the middle of something, and corrupts the guest.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, TypeAlias
+
+from xenaltp2m.abi.x86 import CR0_PG
+from xenaltp2m.errors import InvalidArgumentError, NotMappedError, SymbolError
+from xenaltp2m.symbols import Image, Symbols
+
+if TYPE_CHECKING:
+    from xenaltp2m.domain import Domain
+    from xenaltp2m.elf import Section
+    from xenaltp2m.events import Registers
+
+Read: TypeAlias = Callable[[int, int], bytes]
+"""Returns so many bytes at a linear address; raises NotMappedError."""
+
+_MOST_BYTES = 4096
+"""Of a function, so many are compared."""
+_FEW_BYTES = 16
+"""Of a label that nothing follows."""
+_MOST_SITES = 1 << 22
+_SAMPLE = 64
+"""So many entries of a section tell of which form all are."""
+_BANNER, _BANNER_SAYS = "linux_banner", b"Linux version "
+_TABLE = "sys_call_table"
+_NUMBERS = {
+    "read": 0, "write": 1, "open": 2, "close": 3, "mmap": 9, "socket": 41, "exit": 60, "kill": 62,
+    "ptrace": 101, "futex": 202, "openat": 257, "epoll_create1": 291, "getrandom": 318,
+}  # fmt: skip
+"""Of system calls (Linux, arch/x86/entry/syscalls/syscall_64.tbl): they are all over the kernel."""
+_PREFIXES = "__x64_sys_", "sys_", "SyS_"
+_SITES: tuple[tuple[str, tuple[str, ...], bool, int | None], ...] = (
+    (".altinstructions", ("<i8xBx", "<i6xBx", "<i6xBxx"), True, None),
+    (".parainstructions", ("<QxB6x",), False, None),
+    ("__mcount_loc", ("<Q", "<I"), False, 5),
+    ("__jump_table", ("<i12x", "<i8x"), True, 5),
+    ("__jump_table", ("<Q16x", "<I8x"), False, 5),
+    (".static_call_sites", ("<i4x",), True, 5),
+    (".retpoline_sites", ("<i",), True, 6),
+    (".return_sites", ("<i",), True, 5),
+    (".call_sites", ("<i",), True, 5),
+    (".ibt_endbr_seal", ("<i",), True, 4),
+    (".cfi_sites", ("<i",), True, 8),
+    (".smp_locks", ("<i",), True, 1),
+    ("runtime_ptr_", ("<i",), True, 8),
+    ("runtime_shift_", ("<i",), True, 1),
+)
+"""Sections that list what Linux changes in its code as it boots (arch/x86/kernel/vmlinux.lds.S,
+alternative.c, ftrace.c, jump_label.c): how their names begin; the forms of an entry, by release;
+whether its first field is a distance from itself; and how many bytes there are changed, unless its
+second field tells."""
+_WRONG = (
+    "the file is of another kernel, or of another build: use the one of the guest that runs",
+    "the kernel was moved (KASLR): leave --slide out, or use Symbols.in_guest",
+)
+_TRUST = "it is right all the same: --trust-symbols, or trust=True"
+
+
+def check(domain: Domain, symbols: Symbols, places: Iterable[str], registers: Registers) -> None:
+    """Refuse symbols that are not of what a guest runs, before the first int3.
+
+    The functions' code is compared where the image has it; else the build id, or the kernel's
+    banner and its table of system calls.
+
+    Args:
+        domain: The guest.
+        symbols: The symbols, slide included.
+        places: What is to be changed, as :meth:`Symbols.address` takes it.
+        registers: A vCPU's, by whose page tables the guest is read.
+
+    Raises:
+        SymbolError: They are of something else; or nothing can be compared.
+    """
+    compare(symbols, _reader(domain, symbols, registers), places)
+
+
+def compare(symbols: Symbols, read: Read, places: Iterable[str]) -> None:
+    """As :func:`check`, with what reads the guest's memory."""
+    rest = [place for place in places if not _has_same_code(symbols, read, place)]
+    if not rest:
+        return
+    told = _has_same_build(symbols, read) if isinstance(symbols, Image) else _fits(symbols, read)
+    in_modules = [place for place in rest if symbols.is_in_module(place)]
+    if not told or in_modules:
+        what = f": {', '.join(in_modules)} is in a module" if told else ""
+        raise SymbolError(
+            f"nothing tells whether {symbols.name} is of what the guest runs{what}",
+            hint=(
+                "use an image with code or a build id, or a list with linux_banner",
+                "the guest has not begun: wait until its kernel runs",
+                _TRUST,
+            ),
+        )
+
+
+def _reader(domain: Domain, symbols: Symbols, registers: Registers) -> Read:
+    """What reads at the linear addresses of a vCPU; without paging, where an image is loaded."""
+
+    def read(address: int, size: int) -> bytes:
+        if registers.cr0 & CR0_PG:
+            return domain.memory.address_space(registers).read(address, size)
+        try:
+            if isinstance(symbols, Image):
+                address = symbols.physical_of(address)
+            return domain.memory.read(address, size)
+        except (SymbolError, InvalidArgumentError) as error:
+            raise NotMappedError(error.message, domid=int(domain.domid)) from None
+
+    return read
+
+
+def _has_same_code(symbols: Symbols, read: Read, place: str) -> bool:
+    """Whether a function is in memory as in the image; False where that cannot be told.
+
+    Raises:
+        SymbolError: It is not.
+    """
+    address = symbols.address(place)
+    if not isinstance(symbols, Image):
+        return False
+    start, size = symbols.extent(address, _FEW_BYTES, _MOST_BYTES)
+    expected = symbols.content(start - symbols.slide, size)
+    if expected is None:
+        return False
+    try:
+        found = read(start, size)
+    except NotMappedError:
+        return False
+    at = _difference(symbols, start, expected, found)
+    if at is not None:
+        raise SymbolError(
+            f"{symbols.name} is not of what the guest runs: at {place}, {start + at:#x}, it has "
+            f"{expected[at : at + 8].hex(' ')}, and the guest {found[at : at + 8].hex(' ')}",
+            hint=(*_WRONG, f"the guest has changed its code there, and {_TRUST}"),
+        )
+    return True
+
+
+def _difference(image: Image, start: int, expected: bytes, found: bytes) -> int | None:
+    """Where code differs, but for what a kernel changes itself."""
+    if expected == found:
+        return None
+    changed = {
+        at
+        for site, size in _sites(image, start - image.slide, len(expected))
+        for at in range(site, site + size)
+    }
+    at = 0
+    while at < len(expected):
+        if expected[at] == found[at] or start - image.slide + at in changed:
+            at += 1
+            continue
+        end = _relocated(image.slide, expected, found, at)
+        if end is None:
+            return at
+        at = end
+    return None
+
+
+def _relocated(slide: int, expected: bytes, found: bytes, at: int) -> int | None:
+    """The end of an address there that was moved by the slide; percpu ones go the other way."""
+    for width in (4, 8) if slide else ():
+        for start in range(max(at - width + 1, 0), min(at, len(expected) - width) + 1):
+            before, after = (
+                int.from_bytes(code[start : start + width], "little") for code in (expected, found)
+            )
+            if (after - before - slide) % (1 << 8 * width) == 0:
+                return start + width
+            if (after - before + slide) % (1 << 8 * width) == 0:
+                return start + width
+    return None
+
+
+def _sites(image: Image, start: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield what Linux rewrites of a range: (address, bytes), by the sections that list it."""
+    left = _MOST_SITES
+    for section in image.sections:
+        for prefix, forms, relative, length in _SITES:
+            if not section.name.startswith(prefix):
+                continue
+            for form in forms:
+                entries = _entries(image, section, struct.Struct(form), relative=relative)
+                if entries is None:
+                    continue
+                for site, *told in entries:
+                    left -= 1
+                    if left < 0:
+                        raise SymbolError(
+                            f"{image.name} has more than {_MOST_SITES} places that change"
+                        )
+                    bytes_there = told[0] if length is None else length
+                    if site < start + size and start < site + bytes_there:
+                        yield site, bytes_there
+                break
+
+
+def _entries(
+    image: Image, section: Section, layout: struct.Struct, *, relative: bool
+) -> Iterator[tuple[int, ...]] | None:
+    """The entries of a section with their places as addresses; None if it is not of this form."""
+    data = image.content(section.address, section.size)
+    if data is None or len(data) % layout.size:
+        return None
+
+    def places(data: bytes) -> Iterator[tuple[int, ...]]:
+        for number, (place, *more) in enumerate(layout.iter_unpack(data)):
+            at = section.address + number * layout.size if relative else 0
+            yield (at + place, *more)
+
+    if not all(image.is_code(place) for place, *_ in places(data[: _SAMPLE * layout.size])):
+        return None
+    return places(data)
+
+
+def _has_same_build(image: Image, read: Read) -> bool:
+    """Compare the build id in memory; False where that cannot be done."""
+    wanted = image.build_id
+    if wanted is None:
+        return False
+    try:
+        found = read(wanted.address + image.slide, len(wanted.value))
+    except NotMappedError:
+        return False
+    if found != wanted.value:
+        raise SymbolError(
+            f"{image.name} is not of what the guest runs: its build id is {wanted.value.hex()}, "
+            f"and at {wanted.address + image.slide:#x} the guest has {found.hex()}",
+            hint=(*_WRONG, _TRUST),
+        )
+    return True
+
+
+def _fits(symbols: Symbols, read: Read) -> bool:
+    """Look up a kernel's banner and its system calls; False where a list has neither."""
+    told = False
+    for what, address, expected in _known(symbols):
+        try:
+            found = read(address, len(expected))
+        except NotMappedError:
+            found = b""
+        if found != expected:
+            raise SymbolError(
+                f"{symbols.name} is not of the kernel that runs: {what} is not at {address:#x}",
+                hint=(*_WRONG, _TRUST),
+            )
+        told = True
+    return told
+
+
+def _known(symbols: Symbols) -> Iterator[tuple[str, int, bytes]]:
+    """Yield what must be in memory by a list: (name, address, bytes)."""
+    names = {one.name for one in symbols.symbols}
+    if _BANNER in names:
+        yield _BANNER, symbols.address(_BANNER), _BANNER_SAYS
+    if _TABLE not in names:
+        return
+    table = symbols.address(_TABLE)
+    if table < 1 << 63:
+        return  # of 32 bits, with other numbers
+    for name, number in _NUMBERS.items():
+        found = next((prefix + name for prefix in _PREFIXES if prefix + name in names), None)
+        if found is not None:
+            entry = symbols.address(found).to_bytes(8, "little")
+            yield f"{found} in {_TABLE}", table + 8 * number, entry
