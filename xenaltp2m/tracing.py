@@ -236,7 +236,7 @@ class Trace(Handle):
     def _place(self, name: str, linear: int, registers: Registers) -> _Place:
         """Where a function is: physical; or linear, if the page tables lead nowhere there yet."""
         if registers.cr0 & CR0_PG:
-            space = self._domain.memory.address_space(registers)
+            space = self._kernel_space(registers)
             try:
                 return space.translate(linear).physical
             except NotMappedError:
@@ -250,6 +250,18 @@ class Trace(Handle):
                 hint=("begin when the guest's kernel runs, or give its ELF image as the symbols",),
             )
         return linear
+
+    def _kernel_space(self, registers: Registers) -> AddressSpace:
+        """Return what a vCPU has mapped in the kernel, also if the user's tables are in use.
+
+        Linux with page-table isolation has the kernel's right before the user's
+        (``PTI_USER_PGTABLE_BIT``).
+        """
+        user = _root(registers, registers.cr3)
+        kernel = user & ~PAGE_SIZE
+        is_user = user != kernel and self._is_one_process(registers, user, kernel)
+        cr3 = kernel if is_user else registers.cr3
+        return self._domain.memory.address_space(registers, cr3=cr3)
 
     # Listening.
 
@@ -380,8 +392,7 @@ class Trace(Handle):
         entry, size = 8, PAGE_SIZE // 2
         if not registers.msr_efer & EFER_LMA:
             entry, size = (8, 16) if registers.cr4 & CR4_PAE else (4, size)
-        gfn, offset = divmod(table, PAGE_SIZE)
-        raw = self._mapped.page(gfn)[offset : offset + size]
+        raw = self._domain.memory.read(table, size)
         mask = FRAME | PTE_PRESENT if entry == 8 else 0xFFFF_F000 | PTE_PRESENT
         repeated = mask.to_bytes(entry, "little") * (size // entry)
         return int.from_bytes(raw, "little") & int.from_bytes(repeated, "little")

@@ -397,6 +397,22 @@ def test_fault_14_two_page_tables_of_one_process(make: Make) -> None:
     assert [call.cr3 for call in seen] == [0x60000]
 
 
+def test_fault_14_a_vcpu_with_the_user_s_page_tables(make: Make) -> None:
+    """Page-table isolation: they do not have the kernel's functions, the tables before do."""
+    program = make("APART int f(int n) { return n; } APART void work(void) { f(1); }", 64)
+    upper = 0xFFFF_8000_0000_0000
+    kernel, user = 0x6A000, 0x6B000
+    [entry] = struct.unpack("<Q", program.computer.read(0x60000, 8))
+    program.computer.write(user, struct.pack("<Q", entry))
+    program.computer.write(kernel, struct.pack("<Q", entry | 1 << 63))
+    program.computer.write(kernel + 2048, struct.pack("<Q", entry))
+    program.computer.set(cr3=user)
+    address = upper + program.image.address("f")
+    symbols = Symbols([(address, 3, Symbol("f", address, 1))], "kernel")
+    with program.dom.trace("f", symbols=symbols) as trace:
+        assert program.seen(trace) == ["+f"]
+
+
 def test_fault_14_tables_that_lie_in_one_page() -> None:
     """Outside long mode PAE's tables have 32 bytes: Linux for i386 has many in a page."""
     program = Computer(HALT)
