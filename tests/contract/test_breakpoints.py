@@ -67,6 +67,7 @@ def noticed(guest: RunningGuest) -> dict[str, int]:
     return dict(zip(CHECKS, guest.words("noticed", 5), strict=True))
 
 
+CORNERS = Path(__file__).resolve().parents[1] / "lab" / "guest" / "corners.elf"
 UNUSED = range(0x300, 0x314)
 """Memory of the guest's where nothing is; more pages than shadows are added at once."""
 NOTHING = dict.fromkeys(CHECKS, 0)
@@ -629,3 +630,40 @@ def test_ending_in_every_state(racer: RunningGuest, fast: bool, int3: bool) -> N
 
 
 ENDINGS = int(os.environ.get("XENALTP2M_ENDINGS", "4" if LIVE else "2"))
+
+
+@pytest.mark.parametrize(("fast", "int3"), WAYS, ids=WAY_NAMES)
+@pytest.mark.parametrize(
+    ("place", "times"),
+    [
+        pytest.param("based_target", 1, id="fault_02_a_segment_with_a_base"),
+        pytest.param("own_int3", 1, id="fault_02_an_int3_of_the_guests_own_there"),
+        pytest.param("aligned", 1, id="fault_03_the_page_before_changes"),
+        pytest.param("fill", 1, id="fault_11_executions"),
+        pytest.param("fill", 10, id="fault_11_iterations"),
+    ],
+)
+def test_corners(host_name: str, fast: bool, int3: bool, place: str, times: int) -> None:
+    """Code of tests/lab/guest/corners.S; the int3 in its segment is the guest's in each case."""
+    rounds = 20
+    with running(host_name, str(CORNERS)) as guest:
+        guest.write_word("go", rounds)
+        with hooked(guest, fast=fast, int3=int3) as (monitor, breakpoints):
+            hook = breakpoints.insert(
+                guest.address(place), lambda hit: None, each_iteration=times > 1
+            )
+
+            def done() -> bool:
+                return guest.words("done") == (1,)
+
+            def look(event: xa.Event) -> xa.Response | None:
+                answer = breakpoints(event)
+                if hook.hits >= rounds * times and done():
+                    monitor.stop()  # it goes on in the page
+                return answer
+
+            guest.start()
+            serve(monitor, look, done)
+        assert hook.hits == rounds * times
+        assert guest.words("noticed") == (0,)
+        assert guest.words("based_count") == guest.words("traps") == (rounds,)

@@ -69,7 +69,8 @@ def boot(xen: str, wheel: Path, results: Path, job: str, *more: str) -> int:
     names = "hello", "checker", "racer", "paged", "insider"
     puts += [f"examples/guest/{name}.elf" for name in names]
     puts += [f"examples/guest/{name}.cfg" for name in ("checker", "insider")]
-    puts += ["tests/lab/guest/events.elf", "examples/count_system_calls.py"]
+    puts += ["tests/lab/guest/events.elf", "tests/lab/guest/corners.elf"]
+    puts += ["examples/count_system_calls.py"]
     puts += ["docs/start.md", "docs/howto/ve-inside.md"]
     command = [sys.executable, str(HERE / "run.py"), "--xen", xen, "--results", str(results)]
     command += ["--timeout", str(LIMIT)]

@@ -1064,6 +1064,18 @@ def test_fault_04_what_cannot_be_known_is_warned_of(
     assert len(guest.breakpoints) == 3
 
 
+@WAYS
+def test_fault_04_a_byte_of_two_instructions_is_a_limit(make: Make, fast: bool, int3: bool) -> None:
+    """Nothing is written in between: docs/breakpoints.md, "What it does not hide"."""
+    there = CODE + 0x100
+    code = call(CODE, there + 1) + call(CODE + 5, there) + HALT
+    guest = make(code.ljust(0x100, NOP) + bytes([MOV_EAX]) + FUNCTION, fast=fast, int3=int3, rax=0)
+    guest.breakpoints.insert(there + 1, guest.note)
+    assert guest.go().halted
+    assert guest.register("rax") == (OPERAND & -0x100 | 0xCC if int3 else OPERAND)
+    assert guest.seen == [there + 1]
+
+
 # What is given where it is none, and what is more convenient.
 
 
