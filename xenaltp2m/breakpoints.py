@@ -439,7 +439,7 @@ class Breakpoints(Handle):
             )
         else:
             linear = symbols.address(place)
-        registers = self._domain.vcpu(0).registers()
+        registers = self._domain.registers()
         memory = self._domain.memory
         physical = linear
         read: Callable[[int, int], bytes] = memory.read
