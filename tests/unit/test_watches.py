@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import random
 import sys
+import tracemalloc
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -756,6 +758,52 @@ def test_fault_11_a_loop_is_no_repetition(make: Make, fast: bool) -> None:
     guest.breakpoints.watch(AT, 4, notes)
     assert guest.go().halted
     assert notes.kinds == "www"
+
+
+def calls_of(host: MockBackend) -> Counter[str]:
+    """How often each call was made since the last look."""
+    found = Counter(call.op for call in host.calls)
+    host.calls.clear()
+    return found
+
+
+def test_fault_17_watching_much_memory() -> None:
+    """All of a guest's: in bulk, and without a copy of it."""
+    host, size = MockBackend(memory_pages=1 << 13), 16 << 20
+    domid = host.add_domain("big", memory_kib=size >> 10, superpages=False)
+    with (
+        xa.connect(host) as xen,
+        xen.domain(domid) as dom,
+        dom.altp2m() as altp2m,
+        dom.monitor() as monitor,
+        xa.Breakpoints(altp2m, monitor) as breakpoints,
+    ):
+        calls_of(host)
+        tracemalloc.start()
+        watch = breakpoints.watch(0, size, reads=True)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        made = calls_of(host)
+        assert made["altp2m_set_mem_access_multi"] <= 8  # in four views
+        assert made["altp2m_set_mem_access"] <= 8
+        assert made["foreignmemory_map"] <= size >> 20  # a megabyte at once
+        assert peak < size // 2
+        gfns = range(0, size >> 12, 97)
+        assert {breakpoints.hooks.access(gfn) for gfn in gfns} == {xa.Access.X}
+        calls_of(host)
+        watch.remove()
+        assert calls_of(host)["altp2m_set_mem_access"] <= 8
+        assert {breakpoints.hooks.access(gfn) for gfn in gfns} == {xa.Access.RWX}
+
+
+def test_fault_17_a_hole_in_much_memory(make: Make) -> None:
+    """Is found before anything is set."""
+    guest = make(HALT)
+    with pytest.raises(xa.InvalidArgumentError, match="a gfn is a hole"):
+        guest.breakpoints.watch(0, 3 << 20)  # it has two
+    assert guest.breakpoints._watched == {}
+    assert guest.breakpoints._used_view is None
+    assert guest.go().halted
 
 
 # Random programs: each watch is told just what the engine says that the program does.
