@@ -343,7 +343,7 @@ class Breakpoints(Handle):
                 undo.push("", partial(self._destroy_view, view))
                 self._shadows.hide_all(view)
                 self._used_view = view
-                self._set_rights(self._pages)
+                self._set_rights(self._pages.keys() | self._leads.keys())
         except BaseException as error:
             self._used_view = None
             self._roll_back(undo, error, heir=self._undo)
