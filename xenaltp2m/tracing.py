@@ -575,7 +575,10 @@ class _ReturnPlace:
     def arm(self, breakpoints: Breakpoints, callback: Callable[[Hit], object]) -> None:
         self._waiting += 1
         if self._waiting == 1 and self._site is not None:
-            self._breakpoint = breakpoints.insert(self._site, callback)
+            try:
+                self._breakpoint = breakpoints.insert(self._site, callback)
+            except (NotMappedError, InvalidArgumentError, OutOfMemoryError):
+                self._site = None
 
     def disarm(self) -> None:
         self._waiting -= 1
