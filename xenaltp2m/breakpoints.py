@@ -444,7 +444,7 @@ class Breakpoints(Handle):
         physical = linear
         read: Callable[[int, int], bytes] = memory.read
         if registers.cr0 & CR0_PG:
-            space = memory.address_space(registers)
+            space = memory.kernel_space(registers)
             physical, read = space.translate(linear).physical, space.read
         elif isinstance(symbols, Image):
             physical = symbols.physical_of(linear)

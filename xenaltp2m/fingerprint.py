@@ -106,7 +106,7 @@ def _reader(domain: Domain, symbols: Symbols, registers: Registers) -> Read:
 
     def read(address: int, size: int) -> bytes:
         if registers.cr0 & CR0_PG:
-            return domain.memory.address_space(registers).read(address, size)
+            return domain.memory.kernel_space(registers).read(address, size)
         try:
             if isinstance(symbols, Image):
                 address = symbols.physical_of(address)

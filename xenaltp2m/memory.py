@@ -9,7 +9,17 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from xenaltp2m.abi.x86 import CR0_PG, EFER_LMA, GP, Fault, Paging, Walk
+from xenaltp2m.abi.x86 import (
+    CR0_PG,
+    CR4_PAE,
+    EFER_LMA,
+    FRAME,
+    GP,
+    PTE_PRESENT,
+    Fault,
+    Paging,
+    Walk,
+)
 from xenaltp2m.errors import InvalidArgumentError, NotMappedError, XenError
 from xenaltp2m.events import Registers
 from xenaltp2m.handle import Handle, UndoList
@@ -145,6 +155,44 @@ class Memory:
         )
         return AddressSpace(self, paging, mapped)
 
+    def kernel_space(self, registers: Registers) -> AddressSpace:
+        """Return a kernel's linear addresses, also while a vCPU uses the tables without them.
+
+        Linux with page-table isolation has the kernel's tables right before the user's
+        (``PTI_USER_PGTABLE_BIT``).
+
+        Args:
+            registers: Of the vCPU.
+        """
+        user = table_address(registers, registers.cr3)
+        kernel = user & ~PAGE_SIZE
+        is_isolated = user != kernel and self.is_one_process(registers, user, kernel)
+        return self.address_space(registers, cr3=kernel if is_isolated else None)
+
+    def is_one_process(self, registers: Registers, one: int, other: int) -> bool:
+        """Tell whether two top-level page tables have the same user half: one is the kernel's.
+
+        Args:
+            registers: Of a vCPU, for the kind of page tables.
+            one: Guest-physical, of a table.
+            other: Of another.
+        """
+        try:
+            found = self._user_half(registers, one)
+            return bool(found) and found == self._user_half(registers, other)
+        except InvalidArgumentError:
+            return False  # no memory
+
+    def _user_half(self, registers: Registers, table: int) -> int:
+        """Read where the entries of the lower half lead: all of them, as one number."""
+        entry, size = 8, PAGE_SIZE // 2
+        if not registers.msr_efer & EFER_LMA:
+            entry, size = (8, 16) if registers.cr4 & CR4_PAE else (4, size)
+        mask = FRAME | PTE_PRESENT if entry == 8 else 0xFFFF_F000 | PTE_PRESENT
+        repeated = mask.to_bytes(entry, "little") * (size // entry)
+        raw = self.read(table, size)
+        return int.from_bytes(raw, "little") & int.from_bytes(repeated, "little")
+
     def read_va(self, cr3: int, address: int, length: int) -> bytes:
         """Read from a linear address by the page tables at ``cr3``, in the mode a vCPU is in.
 
@@ -183,6 +231,18 @@ class Memory:
                 yield pages
             finally:
                 self._domain._finish(undo)
+
+
+def table_address(registers: Registers, cr3: int) -> int:
+    """Return where the top-level page table is; the rest of CR3 is a PCID, and flags.
+
+    Args:
+        registers: Of a vCPU, for the kind of page tables.
+        cr3: Of them.
+    """
+    if registers.msr_efer & EFER_LMA:
+        return cr3 & FRAME
+    return cr3 & (0xFFFF_FFE0 if registers.cr4 & CR4_PAE else 0xFFFF_F000)
 
 
 class LinearPage(NamedTuple):

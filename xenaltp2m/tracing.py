@@ -14,22 +14,22 @@ import time
 from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping
-from contextlib import aclosing, closing, suppress
+from contextlib import aclosing, closing
 from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Required, TypeAlias, TypedDict
 
 from xenaltp2m import fingerprint
-from xenaltp2m.abi.x86 import CR0_PG, CR4_PAE, EFER_LMA, FRAME, PTE_PRESENT
+from xenaltp2m.abi.x86 import CR0_PG, EFER_LMA
 from xenaltp2m.breakpoints import Breakpoints
 from xenaltp2m.errors import InvalidArgumentError, NotMappedError, OutOfMemoryError
 from xenaltp2m.events import DomainEnded, Registers
 from xenaltp2m.handle import Handle, check_callback
 from xenaltp2m.hooks import Breakpoint, Hit
-from xenaltp2m.memory import AddressSpace, MappedPages
+from xenaltp2m.memory import AddressSpace, MappedPages, table_address
 from xenaltp2m.symbols import Image, Symbols
-from xenaltp2m.types import PAGE_SHIFT, PAGE_SIZE
+from xenaltp2m.types import PAGE_SHIFT
 
 if TYPE_CHECKING:
     from xenaltp2m.domain import Domain
@@ -236,7 +236,7 @@ class Trace(Handle):
     def _place(self, name: str, linear: int, registers: Registers) -> _Place:
         """Where a function is: physical; or linear, if the page tables lead nowhere there yet."""
         if registers.cr0 & CR0_PG:
-            space = self._kernel_space(registers)
+            space = self._domain.memory.kernel_space(registers)
             try:
                 return space.translate(linear).physical
             except NotMappedError:
@@ -250,18 +250,6 @@ class Trace(Handle):
                 hint=("begin when the guest's kernel runs, or give its ELF image as the symbols",),
             )
         return linear
-
-    def _kernel_space(self, registers: Registers) -> AddressSpace:
-        """Return what a vCPU has mapped in the kernel, also if the user's tables are in use.
-
-        Linux with page-table isolation has the kernel's right before the user's
-        (``PTI_USER_PGTABLE_BIT``).
-        """
-        user = _root(registers, registers.cr3)
-        kernel = user & ~PAGE_SIZE
-        is_user = user != kernel and self._is_one_process(registers, user, kernel)
-        cr3 = kernel if is_user else registers.cr3
-        return self._domain.memory.address_space(registers, cr3=cr3)
 
     # Listening.
 
@@ -368,34 +356,20 @@ class Trace(Handle):
 
     def _is_wanted(self, registers: Registers) -> bool:
         assert self._cr3 is not None
-        own = _root(registers, registers.cr3)
+        own = table_address(registers, registers.cr3)
         return any(
             own == wanted or self._is_one_process(registers, own, wanted)
-            for wanted in (_root(registers, cr3) for cr3 in self._cr3)
+            for wanted in (table_address(registers, cr3) for cr3 in self._cr3)
         )
 
     def _is_one_process(self, registers: Registers, one: int, other: int) -> bool:
-        """Whether two top-level tables have the same user half: one is for the kernel, then."""
         found = self._same_process.get((one, other))
         if found is None:
-            found = False
-            with suppress(InvalidArgumentError):  # no memory
-                own = self._user_half(registers, one)
-                found = own == self._user_half(registers, other) and bool(own)
             if len(self._same_process) >= _MOST_TABLES:
                 self._same_process.clear()
+            found = self._domain.memory.is_one_process(registers, one, other)
             self._same_process[one, other] = found
         return found
-
-    def _user_half(self, registers: Registers, table: int) -> int:
-        """Read where the entries of the lower half lead: all of them, as one number."""
-        entry, size = 8, PAGE_SIZE // 2
-        if not registers.msr_efer & EFER_LMA:
-            entry, size = (8, 16) if registers.cr4 & CR4_PAE else (4, size)
-        raw = self._domain.memory.read(table, size)
-        mask = FRAME | PTE_PRESENT if entry == 8 else 0xFFFF_F000 | PTE_PRESENT
-        repeated = mask.to_bytes(entry, "little") * (size // entry)
-        return int.from_bytes(raw, "little") & int.from_bytes(repeated, "little")
 
     def _stack(
         self, registers: Registers, stack: int, count: int, width: int
@@ -607,14 +581,7 @@ def _stack_of(registers: Registers, address: int) -> _StackPage:
     is_kernel = address & _UPPER_HALF
     if not registers.msr_efer & EFER_LMA:
         is_kernel = not registers.cs_sel & _PRIVILEGE  # the halves are of any size
-    return 0 if is_kernel else _root(registers, registers.cr3), address >> PAGE_SHIFT
-
-
-def _root(registers: Registers, cr3: int) -> int:
-    """Return the address of the top-level page table; the rest of CR3 is a PCID, and flags."""
-    if registers.msr_efer & EFER_LMA:
-        return cr3 & FRAME
-    return cr3 & (0xFFFF_FFE0 if registers.cr4 & CR4_PAE else 0xFFFF_F000)
+    return 0 if is_kernel else table_address(registers, registers.cr3), address >> PAGE_SHIFT
 
 
 def _is_number(value: object, *kinds: type) -> bool:
