@@ -20,7 +20,8 @@ apt = apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-example check lint format types docs ffi ffi-check abi bench bench-sim \
-	bench-recording bench-xen bench-report fuzz fuzz-xen guest dist deb clean headers debian-tools lab \
+	bench-recording bench-xen bench-report fuzz fuzz-xen interrupts guest dist deb clean headers \
+	debian-tools lab \
 	lab-shell test-xen test-xen-all test-xen-deb conformance recordings support manual pictures \
 	demo-xen
 
@@ -92,6 +93,9 @@ fuzz: $(READY) ## mutated requests, hostile images and tables, random programs u
 
 fuzz-xen: $(READY) ## 2000 random programs under breakpoints on real Xen in the lab; XEN chooses
 	for xen in $(XEN); do $(RUN) tests/lab/transparency.py --xen $$xen || exit 1; done
+
+interrupts: $(READY) ## press Ctrl-C at every line of whole sessions: nothing may be left in the guest
+	XENALTP2M_EACH_LINE=0 $(RUN) -m pytest -rfEs -n auto --timeout 0 tests/unit/test_every_line.py $(PYTEST)
 
 guest: ## build the guests anew (gcc -m32)
 	$(MAKE) -C examples/guest --always-make

@@ -35,8 +35,8 @@ from xenaltp2m.errors import (
 from xenaltp2m.hazards import pool_size, tables_of
 from xenaltp2m.rescue import Diagnosis, diagnose
 from xenaltp2m.symbols import Symbols
-from xenaltp2m.types import PAGE_SIZE, Altp2mMode, VcpuInfo, ViewId
-from xenaltp2m.view import PROBED, view_exists
+from xenaltp2m.types import PAGE_SIZE, Altp2mMode, VcpuInfo
+from xenaltp2m.view import existing_views
 from xenaltp2m.xen import Xen, connect
 
 if TYPE_CHECKING:
@@ -593,8 +593,7 @@ def _views(domain: Domain) -> Iterator[Finding]:
     if not active:
         yield Finding(check, Grade.OK, f"altp2m is off; it has {known} views, with view 0")
         return
-    numbers = map(ViewId, range(most or PROBED))
-    made = sum(view_exists(backend, domain.domid, number) for number in numbers)
+    made = len(existing_views(backend, domain.domid))
     if most is None or made < most:
         yield Finding(check, Grade.OK, f"{made} views are made of {known}, with view 0")
         return

@@ -20,6 +20,7 @@ from xenaltp2m.errors import (
     LeftoverError,
     XenError,
     add_failure,
+    not_known,
 )
 from xenaltp2m.events import Event, Registers, Subscription, shutdown_words
 from xenaltp2m.handle import Handle, UndoList, in_words
@@ -34,7 +35,6 @@ from xenaltp2m.types import (
     HVM_PARAM_ALTP2M,
     PAGE_SHIFT,
     PAGE_SIZE,
-    VIEWS_BEFORE_4_21,
     Access,
     Altp2mMode,
     DomainInfo,
@@ -140,7 +140,11 @@ class Domain(Handle):
     def altp2m_mode(self) -> Altp2mMode:
         """Who may use the domain's altp2m. ``xc_hvm_param_get(HVM_PARAM_ALTP2M)``."""
         self._check_open()
-        return Altp2mMode(self._backend.hvm_param_get(self.domid, HVM_PARAM_ALTP2M))
+        mode = self._backend.hvm_param_get(self.domid, HVM_PARAM_ALTP2M)
+        try:
+            return Altp2mMode(mode)
+        except ValueError:
+            raise not_known("the altp2m mode", mode, "hvm_param_get", self.domid) from None
 
     @property
     def altp2m_active(self) -> bool:
@@ -168,8 +172,9 @@ class Domain(Handle):
 
     def _view_count(self) -> int | None:
         """How many views it can have, with view 0; None where nobody tells."""
-        if not self._backend.release.view_count_is_setting:
-            return VIEWS_BEFORE_4_21
+        release = self._backend.release
+        if not release.view_count_is_setting:
+            return release.most_views
         with suppress(XenError, ValueError, KeyError, TypeError, AttributeError):
             return int(self.config()["b_info"]["altp2m_count"])
         return None
@@ -177,8 +182,8 @@ class Domain(Handle):
     def existing_views(self) -> list[ViewInfo]:
         """List the views there are, whoever made them, view 0 among them; none if altp2m is off.
 
-        Nothing is changed. Xen has no such call: the numbers below 64 are asked for. Which views
-        are hidden from the guest, it does not tell.
+        Nothing is changed. Xen has no such call: each number that a view may have is asked for,
+        10 before Xen 4.21 and 512 from then on. Which views are hidden, it does not tell.
 
         ``xc_altp2m_get_suppress_ve``, ``xc_altp2m_get_mem_access`` of gfn ~0,
         ``xc_altp2m_get_vcpu_p2m_idx``.

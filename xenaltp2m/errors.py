@@ -484,6 +484,16 @@ def hint(op: str, errno: int) -> tuple[str, ...]:
     return ()
 
 
+def not_known(what: str, number: int, op: str, domid: int | None = None) -> UnsupportedError:
+    """Make the error for a number that a newer Xen has a meaning for."""
+    return UnsupportedError(
+        f"{op}: Xen says that {what} is {number}, which this version of xenaltp2m does not know",
+        op=op,
+        domid=domid,
+        hint=("this Xen is newer: a newer xenaltp2m may know it",),
+    )
+
+
 def from_errno(
     op: str,
     errno: int,

@@ -58,7 +58,7 @@ from xenaltp2m.events import (
 from xenaltp2m.handle import Handle, UndoList, check_callback
 from xenaltp2m.responses import RESUME, Action, Response, view_number
 from xenaltp2m.signals import guard, uninterruptible
-from xenaltp2m.types import SINGLE_STEP_OFF, VIEWS_BEFORE_4_21, VcpuInfo
+from xenaltp2m.types import SINGLE_STEP_OFF, VcpuInfo
 
 if TYPE_CHECKING:
     from xenaltp2m.altp2m import Altp2m
@@ -939,7 +939,7 @@ class Monitor(Handle):
         beyond its limit (``hvm_fast_singlestep``).
         """
         if isinstance(view, int):
-            if view >= VIEWS_BEFORE_4_21 and not self._release.view_count_is_setting:
+            if view >= self._release.most_views:
                 raise InvalidArgumentError(f"there is no view {view}", domid=self._domid)
         elif view._closed or view._domid != self._domid:
             raise InvalidArgumentError(

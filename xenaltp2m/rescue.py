@@ -21,9 +21,16 @@ from typing import TYPE_CHECKING
 
 from xenaltp2m.abi.ring import Ring
 from xenaltp2m.abi.vm_event import Flag, layout
-from xenaltp2m.errors import BusyError, InvalidArgumentError, XenError
+from xenaltp2m.errors import (
+    BusyError,
+    DomainNotFoundError,
+    InvalidArgumentError,
+    UnsupportedError,
+    XenError,
+)
 from xenaltp2m.journal import Found, Journal, Pages, Record, find
 from xenaltp2m.monitor import has_ring
+from xenaltp2m.signals import uninterruptible
 from xenaltp2m.types import (
     HOST_VIEW,
     HVM_PARAM_ALTP2M,
@@ -32,7 +39,7 @@ from xenaltp2m.types import (
     Altp2mMode,
     DomainInfo,
 )
-from xenaltp2m.view import PROBED
+from xenaltp2m.view import existing_views
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -223,11 +230,14 @@ class _Rescuer:
         self._journal = Journal(xen.journals, self._domid, before.domain.uuid)
         self._steps: list[Step] = []
 
+    @uninterruptible  # half of it would leave the domain paused, or nobody to answer
     def run(self) -> Outcome:
         """Take them."""
         try:
             return self._run()
         finally:
+            if self._is_gone():
+                self._journal.forget()
             self._journal.close()
 
     def _run(self) -> Outcome:
@@ -269,10 +279,25 @@ class _Rescuer:
             try:
                 act()
             except XenError as raised:
-                error = raised
+                if not self._is_gone():  # else it went with the domain
+                    error = raised
             except OSError as raised:
                 error = XenError(f"{what}: {raised}", errno=raised.errno)
         self._steps.append(Step(what, error))
+
+    def _is_gone(self) -> bool:
+        """Tell whether the domain is no more: its number may be another's by now."""
+        try:
+            found = self._info()
+        except XenError:
+            return False  # not known
+        return found is None or found.dying
+
+    def _info(self) -> DomainInfo | None:
+        for info in self._backend.domain_getinfolist(self._domid, 1):
+            if (info.domid, info.uuid) == (self._domid, self._before.domain.uuid):
+                return info
+        return None
 
     @contextmanager
     def _standing_still(self) -> Iterator[None]:
@@ -280,13 +305,23 @@ class _Rescuer:
         if self._dry:
             yield
             return
-        with self._journal.about_to(pauses=1):
+        with self._unless_gone(), self._journal.about_to(pauses=1):
             self._backend.domain_pause(self._domid)
         try:
             yield
         finally:
-            self._backend.domain_unpause(self._domid)
+            with self._unless_gone():
+                self._backend.domain_unpause(self._domid)
             self._journal.undone(pauses=0)
+
+    @contextmanager
+    def _unless_gone(self) -> Iterator[None]:
+        """Pass over failures to change a domain that is gone."""
+        try:
+            yield
+        except XenError:
+            if not self._is_gone():
+                raise
 
     def _leave_views(self, records: list[Record]) -> None:
         """All of them, unless a journal says that altp2m was on already."""
@@ -298,10 +333,14 @@ class _Rescuer:
         prior = set.intersection(*(set(record.prior_views) for record in kept))
         where = kept[0].prior_view if kept[0].prior_view in prior else HOST_VIEW
         self._take(f"vCPUs go back to view {where}", self._switch_to(where))
-        for view in self._existing():
-            if view not in prior:
-                what = f"view {view} is destroyed"
-                self._take(what, partial(self._destroy, view))
+        try:
+            existing = existing_views(self._backend, self._before.domain.domid)
+        except XenError as error:
+            self._steps.append(Step("the views that were made are destroyed", error))
+            return
+        for view in existing:
+            if view not in {HOST_VIEW, *prior}:
+                self._take(f"view {view} is destroyed", partial(self._destroy, view))
 
     def _switch_to(self, view: int) -> Callable[[], object]:
         return lambda: self._backend.altp2m_switch_to_view(self._domid, view)
@@ -312,24 +351,17 @@ class _Rescuer:
     def _destroy(self, view: int) -> None:
         self._backend.altp2m_destroy_view(self._domid, view)
 
-    def _existing(self) -> list[int]:
-        found = []
-        for view in range(1, PROBED):
-            try:
-                self._backend.altp2m_get_suppress_ve(self._domid, view, 0)
-            except InvalidArgumentError:
-                continue
-            except XenError:
-                pass
-            found.append(view)
-        return found
-
     def _end_steps(self) -> None:
         for vcpu in self._vcpus:
             self._backend.domain_debug_control(self._domid, SINGLE_STEP_OFF, vcpu)
 
     def _end_ring(self) -> None:
         """Give the old ring back, and answer everybody through a new one."""
+        version = self._backend.vm_event_get_version()
+        try:
+            size = layout(version).size
+        except LookupError as error:
+            raise UnsupportedError(str(error), op="vm_event_get_version") from None
         self._journal.write(monitor=True)
         self._disable()
         with self._standing_still():
@@ -337,7 +369,7 @@ class _Rescuer:
             remote, page = self._backend.monitor_enable(self._domid)
             self._journal.undone(pauses=1)
             try:
-                self._answer_all(remote, page)
+                self._answer_all(remote, page, version, size)
             finally:
                 self._backend.monitor_unmap_ring(page)
         self._disable()
@@ -356,9 +388,8 @@ class _Rescuer:
             else:
                 return
 
-    def _answer_all(self, remote: int, page: memoryview) -> None:
-        version = self._backend.vm_event_get_version()
-        ring = Ring(page, layout(version).size)
+    def _answer_all(self, remote: int, page: memoryview, version: int, size: int) -> None:
+        ring = Ring(page, size)
         channel = self._backend.evtchn_open()
         try:
             ring.clear()
@@ -391,7 +422,9 @@ class _Rescuer:
                 self._backend.domain_decrease_reservation_exact(self._domid, array("Q", [gfn]))
 
     def _lower(self, pages: Pages) -> None:
-        [info] = self._backend.domain_getinfolist(self._domid, 1)
+        info = self._info()
+        if info is None:
+            raise DomainNotFoundError(f"domain {self._domid} is gone", domid=self._domid)
         if info.max_pages >= pages.limit + pages.raised:  # else it was killed before it raised it
             limit = info.max_pages - pages.raised
             self._backend.domain_setmaxmem(self._domid, limit * _KIB_PER_PAGE)

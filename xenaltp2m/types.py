@@ -38,9 +38,6 @@ HVM_PARAM_ALTP2M = 35
 SINGLE_STEP_OFF = 0
 """``XEN_DOMCTL_DEBUG_OP_SINGLE_STEP_OFF`` (public/domctl.h)."""
 
-VIEWS_BEFORE_4_21 = 10
-"""``MAX_ALTP2M``: how many views a domain has, view 0 among them, where that is no setting."""
-
 HOST_VIEW = ViewId(0)
 """View 0: access calls on it act on the host p2m, remaps and switches on the default view."""
 

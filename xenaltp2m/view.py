@@ -50,8 +50,6 @@ Progress: TypeAlias = Callable[[int, int], None]
 BATCH = 1 << 16
 """Gfns in one bulk call: Xen preempts itself within it, and progress is shown between."""
 
-PROBED = 64
-"""Numbers of views that are looked for: Xen has 10, or as configured."""
 _BLOCK = 1 << 16
 _DEADLY = (Access.W, Access.WX)
 _SUPERPAGE_ORDER = 9
@@ -729,7 +727,7 @@ def view_exists(backend: Backend, domid: DomId, view: ViewId) -> bool:
 
 def existing_views(backend: Backend, domid: DomId) -> list[ViewId]:
     """List the views there are, view 0 included."""
-    numbers = map(ViewId, range(PROBED))
+    numbers = map(ViewId, range(backend.release.most_views))
     return [number for number in numbers if view_exists(backend, domid, number)]
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import _thread
+import gc
 import signal
 import sys
 from collections.abc import Collection
@@ -26,25 +27,32 @@ class Lines:
 
     Attributes:
         count: How many lines were executed.
-        fired: How often SIGINT was sent.
+        places: Where SIGINT was sent.
     """
 
-    def __init__(self, *at: int, inside: Collection[str], strict: bool) -> None:
+    def __init__(
+        self, *at: int, inside: Collection[str], outside: str = "\0", strict: bool
+    ) -> None:
         """Count from 1 on.
 
         Args:
             *at: The lines, ascending.
             inside: The files; a name that ends in a slash stands for all beneath.
+            outside: The folder whose functions do not count, nor what they call: no signal is
+                handled within a hypercall.
             strict: Have the handler run before the line, where CPython may not look for signals;
                 ends the count. Else it runs where CPython looks for them next.
         """
         self._at, self._strict = at, strict
         self._files = frozenset(inside)
         self._folders = tuple(name for name in inside if name.endswith("/"))
+        self._outside, self._beneath = outside, False
         self._known: dict[str, bool] = {}
-        self.count = self.fired = 0
+        self.count = 0
+        self.places: list[str] = []
 
     def __enter__(self) -> Self:
+        gc.disable()  # CPython 3.11.7 dies where it collects generators that are traced
         self._before = sys.gettrace()
         sys.settrace(self._called)
         return self
@@ -56,20 +64,32 @@ class Lines:
         traceback: TracebackType | None,
     ) -> None:
         sys.settrace(self._before)
+        gc.enable()
 
     def _called(self, frame: FrameType, event: str, _: object) -> Any:
+        if self._beneath:
+            return None
         name = frame.f_code.co_filename
         found = self._known.get(name)
         if found is None:
-            found = name in self._files or name.startswith(self._folders or ("\0",))
+            found = name in self._files or name.startswith(self._folders)
             self._known[name] = found
+        if name.startswith(self._outside):
+            self._beneath, frame.f_trace_lines = True, False
+            return self._outside_of
         return self._executed if found else None
+
+    def _outside_of(self, frame: FrameType, event: str, _: object) -> Any:
+        if event == "return":
+            self._beneath = False
+        return self._outside_of
 
     def _executed(self, frame: FrameType, event: str, _: object) -> Any:
         if event == "line":
             self.count += 1
-            if self.fired < len(self._at) and self.count >= self._at[self.fired]:
-                self.fired += 1
+            sent = len(self.places)
+            if sent < len(self._at) and self.count >= self._at[sent]:
+                self.places.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
                 if self._strict:
                     signal.raise_signal(signal.SIGINT)
                 else:

@@ -11,6 +11,7 @@ from uuid import UUID
 
 import pytest
 
+import xenaltp2m as xa
 from xenaltp2m import (
     Access,
     Altp2mMode,
@@ -480,3 +481,34 @@ def test_fault_14_two_domains_of_one_name(mock: MockBackend) -> None:
         ):
             xen.domain("twin")
         assert xen.domain(second).name == "twin"
+
+
+@pytest.mark.parametrize(("release", "most"), [((4, 17), 10), ((4, 20), 10), ((4, 22), 512)])
+def test_fault_07_as_many_views_are_looked_for_as_the_release_may_have(
+    release: tuple[int, int], most: int
+) -> None:
+    host = MockBackend(release, memory_pages=1 << 12)
+    domid = host.add_domain(memory_kib=1024)
+    with xa.connect(host) as xen, xen.domain(domid) as dom, dom.altp2m():
+        assert len(dom.existing_views()) == 1
+        asked = {call.arguments[1] for call in host.calls if call.op == "altp2m_get_suppress_ve"}
+    assert asked == set(range(most))
+
+
+def test_fault_09_numbers_of_a_newer_xen_are_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = MockBackend(memory_pages=1 << 12)
+    domid = host.add_domain(memory_kib=1024)
+    with xa.connect(host) as xen, xen.domain(domid) as dom, dom.altp2m() as altp2m:
+        view = altp2m.create_view()
+        with monkeypatch.context() as patch:
+            patch.setattr(host, "hvm_param_get", lambda *_: 7)
+            patch.setattr(host, "altp2m_get_mem_access", lambda *_: 12)
+            for ask in (
+                lambda: dom.altp2m_mode,
+                lambda: dom.host_access(3),
+                lambda: view.access(3),
+                lambda: altp2m.create_view(xa.Access.DEFAULT),
+                dom.existing_views,
+            ):
+                with pytest.raises(xa.UnsupportedError, match=r"says that .* is (7|12), which"):
+                    ask()

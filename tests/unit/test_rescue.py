@@ -43,7 +43,7 @@ class Killed(BaseException):
 class Mortal(MockBackend):
     """A host whose caller is killed at a call, before it or once it was made."""
 
-    at = made = 0
+    at = made = vanishes_at = 0
     dead = after = False
 
     def __init__(self, **options: Any) -> None:
@@ -60,6 +60,8 @@ class Mortal(MockBackend):
             self.die()
             if not self.after:
                 raise Killed
+        if self.made == self.vanishes_at:  # somebody else destroys the domain
+            self.destroy(next(iter(self.machine.domains)))
 
     def die(self) -> None:
         self.dead = True
@@ -605,3 +607,93 @@ def test_killed_while_libxc_has_paused_the_domain(scene: Scene, tmp_path: Path) 
         assert diagnose(xen, scene.domid).paused == before.paused
     assert not list(scene.journals.iterdir())
     scene.ends_well()
+
+
+def test_fault_09_a_domain_that_goes_away_while_it_is_rescued(
+    scene: Scene, handles: list[Handle]
+) -> None:
+    """Before each call: what was to be undone went with it, or the error says that it is gone."""
+    ways = set()
+    for call in range(1, 1000):
+        if call > 1:
+            scene.anew()
+        scene.kill()
+        host = scene.host
+        host.made, host.vanishes_at = 0, call
+        xen = xa.Xen(host, scene.journals)
+        try:
+            outcome = rescue(xen, scene.domid)
+        except xa.DomainNotFoundError:
+            ways.add("while it was diagnosed")
+        else:
+            ways.add("while steps were taken")
+            assert outcome.failed == ()
+            assert list(scene.journals.glob("*.journal")) == []
+        vanished = host.made >= call
+        host.vanishes_at = 0
+        end_process(host, [*handles, xen])
+        for path in scene.journals.iterdir():
+            path.unlink()
+        if not vanished:
+            break
+    assert call > 20
+    assert ways == {"while it was diagnosed", "while steps were taken"}
+
+
+def test_fault_09_a_newer_interface_is_unsupported_to_rescue(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene.kill()
+    with xa.Xen(scene.host, scene.journals) as xen:
+        with monkeypatch.context() as patch:
+            patch.setattr(scene.host, "vm_event_get_version", lambda: 99)
+            [failed] = rescue(xen, scene.domid).failed
+        assert rescue(xen, scene.domid).failed == ()
+    assert isinstance(failed.error, xa.UnsupportedError)
+    assert "99" in failed.error.message
+
+
+def test_fault_07_views_with_high_numbers_are_destroyed(
+    journals: Path, process: Processes, handles: list[Handle]
+) -> None:
+    """Up to 512 from Xen 4.21 (``MAX_NR_ALTP2M``); altp2m was on before, so it stays on."""
+    host = Mortal(xen=(4, 22), memory_pages=1 << 13)
+    domid = host.add_domain(vcpus=1, memory_kib=2048, view_count=512)
+    host.altp2m_set_domain_state(domid, True)
+    xen = xa.connect(host, journal=journals)
+    altp2m = xen.domain(domid).altp2m()
+    made = [altp2m.create_view() for _ in range(511)]
+    assert made[-1].id == 511
+    process.started += 1  # it is another process from here on
+    with xa.connect(host, journal=journals) as other:
+        assert len(other.domain(domid).existing_views()) == 512
+        outcome = rescue(other, domid)
+        assert outcome.failed == ()
+        assert [int(view.id) for view in other.domain(domid).existing_views()] == [0]
+    assert list(journals.glob("*.journal")) == []
+    end_process(host, handles)
+
+
+def test_fault_07_a_journal_stays_while_views_do(
+    journals: Path,
+    process: Processes,
+    handles: list[Handle],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    host = Mortal(memory_pages=1 << 13)
+    domid = host.add_domain(vcpus=1, memory_kib=2048)
+    host.altp2m_set_domain_state(domid, True)
+    xen = xa.connect(host, journal=journals)
+    xen.domain(domid).altp2m().create_view()
+    process.started += 1
+
+    def refuse(*_: object) -> None:
+        raise xa.XenError("no", op="altp2m_get_suppress_ve")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(host, "altp2m_get_suppress_ve", refuse)
+        with xa.Xen(host, journals) as other:
+            [failed] = rescue(other, domid).failed
+    assert failed.what == "the views that were made are destroyed"
+    assert list(journals.glob("*.journal"))
+    end_process(host, handles)

@@ -190,7 +190,7 @@ def test_fault_06_at_each_line() -> None:
         assert done in ([], ["deed", "note"])
         assert signal.getsignal(SIGINT) is signal.default_int_handler
         assert (guard._depth, guard._handlers, guard._came) == (0, {}, [])
-        if not lines.fired:
+        if not lines.places:
             break
         moments += 1
     assert moments > 15
@@ -210,8 +210,8 @@ def test_fault_06_two_signals_at_any_lines() -> None:
                 pass  # takes over what two signals have kept from being put back
             assert signal.getsignal(SIGINT) is signal.default_int_handler
             assert (guard._depth, guard._handlers, guard._came) == (0, {}, [])
-            pairs += lines.fired == 2
-        if not lines.fired:
+            pairs += len(lines.places) == 2
+        if not lines.places:
             break
     assert pairs > 100
 

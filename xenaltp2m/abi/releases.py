@@ -11,6 +11,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from xenaltp2m.errors import not_known
 from xenaltp2m.types import Access
 
 OLDEST_MINOR = 14
@@ -57,6 +58,9 @@ class Release:
     """An enable that fails leaves altp2m off; before, it stayed on (5e97b97bc2, 4.16)."""
     view_count_is_setting: bool
     """``altp2m_count`` decides the number of views (06cf6cdab4, 4.21); before it is 10."""
+    most_views: int
+    """How many views a domain has at most, view 0 among them: ``MAX_ALTP2M``, and from 4.21
+    ``MAX_NR_ALTP2M``, which is how many EPT pointers VMFUNC's page holds."""
     lazy_copy_takes_view_default: bool
     """A lazy copy takes the view's default access, not the host's (7e5b662b28, 4.19)."""
     superpage_copy_takes_view_default: bool
@@ -102,9 +106,17 @@ def _access_numbers(default_number: int) -> dict[Access, int]:
     return numbers
 
 
+class _Accesses(dict[int, Access]):
+    """The access of each number that Xen may say."""
+
+    def __missing__(self, number: int) -> Access:
+        raise not_known("an access", number, "altp2m_get_mem_access")
+
+
 @functools.cache
-def _access_by_number(default_number: int) -> dict[int, Access]:
-    return {number: access for access, number in _access_numbers(default_number).items()}
+def _access_by_number(default_number: int) -> _Accesses:
+    numbers = _access_numbers(default_number)
+    return _Accesses((number, access) for access, number in numbers.items())
 
 
 _SYSCTL_VERSIONS = {
@@ -144,6 +156,7 @@ def release(major: int, minor: int) -> Release:
         mode_set_at_creation=known >= 19,
         failed_enable_clears_active=known >= 16,
         view_count_is_setting=known >= 21,
+        most_views=10 if known < 21 else 512,
         lazy_copy_takes_view_default=known >= 19,
         superpage_copy_takes_view_default=known >= 22,
         lazy_copy_fits_view_order=known >= 17,

@@ -459,7 +459,13 @@ class LibxcBackend:
         asked = layouts.GET_MEM_TYPE.filled({"domid": _domid(domid), "pfn": _gfn(gfn)})
         numbers = "__HYPERVISOR_hvm_op", "HVMOP_get_mem_type"
         answer = self._hypercall("hvm_get_mem_type", domid, numbers, asked)
-        return MemoryType(layouts.GET_MEM_TYPE.number(answer, "mem_type"))
+        number = layouts.GET_MEM_TYPE.number(answer, "mem_type")
+        try:
+            return MemoryType(number)
+        except ValueError:
+            raise errors.not_known(
+                f"the type of gfn {gfn:#x}", number, "hvm_get_mem_type", domid
+            ) from None
 
     def domain_setmaxmem(self, domid: int, max_kib: int) -> None:
         self._call("xc_domain_setmaxmem", _domid(domid), _number("max_kib", max_kib))
