@@ -809,7 +809,8 @@ class Breakpoints(Handle):
         return None
 
     def _breakpoint(self, event: SoftwareBreakpoint) -> Response:
-        gfn, offset = self._place(event)
+        rip, base = event.registers.rip_and_cs_base
+        gfn, offset = (event.gfn, rip & _OFFSET) if not base else self._place(event)
         page = self._pages.get(gfn)
         if event.view == self.hooks.id and page is not None and offset in page.hooks:
             if self._writers:
@@ -858,8 +859,6 @@ class Breakpoints(Handle):
     def _place(self, event: SoftwareBreakpoint) -> tuple[Gfn, int]:
         """Return the gfn and the offset of an int3."""
         registers, gfn = event.registers, event.gfn
-        if not registers.cs_base:
-            return gfn, registers.rip & _OFFSET
         linear = registers.linear_rip
         if linear != registers.cs_base + registers.rip:
             # Xen adds the base in 64-bit code, too, and does not cut the sum (gfn_of_rip).

@@ -94,6 +94,8 @@ class Registers:
     _cs_attributes: int
     """Access rights: 12 bits as Xen packs them (``struct segment_register``)."""
     _ss_attributes: int
+    rip_and_cs_base: tuple[int, int]
+    """Both in one step: every breakpoint has to look at them."""
 
     def __init__(self, raw: bytes) -> None:
         self._raw = raw
@@ -146,7 +148,11 @@ class Registers:
 
 def registers_at(fields: Mapping[str, layouts.Field]) -> type[Registers]:
     """Return the class of registers that lie in such places: looked up, that takes half as long."""
-    places = {name: property(_reader(*place)) for name, place in fields.items()}
+    places: dict[str, Any] = {name: property(_reader(*place)) for name, place in fields.items()}
+    rip, base = fields["rip"], fields["cs_base"]
+    gap = base.offset - rip.offset - rip.width
+    both = struct.Struct(f"<{rip.offset}xQ{gap}x{_CODES[base.width]}").unpack_from
+    places["rip_and_cs_base"] = property(lambda registers: both(registers._raw))
     for name in ("cs", "ss"):
         hidden = f"{name}_arbytes"
         # An event has them above the limit (struct vm_event_x86_selector_reg).
