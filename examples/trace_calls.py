@@ -47,7 +47,7 @@ def trace(xen: xa.Xen, domain: xa.Domain, image: Image, name: str) -> Calls:
 
 def self_check(domain: xa.Domain, image: Image) -> tuple[int, int]:
     """How much the guest has noticed, and in how many passes."""
-    at, size = image.symbol("noticed")[1:]
+    _, at, size, _ = image.symbol("noticed")
     counters = [word(domain, image, address, 4) for address in range(at, at + size, 4)]
     has_passes = any(symbol.name == "passes" for symbol in image.symbols)
     passes = word(domain, image, image.address("passes"), 8) if has_passes else counters.pop()

@@ -369,6 +369,7 @@ class Breakpoints(Handle):
         callback: Callback,
         *,
         symbols: Symbols | None = None,
+        trust: bool = False,
         each_iteration: bool = False,
     ) -> Breakpoint:
         """Have something called before each execution of an instruction.
@@ -382,8 +383,9 @@ class Breakpoints(Handle):
                 it; or a symbol.
             callback: Called with a :class:`Hit`. What it raises is raised where the monitor runs,
                 once the vCPU was answered.
-            symbols: Where names are. A place inside an instruction is refused, as far as the
-                function's code from its beginning tells.
+            symbols: Where names are. They are compared with the guest's memory; data is refused,
+                and a place inside an instruction, as far as the function's code tells.
+            trust: Whether to do without these checks.
             each_iteration: Whether each iteration of a repeated string instruction (REP MOVS) is a
                 hit; by default all together are one, also where an interrupt comes in between.
 
@@ -392,13 +394,13 @@ class Breakpoints(Handle):
                 argument is none.
             NotMappedError: It is not in ordinary RAM, or no page tables lead there yet: then
                 :meth:`insert_linear` waits for it.
-            SymbolError: The name is not known.
+            SymbolError: The name is not known, or the symbols are of something else.
             OutOfMemoryError: The host, or the domain's p2m pool, is exhausted.
         """
         self._check_open()
         check_callback(callback)
         if not isinstance(address, int):
-            address = self._physical(address, symbols)
+            address = self._physical(address, symbols, trust=trust)
         gfn, offset = divmod(address, PAGE_SIZE)
         check_gfn(gfn)
         self._check_not_shadow(gfn)
@@ -422,12 +424,14 @@ class Breakpoints(Handle):
             page.shadow[offset] = _INT3
         return made
 
-    def _physical(self, place: str | Symbol, symbols: Symbols | None) -> int:
+    def _physical(self, place: str | Symbol, symbols: Symbols | None, *, trust: bool) -> int:
         """Find where something is that has a name, by the page tables in use now."""
-        from xenaltp2m.symbols import Image, Symbol  # not before: they need pyelftools
+        from xenaltp2m import fingerprint  # not before: it needs pyelftools
+        from xenaltp2m.symbols import Image, Symbol
 
         if isinstance(place, Symbol):
             linear = place.address + (symbols.slide if symbols is not None else 0)
+            place = f"{place.address:#x}"
         elif not isinstance(place, str):
             raise InvalidArgumentError(
                 f"an address is a number, a Symbol, or with symbols= a name; not {place!r}"
@@ -440,16 +444,15 @@ class Breakpoints(Handle):
         else:
             linear = symbols.address(place)
         registers = self._domain.registers()
-        memory = self._domain.memory
         physical = linear
-        read: Callable[[int, int], bytes] = memory.read
         if registers.cr0 & CR0_PG:
-            space = memory.kernel_space(registers)
-            physical, read = space.translate(linear).physical, space.read
+            space = self._domain.memory.kernel_space(registers)
+            physical = space.translate(linear).physical
         elif isinstance(symbols, Image):
             physical = symbols.physical_of(linear)
-            read = lambda at, size: memory.read(at - linear + physical, size)  # noqa: E731
-        if symbols is not None:
+        if symbols is not None and not trust:
+            fingerprint.check(self._domain, symbols, [place], registers)
+            read = fingerprint.reader(self._domain, symbols, registers)
             check_placement(symbols, linear, read, registers.word_size)
         return physical
 

@@ -79,7 +79,7 @@ def check(domain: Domain, symbols: Symbols, places: Iterable[str], registers: Re
     Raises:
         SymbolError: They are of something else; or nothing can be compared.
     """
-    compare(symbols, _reader(domain, symbols, registers), places)
+    compare(symbols, reader(domain, symbols, registers), places)
 
 
 def compare(symbols: Symbols, read: Read, places: Iterable[str]) -> None:
@@ -101,7 +101,7 @@ def compare(symbols: Symbols, read: Read, places: Iterable[str]) -> None:
         )
 
 
-def _reader(domain: Domain, symbols: Symbols, registers: Registers) -> Read:
+def reader(domain: Domain, symbols: Symbols, registers: Registers) -> Read:
     """What reads at the linear addresses of a vCPU; without paging, where an image is loaded."""
 
     def read(address: int, size: int) -> bytes:

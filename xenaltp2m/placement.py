@@ -22,7 +22,7 @@ _MOST_BYTES = 1 << 16
 def check_placement(
     symbols: Symbols, address: int, read: Callable[[int, int], bytes], size: int
 ) -> None:
-    """Refuse a place that is inside an instruction, by decoding from the function's start.
+    """Refuse data, and a place inside an instruction, by decoding from the function's start.
 
     Warns with :class:`PlacementWarning` where that is not known.
 
@@ -33,9 +33,14 @@ def check_placement(
         size: Bytes of an address in the code: :attr:`Registers.word_size`.
 
     Raises:
-        InvalidArgumentError: It is inside an instruction.
+        InvalidArgumentError: It is data, or inside an instruction.
     """
     found = symbols.locate(address)
+    if found is not None and found.symbol.is_data and found.offset <= max(found.symbol.size - 1, 0):
+        raise InvalidArgumentError(
+            f"{found} is data: nothing executes it, and an int3 would change it",
+            hint=("Breakpoints.watch tells who uses data",),
+        )
     if found is not None and not found.offset:
         return
     unknown = f"{symbols.name} has nothing there"

@@ -57,6 +57,8 @@ _NO_PLACES = frozenset((0, 0xFFF1, 0xFFF2))
 """SHN_UNDEF, SHN_ABS and SHN_COMMON: the value of such a symbol is no address (gABI, chapter 4)."""
 _PLACES = frozenset((0, 1, 2, 10))
 """STT_NOTYPE, OBJECT, FUNC and GNU_IFUNC: the types whose value is an address."""
+_OBJECT = 1
+"""STT_OBJECT."""
 _SOURCE_FILE = 4
 """STT_FILE: the local symbols that follow are from it."""
 _LOCAL = 0
@@ -141,6 +143,8 @@ class Symbol(NamedTuple):
     """As the guest's code uses it: virtual. Where paging is off, guest-physical."""
     size: int
     """Bytes; 0 where the file does not tell, as for labels in assembly."""
+    is_data: bool = False
+    """Whether the file says that it is no code (STT_OBJECT; b, d and r in a kernel's list)."""
 
 
 _Found: TypeAlias = tuple[int, int, Symbol] | tuple[int, int, Symbol, str]
@@ -623,7 +627,8 @@ def _table_symbols(elf: ElfFile, section: Section) -> Iterator[_Found]:
             source = name
         elif name:
             rank = _GLOBAL * is_global + (kind != 0)
-            yield address, rank, Symbol(name, address, size), "" if is_global else source
+            symbol = Symbol(name, address, size, kind == _OBJECT)
+            yield address, rank, symbol, "" if is_global else source
 
 
 def _enclosing(symbols: tuple[Symbol, ...]) -> array[int]:
@@ -671,7 +676,8 @@ def _map_symbols(stream: BinaryIO, name: str) -> tuple[list[_Found], str, int]:
         rank = _GLOBAL * kind.isupper() + 1
         text = parts[2].decode("utf-8", "backslashreplace")
         module = parts[3].strip(b"[]").decode("utf-8", "backslashreplace") if parts[3:] else ""
-        found.append((address, rank, Symbol(text, address, 0), module))
+        symbol = Symbol(text, address, 0, kind in b"bBdDrR")
+        found.append((address, rank, symbol, module))
     if not any(one[0] for one in found):
         if not hidden:
             raise SymbolError(f"{name}: neither an ELF image nor a list of a kernel's symbols")

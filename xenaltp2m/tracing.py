@@ -28,6 +28,7 @@ from xenaltp2m.events import DomainEnded, Registers
 from xenaltp2m.handle import Handle, check_callback
 from xenaltp2m.hooks import Breakpoint, Hit
 from xenaltp2m.memory import AddressSpace, MappedPages, table_address
+from xenaltp2m.placement import check_placement
 from xenaltp2m.symbols import Image, Symbols
 from xenaltp2m.types import PAGE_SHIFT
 
@@ -184,6 +185,9 @@ class Trace(Handle):
         places = {name: self._place(name, at, registers) for name, at in addresses.items()}
         if not trust:
             fingerprint.check(domain, symbols, names, registers)
+            read = fingerprint.reader(domain, symbols, registers)
+            for address in addresses.values():
+                check_placement(symbols, address, read, registers.word_size)
         super().__init__()
         self._arguments = arguments
         self._most = max(int(rate), 1) if rate else math.inf

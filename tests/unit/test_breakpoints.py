@@ -25,8 +25,9 @@ from xenaltp2m.breakpoints import Breakpoints
 from xenaltp2m.handle import Handle
 from xenaltp2m.hooks import Hit
 from xenaltp2m.responses import RegisterValues
-from xenaltp2m.symbols import Symbol, Symbols
+from xenaltp2m.symbols import Image, Symbol, Symbols
 from xenaltp2m.testing import Failing
+from xenaltp2m.tracing import Trace
 from xenaltp2m.types import PAGE_SIZE
 from xenaltp2m.vcpu import VcpuRegisterValues
 
@@ -55,6 +56,7 @@ from .machinecode import (
     TF,
     WRITABLE,
     Computer,
+    elf,
     gate,
 )
 
@@ -1032,6 +1034,18 @@ def symbols(*found: tuple[str, int, int], slide: int = 0) -> Symbols:
     return Symbols(listed, "by hand").slid(slide)
 
 
+def program(
+    code: bytes, *found: tuple[str, int, int], data: tuple[str, int, int] | None = None
+) -> Image:
+    """An image of code, with symbols by hand: the guest is compared with it."""
+    image = Image(elf({CODE: code}))
+    listed = [Symbol(*one) for one in found]
+    if data is not None:
+        listed.append(Symbol(*data, is_data=True))
+    Symbols.__init__(image, [(one.address, 1, one) for one in listed], "by hand")
+    return image
+
+
 @WAYS
 @pytest.mark.parametrize("inside", [2, 3, 5, 7])
 def test_fault_04_a_place_inside_an_instruction_is_refused(
@@ -1040,7 +1054,7 @@ def test_fault_04_a_place_inside_an_instruction_is_refused(
     """By the code from the function's beginning on; the guest is left as it is."""
     pytest.importorskip("capstone")
     guest = make(PROGRAM, fast=fast, int3=int3, rax=0)
-    known = symbols(("loop", CODE, len(PROGRAM)))
+    known = program(PROGRAM, ("loop", CODE, len(PROGRAM)))
     with pytest.raises(xa.InvalidArgumentError, match=r"inside the instruction at loop\+0x[16]"):
         guest.breakpoints.insert(f"loop+{inside:#x}", guest.note, symbols=known)
     guest.breakpoints.insert("loop+0x6", guest.note, symbols=known)
@@ -1052,16 +1066,33 @@ def test_fault_04_a_place_inside_an_instruction_is_refused(
 def test_fault_04_what_cannot_be_known_is_warned_of(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    guest = make(PROGRAM, rax=0)
-    known = symbols(("loop", CODE, len(PROGRAM)), ("other", OTHER, 0))
-    with pytest.warns(xa.PlacementWarning, match="nothing there"):
-        guest.breakpoints.insert(Symbol("", CODE - 1, 0), guest.note, symbols=known)
+    guest = make(PROGRAM + b"\x0f\x0b\x0f\xff" * 40, rax=0)
+    code = PROGRAM + b"\x0f\x0b\x0f\xff" * 40
+    known = program(code, ("loop", CODE, len(PROGRAM)), ("other", CODE + len(PROGRAM), 0))
     monkeypatch.setattr("xenaltp2m.instructions._disassembler", lambda width: None)
     with pytest.warns(xa.PlacementWarning, match="capstone would tell"):
         guest.breakpoints.insert("loop+0x1", guest.note, symbols=known)
     with pytest.warns(xa.PlacementWarning):
-        guest.breakpoints.insert("other+0x40000", guest.note, symbols=known)
-    assert len(guest.breakpoints) == 3
+        guest.breakpoints.insert("other+0x44", guest.note, symbols=known)
+    assert len(guest.breakpoints) == 2
+
+
+def test_fault_04_data_is_refused(make: Make) -> None:
+    """A symbol of type OBJECT, from its first byte to its last; and what the image has not."""
+    guest = make(PROGRAM + bytes(8), rax=0)
+    data = ("table", CODE + len(PROGRAM), 8)
+    known = program(PROGRAM + bytes(8), ("loop", CODE, len(PROGRAM)), data=data)
+    for place in ("table", "table+0x7"):
+        with pytest.raises(xa.InvalidArgumentError, match="is data"):
+            guest.breakpoints.insert(place, guest.note, symbols=known)
+    other = program(INC_ECX + PROGRAM[1:], ("loop", CODE, len(PROGRAM)))
+    with pytest.raises(xa.SymbolError, match="is not of what the guest runs"):
+        guest.breakpoints.insert("loop", guest.note, symbols=other)
+    guest.breakpoints.insert("loop", guest.note, symbols=other, trust=True)
+    with pytest.raises(xa.InvalidArgumentError, match="is data"):
+        Trace(guest.dom, "table", symbols=known)
+    assert guest.go().halted
+    assert guest.seen == [CODE] * 3
 
 
 @WAYS
@@ -1107,8 +1138,8 @@ def test_fault_27_bad_arguments_of_breakpoints(
 def test_fault_28_breakpoints_by_name_and_by_symbol(make: Make) -> None:
     guest = make(INC_EAX + INC_ECX + HALT, rax=0)
     known = symbols(("first", CODE - 0x100, 1), ("second", CODE - 0xFF, 1), slide=0x100)
-    guest.breakpoints.insert("first", guest.note, symbols=known)
-    guest.breakpoints.insert(known.symbol("second"), guest.note, symbols=known)
+    guest.breakpoints.insert("first", guest.note, symbols=known, trust=True)
+    guest.breakpoints.insert(known.symbol("second"), guest.note, symbols=known, trust=True)
     guest.breakpoints.insert(Symbol("end", CODE + 2, 0), guest.note)
     with pytest.raises(xa.SymbolError, match="third"):
         guest.breakpoints.insert("third", guest.note, symbols=known)
@@ -1124,7 +1155,7 @@ def test_fault_28_breakpoints_by_name_where_paging_is_on(make: Make) -> None:
     guest.computer.map(NEXT, apart | PRESENT | WRITABLE)
     guest.computer.map(OTHER, 0)
     known = symbols(("there", NEXT, 2), ("gone", OTHER, 2))
-    hook = guest.breakpoints.insert("there", guest.note, symbols=known)
+    hook = guest.breakpoints.insert("there", guest.note, symbols=known, trust=True)
     assert hook.address == apart
     with pytest.raises(xa.NotMappedError):
         guest.breakpoints.insert("gone", guest.note, symbols=known)

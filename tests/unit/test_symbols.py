@@ -178,7 +178,8 @@ def test_what_has_no_address_is_no_symbol() -> None:
 
 
 def test_dynamic_symbols_serve_where_there_are_no_others() -> None:
-    assert Image(elf64([Sym("x", 0x1000)], kind=DYNSYM)).symbols == (Symbol("x", 0x1000, 0),)
+    image = Image(elf64([Sym("x", 0x1000)], kind=DYNSYM))
+    assert image.symbols == (Symbol("x", 0x1000, 0, is_data=True),)
 
 
 @pytest.mark.parametrize(("value", "size"), [(0x5000, 0), (0x4FF9, 8), (0xFFF, 1), (0x2000, 2**63)])
