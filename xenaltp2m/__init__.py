@@ -80,7 +80,7 @@ from xenaltp2m.types import (
     ViewInfo,
 )
 from xenaltp2m.vcpu import Vcpu
-from xenaltp2m.view import Difference, Mismatch, View
+from xenaltp2m.view import Difference, HoleWarning, Mismatch, View
 from xenaltp2m.xen import Xen, connect
 
 __version__ = "0.1.0"
@@ -120,6 +120,7 @@ __all__ = [
     "GuestRequest",
     "HazardError",
     "Hit",
+    "HoleWarning",
     "InguestPagefault",
     "Interrupt",
     "InvalidArgumentError",

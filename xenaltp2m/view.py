@@ -7,6 +7,7 @@ asked of it: to say what differs from the host p2m, to verify it, and to roll ba
 
 from __future__ import annotations
 
+import warnings
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,6 +34,7 @@ from xenaltp2m.types import (
     ALL_GFNS,
     GFN_LIMIT,
     HOST_VIEW,
+    PAGE_SHIFT,
     Access,
     DomId,
     Gfn,
@@ -50,9 +52,14 @@ Progress: TypeAlias = Callable[[int, int], None]
 BATCH = 1 << 16
 """Gfns in one bulk call: Xen preempts itself within it, and progress is shown between."""
 
+_BELOW_4_GIB = (1 << 20) - 1
 _BLOCK = 1 << 16
 _DEADLY = (Access.W, Access.WX)
 _SUPERPAGE_ORDER = 9
+
+
+class HoleWarning(UserWarning):
+    """An access was asked for where there is no memory, and Xen has ignored it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +125,8 @@ class View(Handle):
         self._remap_low = ALL_GFNS
         self._remap_high = 0
         self._suppress_ve: Runs[bool] = Runs()
+        self._highest = _BELOW_4_GIB
+        """Up to which gfn there may be memory, as far as is known."""
         self._visible = True
         self.id = view_id
         self.label = label
@@ -136,7 +145,8 @@ class View(Handle):
         """Set what the guest may do with one gfn, or with many in bulk.
 
         Xen passes over gfns that are not ordinary RAM (holes, MMIO, log-dirty pages) and calls
-        that success: :meth:`verify` finds them.
+        that success: :meth:`verify` finds them. One from 4 GiB on that is behind all memory of the
+        domain warns: it may be an address.
 
         On error nothing has changed: what was set already is set back, to what the view had, or
         would show by itself.
@@ -153,6 +163,9 @@ class View(Handle):
             OutOfMemoryError: The domain's p2m pool is exhausted.
             LeftoverError: Setting back failed too.
 
+        Warns:
+            HoleWarning: A gfn is behind all memory.
+
         ``xc_altp2m_set_mem_access``, ``xc_altp2m_set_mem_access_multi``.
         """
         self._check_open()
@@ -163,12 +176,16 @@ class View(Handle):
             with guard.holding_back():
                 self._backend.altp2m_set_mem_access(self._domid, self.id, gfns, number)
                 self._access.set(gfns, access)
+            self._warn_behind(gfns)
             return
         if isinstance(gfns, range):
             check_gfns(gfns)
         else:
             gfns = gfn_array(gfns)
         self._set_many(gfns, access, number, progress)
+        if len(gfns):
+            ends = (gfns[0], gfns[-1]) if isinstance(gfns, range) else gfns
+            self._warn_behind(max(ends))
 
     @uninterruptible
     def _set_many(
@@ -515,6 +532,19 @@ class View(Handle):
         if number is None or access in _DEADLY:
             raise refusal_of(access, self._backend.release)
         return number
+
+    def _warn_behind(self, gfn: int) -> None:
+        """Warn of a gfn behind all memory; below 4 GiB that is not worth a hypercall."""
+        if gfn <= self._highest:
+            return
+        last = self._altp2m.domain.maximum_gfn
+        self._highest = max(self._highest, last)
+        if gfn <= last:
+            return
+        words = f"gfn {gfn:#x} is not memory, and Xen has ignored it: the highest gfn is {last:#x}"
+        if gfn >> PAGE_SHIFT <= last:
+            words += f". If {gfn:#x} is an address, its gfn is {gfn >> PAGE_SHIFT:#x}"
+        warnings.warn(words, HoleWarning, stacklevel=3)
 
     def _write_access(self, gfn: int, access: Access) -> None:
         self._backend.altp2m_set_mem_access(self._domid, self.id, gfn, self._number(access))

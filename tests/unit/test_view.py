@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from errno import EINVAL, ENOMEM, EPERM
 from typing import Any
 
@@ -189,10 +189,17 @@ def test_what_is_no_gfn_is_refused_by_every_method(view: View, mock: MockBackend
 
 
 @pytest.mark.parametrize("gfn", [0, (1 << 36) - 1])
+@pytest.mark.filterwarnings("ignore::xenaltp2m.view.HoleWarning")
 def test_the_lowest_and_the_highest_gfn_are_gfns(view: View, gfn: int) -> None:
     view.set_access(gfn, Access.R)
     view.set_access([gfn], Access.R)
     view.access(gfn)
+
+
+@pytest.mark.parametrize("gfns", [0x101000, [0x100, 0x101000], range(0x101000, 0x101002)])
+def test_fault_15_an_address_in_place_of_a_gfn(view: View, gfns: int | Sequence[int]) -> None:
+    with pytest.warns(view_module.HoleWarning, match=r"the highest gfn is 0x.*its gfn is 0x101"):
+        view.set_access(gfns, Access.R)
 
 
 @every_release
