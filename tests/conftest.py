@@ -57,6 +57,23 @@ def nothing_left_open(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
+def foreground() -> Iterator[None]:
+    """Have signals as a foreground process has them: under nohup it, and its children, ignore some.
+
+    Only for tests that send them: the suite itself should live on where it was told to.
+    """
+    dispositions: dict[signal.Signals, Any] = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, one) for number, one in dispositions.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
 def xen_version() -> tuple[int, int]:
     """The Xen release of the host; a test that concerns more of them is parametrized with it."""
     return 4, 17

@@ -15,7 +15,7 @@ from uuid import UUID
 import xenaltp2m as xa
 from xenaltp2m.abi.releases import release
 from xenaltp2m.backend import PortCalls
-from xenaltp2m.backend.clock import CLOCK
+from xenaltp2m.backend.clock import CLOCK, Clock
 from xenaltp2m.types import DomainInfo, DomId, VcpuInfo
 
 SIZES = {6: 384, 7: 400}
@@ -34,7 +34,7 @@ class RingHost:
     """
 
     name = "ring host"
-    clock = CLOCK
+    clock: Clock = CLOCK
 
     def __init__(self, version: int = 7, vcpus: int = 4, start: int = 0) -> None:
         self.release = release(4, 14) if version == 6 else release(4, 20)

@@ -675,6 +675,7 @@ def test_standard_output_that_cannot_be_written(
     assert run("export", tmp_path / "b", "guest") == cli.DONE
 
 
+@pytest.mark.usefixtures("foreground")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_save_that_is_ended_leaves_the_domain_running(
     host: Lasting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from errno import EINVAL
 from pathlib import Path
@@ -637,18 +636,36 @@ def test_an_interrupt_before_anything_was_changed(monkeypatch: pytest.MonkeyPatc
     assert cli.main(PROTECT) == cli.INTERRUPTED
 
 
+@pytest.mark.usefixtures("foreground")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_hold_and_all_is_undone(
-    number: signal.Signals, mocks: list[WatchedMock]
+    number: signal.Signals, mocks: list[WatchedMock], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # To this thread alone: another one would not hold it back, and the process would end.
-    main_thread = threading.get_ident()
-    timer = threading.Timer(0.2, lambda: signal.pthread_kill(main_thread, number))
-    timer.start()
+    arrived = host.Signals.arrived
+
+    def send(signals: host.Signals, seconds: float) -> bool:
+        if seconds:
+            signal.raise_signal(number)  # to this thread alone, which holds it back
+        return arrived(signals, seconds)
+
+    monkeypatch.setattr(host.Signals, "arrived", send)
     assert cli.main(PROTECT) == cli.DONE
-    timer.join()
     mocks[0].assert_as_before()
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+
+
+def test_fault_30_a_signal_that_is_ignored_ends_no_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with host.Signals() as signals:
+            signals.hold_back()
+            signal.raise_signal(signal.SIGHUP)
+            assert not signals.arrived(0.01)
+            signal.raise_signal(signal.SIGTERM)
+            assert signals.arrived(60)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # As a program.

@@ -6,10 +6,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable
 from errno import EINVAL
@@ -22,6 +22,7 @@ import xenaltp2m as xa
 from xenaltp2m import cli
 from xenaltp2m.abi.releases import SUPPORTED
 from xenaltp2m.backend import mock
+from xenaltp2m.backend.clock import Clock, Poll
 from xenaltp2m.backend.mock import MockBackend
 from xenaltp2m.cli import host, watch
 from xenaltp2m.types import Altp2mMode
@@ -377,16 +378,37 @@ def test_a_page_that_xen_resets_is_watched_again(
 # Its end.
 
 
+@pytest.fixture
+def at_wait(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """Let something happen when events are waited for, once."""
+
+    def arrange(act: Callable[[], object]) -> None:
+        acts = [act]
+
+        def polling(_: Clock, poller: select.epoll) -> Poll:
+            def poll(seconds: float) -> list[tuple[int, int]]:
+                if seconds and acts:
+                    acts.pop()()
+                return poller.poll(seconds)
+
+            return poll
+
+        monkeypatch.setattr(Clock, "polling", polling)
+
+    return arrange
+
+
+@pytest.mark.usefixtures("foreground")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_it_and_all_is_undone(
-    number: signal.Signals, mocks: list[WatchedMock], capsys: pytest.CaptureFixture[str]
+    number: signal.Signals,
+    mocks: list[WatchedMock],
+    capsys: pytest.CaptureFixture[str],
+    at_hit: Callable[[int, Callable[[], object]], None],
 ) -> None:
     before = signal.getsignal(number)
-    main_thread = threading.get_ident()
-    timer = threading.Timer(0.3, lambda: signal.pthread_kill(main_thread, number))
-    timer.start()
+    at_hit(3, lambda: signal.raise_signal(number))
     assert cli.main(PAGE) == cli.DONE
-    timer.join()
     out, err = capsys.readouterr()
     assert "gfn 0x101  " in out.splitlines()[-1]
     assert err.splitlines()[-1] == UNDONE
@@ -394,12 +416,11 @@ def test_a_signal_ends_it_and_all_is_undone(
     assert signal.getsignal(number) is before
 
 
-def test_a_signal_where_nothing_happens(mocks: list[WatchedMock]) -> None:
-    main_thread = threading.get_ident()
-    timer = threading.Timer(0.3, lambda: signal.pthread_kill(main_thread, signal.SIGINT))
-    timer.start()
+def test_a_signal_where_nothing_happens(
+    mocks: list[WatchedMock], at_wait: Callable[[Callable[[], object]], None]
+) -> None:
+    at_wait(lambda: signal.raise_signal(signal.SIGINT))
     assert cli.main([*WATCH, "--breakpoints"]) == cli.DONE
-    timer.join()
     mocks[0].assert_as_before()
 
 
@@ -470,12 +491,10 @@ def test_the_domain_ends(
     as_json: bool,
     mocks: list[WatchedMock],
     capsys: pytest.CaptureFixture[str],
+    at_wait: Callable[[Callable[[], object]], None],
 ) -> None:
-    timer = threading.Timer(0.4, lambda: end(mocks[0]))
-    timer.start()
-    # The guest does nothing here that is told: the timer's thread has the mock for itself.
+    at_wait(lambda: end(mocks[0]))
     code = cli.main([*WATCH, "--breakpoints", *(["--json"] if as_json else [])])
-    timer.join()
     out, err = capsys.readouterr()
     assert code == cli.DONE
     if as_json:

@@ -177,19 +177,21 @@ class Signals:
 
     def __init__(self) -> None:
         self._before: set[int | signal.Signals] | None = None
+        # Linux keeps a blocked signal even if it is ignored, as SIGHUP is under nohup.
+        self._ending = [one for one in ENDING if signal.getsignal(one) is not signal.SIG_IGN]
 
     def __enter__(self) -> Self:
         return self
 
     def hold_back(self) -> None:
-        """Keep them waiting from now on."""
+        """Keep them waiting from now on; those that are ignored stay so."""
         # Asked for first: the call that blocks them raises what is on its way already.
         self._before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._ending)
 
     def arrived(self, seconds: float) -> bool:
         """Wait for one to come, so long at most."""
-        return signal.sigtimedwait(ENDING, seconds) is not None
+        return signal.sigtimedwait(self._ending, seconds) is not None
 
     def awaited(self, duration: float | None) -> Iterator[None]:
         """Yield each second until one comes, or so many seconds are over; None waits for ever."""
