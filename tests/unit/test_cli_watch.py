@@ -111,6 +111,28 @@ def at_hit(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], objec
     return arrange
 
 
+@pytest.fixture
+def at_wait(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
+    """Let something happen when events are waited for: the guest has done all that it can then."""
+
+    def arrange(number: int, act: Callable[[], object]) -> None:
+        waits = 0
+
+        def polling(_: Clock, poller: select.epoll) -> Poll:
+            def poll(seconds: float) -> list[tuple[int, int]]:
+                nonlocal waits
+                waits += seconds > 0
+                if waits == number and seconds:
+                    act()
+                return poller.poll(seconds)
+
+            return poll
+
+        monkeypatch.setattr(Clock, "polling", polling)
+
+    return arrange
+
+
 def documents(out: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     *hits, last = map(json.loads, out.splitlines())
     assert list(last) == ["summary"]
@@ -223,8 +245,11 @@ def test_what_each_access_tells(
     mocks[0].assert_as_before()
 
 
-def test_the_first_access_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [*WATCH, "--gfn", "0x100-0x101", "--access", "n2rwx", "--duration", "0.1", "--json"]
+def test_the_first_access_alone(
+    capsys: pytest.CaptureFixture[str], at_wait: Callable[[int, Callable[[], object]], None]
+) -> None:
+    at_wait(5, lambda: signal.raise_signal(signal.SIGINT))
+    arguments = [*WATCH, "--gfn", "0x100-0x101", "--access", "n2rwx", "--json"]
     assert cli.main(arguments) == cli.DONE
     hits, _ = documents(capsys.readouterr().out)
     assert sorted(hit["gfn"] for hit in hits) == [0x100, 0x101]
@@ -360,6 +385,7 @@ def test_a_page_that_xen_resets_is_watched_again(
     capsys: pytest.CaptureFixture[str],
     mocks: list[WatchedMock],
     at_hit: Callable[[int, Callable[[], object]], None],
+    at_wait: Callable[[int, Callable[[], object]], None],
 ) -> None:
     monkeypatch.setattr(watch, "_VERIFY_SECONDS", 0)
     monkeypatch.setattr(watch, "_TICK_SECONDS", 0.01)
@@ -368,7 +394,8 @@ def test_a_page_that_xen_resets_is_watched_again(
         mocks[0].altp2m_set_mem_access(1, 1, TARGET, 7)
 
     at_hit(3, wipe)
-    assert cli.main([*PAGE, "--duration", "0.2"]) == cli.DONE
+    at_wait(10, lambda: signal.raise_signal(signal.SIGINT))
+    assert cli.main(PAGE) == cli.DONE
     err = capsys.readouterr().err
     assert err.count("gfn 0x101 was not watched for a while") == 1
     assert "it is watched again" in err
@@ -376,26 +403,6 @@ def test_a_page_that_xen_resets_is_watched_again(
 
 
 # Its end.
-
-
-@pytest.fixture
-def at_wait(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
-    """Let something happen when events are waited for, once."""
-
-    def arrange(act: Callable[[], object]) -> None:
-        acts = [act]
-
-        def polling(_: Clock, poller: select.epoll) -> Poll:
-            def poll(seconds: float) -> list[tuple[int, int]]:
-                if seconds and acts:
-                    acts.pop()()
-                return poller.poll(seconds)
-
-            return poll
-
-        monkeypatch.setattr(Clock, "polling", polling)
-
-    return arrange
 
 
 @pytest.mark.usefixtures("foreground")
@@ -417,9 +424,9 @@ def test_a_signal_ends_it_and_all_is_undone(
 
 
 def test_a_signal_where_nothing_happens(
-    mocks: list[WatchedMock], at_wait: Callable[[Callable[[], object]], None]
+    mocks: list[WatchedMock], at_wait: Callable[[int, Callable[[], object]], None]
 ) -> None:
-    at_wait(lambda: signal.raise_signal(signal.SIGINT))
+    at_wait(1, lambda: signal.raise_signal(signal.SIGINT))
     assert cli.main([*WATCH, "--breakpoints"]) == cli.DONE
     mocks[0].assert_as_before()
 
@@ -491,9 +498,9 @@ def test_the_domain_ends(
     as_json: bool,
     mocks: list[WatchedMock],
     capsys: pytest.CaptureFixture[str],
-    at_wait: Callable[[Callable[[], object]], None],
+    at_wait: Callable[[int, Callable[[], object]], None],
 ) -> None:
-    at_wait(lambda: end(mocks[0]))
+    at_wait(1, lambda: end(mocks[0]))
     code = cli.main([*WATCH, "--breakpoints", *(["--json"] if as_json else [])])
     out, err = capsys.readouterr()
     assert code == cli.DONE
