@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, TypeAlias
 
 from xenaltp2m.abi.x86 import CR0_PG
@@ -16,7 +17,6 @@ from xenaltp2m.symbols import Image, Symbols
 
 if TYPE_CHECKING:
     from xenaltp2m.domain import Domain
-    from xenaltp2m.elf import Section
     from xenaltp2m.events import Registers
 
 Read: TypeAlias = Callable[[int, int], bytes]
@@ -40,10 +40,10 @@ _PREFIXES = "__x64_sys_", "sys_", "SyS_"
 _SITES: tuple[tuple[str, tuple[str, ...], bool, int | None], ...] = (
     (".altinstructions", ("<i8xBx", "<i6xBx", "<i6xBxx"), True, None),
     (".parainstructions", ("<QxB6x",), False, None),
-    ("__mcount_loc", ("<Q", "<I"), False, 5),
+    ("mcount_loc", ("<Q", "<I"), False, 5),
     ("__jump_table", ("<i12x", "<i8x"), True, 5),
     ("__jump_table", ("<Q16x", "<I8x"), False, 5),
-    (".static_call_sites", ("<i4x",), True, 5),
+    ("static_call_sites", ("<i4x",), True, 5),
     (".retpoline_sites", ("<i",), True, 6),
     (".return_sites", ("<i",), True, 5),
     (".call_sites", ("<i",), True, 5),
@@ -53,10 +53,10 @@ _SITES: tuple[tuple[str, tuple[str, ...], bool, int | None], ...] = (
     ("runtime_ptr_", ("<i",), True, 8),
     ("runtime_shift_", ("<i",), True, 1),
 )
-"""Sections that list what Linux changes in its code as it boots (arch/x86/kernel/vmlinux.lds.S,
-alternative.c, ftrace.c, jump_label.c): how their names begin; the forms of an entry, by release;
-whether its first field is a distance from itself; and how many bytes there are changed, unless its
-second field tells."""
+"""Tables of what Linux changes in its code as it boots (arch/x86/kernel/vmlinux.lds.S,
+alternative.c, ftrace.c, jump_label.c): how the names of their sections begin, or what is between
+``__start_`` and ``__stop_`` of the name; the forms of an entry, by release; whether its first field
+is a distance from itself; and how many bytes there are changed, unless its second field tells."""
 _WRONG = (
     "the file is of another kernel, or of another build: use the one of the guest that runs",
     "the kernel was moved (KASLR): leave --slide out, or use Symbols.in_guest",
@@ -182,12 +182,10 @@ def _relocated(slide: int, expected: bytes, found: bytes, at: int) -> int | None
 def _sites(image: Image, start: int, size: int) -> Iterator[tuple[int, int]]:
     """Yield what Linux rewrites of a range: (address, bytes), by the sections that list it."""
     left = _MOST_SITES
-    for section in image.sections:
-        for prefix, forms, relative, length in _SITES:
-            if not section.name.startswith(prefix):
-                continue
+    for name, forms, relative, length in _SITES:
+        for table in _tables(image, name):
             for form in forms:
-                entries = _entries(image, section, struct.Struct(form), relative=relative)
+                entries = _entries(image, table, struct.Struct(form), relative=relative)
                 if entries is None:
                     continue
                 for site, *told in entries:
@@ -202,17 +200,27 @@ def _sites(image: Image, start: int, size: int) -> Iterator[tuple[int, int]]:
                 break
 
 
+def _tables(image: Image, name: str) -> Iterator[range]:
+    """Where tables of a name are: sections, or parts of some."""
+    for section in image.sections:
+        if section.name.startswith(name):
+            yield range(section.address, section.address + section.size)
+    with suppress(SymbolError):
+        bounds = (image.symbol(f"__{end}_{name}").address for end in ("start", "stop"))
+        yield range(*bounds)
+
+
 def _entries(
-    image: Image, section: Section, layout: struct.Struct, *, relative: bool
+    image: Image, table: range, layout: struct.Struct, *, relative: bool
 ) -> Iterator[tuple[int, ...]] | None:
-    """The entries of a section with their places as addresses; None if it is not of this form."""
-    data = image.content(section.address, section.size)
+    """The entries of a table with their places as addresses; None if it is not of this form."""
+    data = image.content(table.start, len(table))
     if data is None or len(data) % layout.size:
         return None
 
     def places(data: bytes) -> Iterator[tuple[int, ...]]:
         for number, (place, *more) in enumerate(layout.iter_unpack(data)):
-            at = section.address + number * layout.size if relative else 0
+            at = table.start + number * layout.size if relative else 0
             yield (at + place, *more)
 
     if not all(image.is_code(place) for place, *_ in places(data[: _SAMPLE * layout.size])):

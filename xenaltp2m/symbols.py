@@ -491,6 +491,14 @@ class Image(Symbols):
             return None
         return found
 
+    def extent(self, address: int, few: int, most: int) -> tuple[int, int]:
+        """As :meth:`Symbols.extent`; it ends where what is loaded ends."""
+        start, size = super().extent(address, few, most)
+        segment = self._segment_with(start - self.slide)
+        if segment is not None:
+            size = min(size, segment.virtual + segment.size - (start - self.slide))
+        return start, size
+
     def is_code(self, address: int) -> bool:
         """Whether a virtual address, slide not included, is in what the guest may execute."""
         segment = self._segment_with(address)

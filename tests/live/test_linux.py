@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,15 +20,23 @@ from pathlib import Path
 import pytest
 
 import xenaltp2m as xa
+from xenaltp2m import fingerprint
 from xenaltp2m.breakpoints import Breakpoints
 from xenaltp2m.hooks import Hit
-from xenaltp2m.symbols import Symbols
+from xenaltp2m.symbols import Image, Symbols
 from xenaltp2m.tracing import Call, Return, Trace
 
 CONSOLE = Path("/var/log/xen/console/guest-linux.log")
 OPTIONS = "console=hvc0 nokaslr quiet cryptomgr.notests mitigations=off work"
-NAMES = "_text", "_etext", "ksys_write", "do_sys_openat2", "do_syscall_64", "entry_SYSCALL_64"
-"""With the last, KASLR is looked for."""
+TABLES = "mcount_loc", "__jump_table", "static_call_sites"
+"""Of what the kernel changes in its code."""
+NAMES = (
+    "_text", "_etext", "ksys_write", "do_sys_openat2", "do_syscall_64", "entry_SYSCALL_64",
+    "entry_SYSCALL_compat", "entry_SYSENTER_compat", "linux_banner", "sys_call_table",
+    "__x64_sys_read", "__x64_sys_write", "__x64_sys_openat", "__x64_sys_getrandom",
+    *(f"__{end}_{name}" for name in TABLES for end in ("start", "stop")),
+)  # fmt: skip
+"""By the entries KASLR is looked for; by what follows the list is known to be of this kernel."""
 WRITE, OPEN, OPENAT = 1, 2, 257
 SAID = 4
 """Other writes in a round: what was copied, in words, and the beat."""
@@ -205,6 +213,66 @@ def test_it_is_saved_and_restored(linux: Linux, tmp_path: Path) -> None:
     assert is_unharmed_meanwhile == code
     assert linux.beats() > beat
     is_unharmed(linux, code)
+
+
+def test_fault_05_symbols_of_another_kernel_are_refused(linux: Linux, tmp_path: Path) -> None:
+    """Before anything is changed: of one with 64 more bytes in the middle, and others."""
+    dom, code = linux.dom, linux.code()
+    registers = dom.registers()
+    assert linux.symbols.in_guest(registers).slide == 0  # nokaslr
+    text = Path(linux.symbols.name).read_text()
+    middle = linux.symbols.address("ksys_write")
+
+    def changed(change: Callable[[str, int], int | None]) -> Symbols:
+        lines = (line.split(maxsplit=2) for line in text.splitlines())
+        found = [(change(name, int(at, 16)), kind, name) for at, kind, name in lines]
+        path = tmp_path / "kallsyms"
+        path.write_text("".join(f"{at:x} {kind} {name}\n" for at, kind, name in found if at))
+        return Symbols.open(path)
+
+    longer = changed(lambda _, at: at + 64 if middle < at < linux.symbols.address("_etext") else at)
+    with pytest.raises(xa.SymbolError, match="in sys_call_table is not at"):
+        dom.trace("ksys_write", symbols=longer)
+    elsewhere = changed(lambda name, at: at + 4096 if name == "linux_banner" else at)
+    with pytest.raises(xa.SymbolError, match="linux_banner is not at"):
+        dom.trace("ksys_write", symbols=elsewhere)
+    with pytest.raises(xa.SymbolError, match="is not at"):
+        dom.trace("ksys_write", symbols=linux.symbols.slid(2 << 20))
+    few = changed(lambda name, at: at if name in ("ksys_write", "entry_SYSCALL_64") else None)
+    with pytest.raises(xa.SymbolError, match="nothing tells whether"):
+        dom.trace("ksys_write", symbols=few)
+    entry = changed(lambda name, at: at + 16 if name == "entry_SYSCALL_64" else at)
+    with pytest.raises(xa.SymbolError, match="is not of the kernel that runs"):
+        entry.in_guest(registers)
+    assert not dom.altp2m_active
+    assert linux.code() == code
+    dom.trace("ksys_write", symbols=few, trust=True).close()
+    is_unharmed(linux, code)
+
+
+REGION = 64 << 10
+
+
+def test_fault_05_a_kernel_s_own_image_fits(linux: Linux) -> None:
+    """But for what it changes as it boots: alternatives, ftrace, static keys, locks, returns."""
+    image = Image.open("/lab/linux/vmlinux")  # stripped; the list has the symbols
+    found = [(one.address, 3, one) for one in linux.symbols.symbols]
+    Symbols.__init__(image, found, image.name)
+    start = image.address("_text")
+    read = linux.dom.memory.address_space().read
+    differing = 0
+    for at in range(start, start + (8 << 20), 2 << 20):
+        code, there = image.content(at, REGION), read(at, REGION)
+        assert code is not None
+        differing += sum(a != b for a, b in zip(code, there, strict=True))
+        difference = fingerprint._difference(image, at, code, there)
+        assert difference is None, (
+            f"{at + difference:#x}: {code[difference:][:8].hex()} {there[difference:][:8].hex()}"
+        )
+    assert differing > 1000
+    fingerprint.compare(image, read, ["ksys_write", "do_sys_openat2"])
+    with pytest.raises(xa.SymbolError, match="is not of what the guest runs: at ksys_write"):
+        fingerprint.compare(image.slid(64), read, ["ksys_write"])
 
 
 def test_the_command_line(linux: Linux) -> None:

@@ -54,6 +54,19 @@ def test_fault_05_the_image_of_the_guest_fits(guest: Guest) -> None:
     fingerprint.compare(plain.slid(0x200000), moved.read, ["inner", "outer"])
 
 
+def test_fault_05_a_label_at_the_end_of_what_is_loaded(guest: Guest, tmp_path: Path) -> None:
+    """Without a size, it is compared as far as there is code."""
+    made = tmp_path / "image"
+    source = ".globl last; .nops 8; last: .byte 0xc3\n"
+    command = ["gcc", "-x", "assembler", "-", "-o", str(made), "-nostdlib", "-static"]
+    subprocess.run([*command, "-Wl,-e,last"], input=source, text=True, check=True)
+    image = Image.open(made)
+    guest.load(image)
+    fingerprint.compare(image, guest.read, ["last"])
+    with pytest.raises(SymbolError, match="not of what the guest runs"):
+        fingerprint.compare(image, changed(guest, image.address("last")).read, ["last"])
+
+
 def test_fault_05_the_image_of_another_build_is_refused(guest: Guest) -> None:
     plain, other = Image.open(MADE / "plain.elf"), Image.open(MADE / "other.elf")
     guest.load(plain)
@@ -167,8 +180,10 @@ data: .quad 0
 .macro table name:vararg
 .section \\name, "a", @progbits
 .endm
-table __mcount_loc
-.quad patched
+table .init.data
+.byte 0
+__start_mcount_loc: .quad patched
+__stop_mcount_loc: .byte 0
 table .altinstructions
 ALTERNATIVE
 table __jump_table
