@@ -5,8 +5,9 @@ CPython runs a handler between two bytecodes of the main thread: where a functio
 generator goes on, after a call, and at a jump backwards (``CHECK_EVAL_BREAKER`` in ``ceval.c``,
 3.11 to 3.13). So an exception such as :class:`KeyboardInterrupt` may fall between a call that
 changed the guest and the line that notes how to undo it; also into the first bytecode of an
-``__exit__``, which then does nothing. It cannot fall between the return of an ``__enter__`` and the
-body of its ``with`` statement.
+``__exit__``, which then does nothing; contextlib's for generators is one, too. It cannot fall
+between the return of an ``__enter__`` and the body of its ``with`` statement, for nothing is called
+in between (``BEFORE_WITH``).
 
 Hence three rules. Changing a guest and noting how to undo it is one block of
 :meth:`SignalGuard.holding_back`. Undoing is another. Each handle belongs to a parent, which closes

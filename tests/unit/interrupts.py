@@ -19,7 +19,7 @@ class _Bomb(int):
     sent = property(_thread.interrupt_main)
 
 
-_SIGINT = _Bomb(signal.SIGINT)
+SENDING = _Bomb(signal.SIGINT)
 
 
 class Lines:
@@ -93,5 +93,5 @@ class Lines:
                 if self._strict:
                     signal.raise_signal(signal.SIGINT)
                 else:
-                    _SIGINT.sent  # noqa: B018 - that sends it
+                    SENDING.sent  # noqa: B018 - that sends it
         return self._executed

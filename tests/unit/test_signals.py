@@ -18,7 +18,7 @@ from xenaltp2m.errors import InvalidArgumentError, LeftoverError
 from xenaltp2m.handle import UndoList
 from xenaltp2m.signals import guard, uninterruptible
 
-from .interrupts import Lines
+from .interrupts import SENDING, Lines
 
 SIGINT, SIGTERM, SIGUSR1 = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 
@@ -170,6 +170,27 @@ def test_a_monitor_that_is_opened_and_closed_within_a_block_leaves_the_signals_a
     assert caught.value.code == 128 + SIGTERM
     guard.leave()
     assert signal.getsignal(SIGTERM) is signal.SIG_DFL
+
+
+class Entered:
+    """A context manager in whose last bytecodes SIGINT comes, of entering it or before leaving."""
+
+    def __init__(self) -> None:
+        self.left = False
+
+    def __enter__(self) -> None:
+        SENDING.sent  # noqa: B018 - sends SIGINT, and CPython does not look for signals then
+
+    def __exit__(self, *_: object) -> None:
+        self.left = True
+
+
+def test_fault_06_a_body_that_was_reached_is_left_by_its_exit() -> None:
+    """CPython looks for signals in the body, whose call is the first after ``__enter__``."""
+    manager = Entered()
+    with pytest.raises(KeyboardInterrupt), manager:
+        len("")
+    assert manager.left
 
 
 @uninterruptible
