@@ -1185,7 +1185,10 @@ class Breakpoints(Handle):
             page.guess = None
         if len(page.leads) >= _MOST_LEADS or before in self._shadows:
             return False
-        lead = self._lead(gfn, before)
+        try:
+            lead = self._lead(gfn, before)
+        except (InvalidArgumentError, NotMappedError):
+            return True  # a hole is not executed
         for offset in page.hooks:
             if offset < _BEFORE:
                 lead.note(offset)

@@ -49,6 +49,7 @@ from .machinecode import (
     FOREVER,
     HALT,
     HANDLERS,
+    HOLE,
     IDT,
     OTHER,
     PRESENT,
@@ -859,6 +860,20 @@ def test_fault_03_pages_before_are_made_again(make: Make) -> None:
     assert guest.go().halted
     assert guest.read(DATA, 4) == OPERAND.to_bytes(4, "little")
     assert guest.seen == [NEXT] * 2
+
+
+@STEPS
+@pytest.mark.parametrize("before", [0, HOLE | PRESENT], ids=["not mapped", "no memory"])
+def test_fault_03_nothing_is_before_by_the_page_tables(make: Make, fast: bool, before: int) -> None:
+    """As a hostile guest has it, for whom that must not end the agent."""
+    guest = make(call(CODE, OTHER) + HALT, {OTHER: INC_EAX + RET}, fast=fast, rax=0)
+    guest.computer.go_long()
+    guest.computer.set(cs_arbytes=CODE_32)
+    guest.computer.map(OTHER - PAGE_SIZE, before)
+    guest.breakpoints.insert(OTHER, guest.note)
+    assert guest.go().halted
+    assert guest.seen == [OTHER]
+    assert guest.register("rax") == 1
 
 
 def test_fault_03_nothing_is_before_the_first_page(make: Make) -> None:
