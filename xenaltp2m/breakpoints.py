@@ -1152,12 +1152,16 @@ class Breakpoints(Handle):
                 self._altp2m.verify(self._views)
             return RESUME
         if page.shadow_gfn and self._knows_before(page, event) and page.can_be_planted():
-            if not self._is_being_written(gfn):
-                with guard.holding_back():
-                    page.fill()
-                    page.planted = True
-                    self.hooks.set_access(gfn, Access.X)
-            return RESUME
+            covered = self._covered(page, event)
+            if covered:
+                self._found_inside(page, gfn, covered)
+            else:
+                if not self._is_being_written(gfn):
+                    with guard.holding_back():
+                        page.fill()
+                        page.planted = True
+                        self.hooks.set_access(gfn, Access.X)
+                return RESUME
         found = page.hooks.get(offset) if event.offset == offset else None
         again = self._repeated(page, offset, event) if found is not None else None
         over = self._through(self._step_view, event, tell=again is not None)
@@ -1170,8 +1174,6 @@ class Breakpoints(Handle):
         registers, gfn = event.registers, int(event.gfn)
         linear = event.gla if event.access_flags & AccessFlag.GLA_VALID else registers.linear_rip
         start = linear & -PAGE_SIZE
-        if 0 < start - registers.linear_rip <= _BEFORE:  # it begins before, and reaches to here
-            self._found_inside(page, gfn, {at for at in page.hooks if at <= event.offset})
         try:
             space = self._domain.memory.address_space(registers)
             before = space.translate(start - 1).physical >> PAGE_SHIFT
@@ -1193,6 +1195,13 @@ class Breakpoints(Handle):
             if offset < _BEFORE:
                 lead.note(offset)
         return True
+
+    def _covered(self, page: _Page, event: MemAccess) -> set[int]:
+        """Return breakpoints that an instruction reaches which begins in the page before."""
+        start = event.gla & -PAGE_SIZE
+        if not 0 < start - event.registers.linear_rip <= _BEFORE:
+            return set()
+        return {at for at in page.hooks if at <= event.offset}
 
     def _is_being_written(self, gfn: int) -> bool:
         """Whether a vCPU that was let write to a page may not have done so yet."""

@@ -783,7 +783,7 @@ def changing_the_page_before(last: int, function: int) -> bytes:
 @WAYS
 @pytest.mark.parametrize("offset", [0, 3])
 def test_fault_03_a_write_to_the_page_before(
-    make: Make, fast: bool, int3: bool, offset: int
+    make: Make, fast: bool, int3: bool, offset: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The int3 would be an operand: no breakpoint is where an instruction then begins."""
     code = changing_the_page_before(NEXT - 1, NEXT).ljust(PAGE_SIZE, NOP) + FUNCTION
@@ -793,6 +793,8 @@ def test_fault_03_a_write_to_the_page_before(
     assert guest.read(DATA, 4) == OPERAND.to_bytes(4, "little")
     assert guest.seen == [NEXT + offset] * 2
     assert guest.read(NEXT - 1, 6) == NOP + FUNCTION
+    assert guest.breakpoints._pages[NEXT >> 12].planted is int3  # it is as it was
+    assert not caplog.messages
 
 
 @STEPS
