@@ -210,7 +210,7 @@ def traces(host: MockBackend, journals: Path) -> None:
     with (
         xa.connect(host, journal=journals) as xen,
         xen.domain(1) as dom,
-        Trace(dom, "function", symbols=symbols, arguments=1, returns=True) as trace,
+        Trace(dom, "function", symbols=symbols, arguments=1, returns=True, trust=True) as trace,
     ):
         for number, _ in enumerate(trace.calls(timeout=0)):
             if number == 3:
