@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.recorded.sessions import calls
 from tests.unit.test_prototypes import SOURCE, compiled
-from xenaltp2m import journal, symbols
+from xenaltp2m import fingerprint, journal, symbols
 from xenaltp2m.abi.x86 import (
     CR0_PE,
     CR0_PG,
@@ -57,7 +57,14 @@ from xenaltp2m.viewstate import PageState, State, ViewState
 
 RECORDINGS = Path(__file__).resolve().parents[1] / "recorded" / "xen-4.17"
 GUESTS = Path(__file__).resolve().parents[2] / "examples" / "guest"
-IMAGES = [path.read_bytes() for path in sorted(GUESTS.glob("*.elf"))]
+MADE = Path(__file__).resolve().parents[1] / "unit" / "elf"
+"""What other tools have made."""
+IMAGES = [
+    path.read_bytes()
+    for directory in (GUESTS, MADE)
+    for path in sorted(directory.iterdir())
+    if path.suffix in (".elf", ".debug", ".dwo", ".sup")
+]
 KERNEL = b"".join(
     b"%016x %c function_%d%s\n" % (0xFFFFFFFF81000000 + 64 * n, b"tTdDbBrRaAuU"[n % 12], n, module)
     for n, module in enumerate([b"", b"\t[ext4]"] * 100)
@@ -108,6 +115,12 @@ def an_image(chance: random.Random) -> None:
     assert sum(len(segment.data) for segment in image.segments) <= len(content)
     for symbol in chance.sample(image.symbols, min(3, len(image.symbols))):
         image.locate(symbol.address)
+        start, size = image.extent(symbol.address, 16, 4096)
+        assert size <= 4096
+        with contextlib.suppress(SymbolError):
+            fingerprint.compare(image, lambda _, length: chance.randbytes(length), [symbol.name])
+        code = image.content(start, size)
+        assert code is None or len(code) == size
         try:
             pages = image.gfns(symbol.name)
         except SymbolError:
@@ -165,7 +178,7 @@ def described() -> list[bytes]:
                 Path(directory), SOURCE, *options.split(), "-nostdlib", "-static", "-Wl,-e,none"
             ).read_bytes()
             for options in ("-gdwarf-4 -O0", "-gdwarf-5 -O2", "-gdwarf-5 -O2 -gz")
-        ]
+        ] + [(MADE / f"{name}.elf").read_bytes() for name in ("zdebug", "zstd", "types-5")]
 
 
 DESCRIBED = described()

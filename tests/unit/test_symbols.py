@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from xenaltp2m import elf, symbols
-from xenaltp2m.errors import SymbolError
+from xenaltp2m.backend.mock import MockBackend
+from xenaltp2m.errors import InvalidArgumentError, SymbolError
 from xenaltp2m.symbols import Image, Location, Symbol
 
 HELLO = Path(__file__).parents[2] / "examples" / "guest" / "hello.elf"
@@ -277,6 +278,15 @@ def test_fault_16_a_file_with_debugging_information_alone(file: str) -> None:
     code = whole.content(outer.address, outer.size)
     assert code is not None
     assert code.endswith(b"\xc3")  # ret
+
+
+def test_fault_16_the_mock_boots_no_image_that_is_cut_off() -> None:
+    """Such as what ``eu-strip -f`` writes; libxl refuses it, too (libelf, elf_access_ok)."""
+    host = MockBackend((4, 17))
+    first = number(E_PHOFF, "I")
+    content = patched((first + P_OFFSET, "I", len(CONTENT) - 8))
+    with pytest.raises(InvalidArgumentError, match="a segment ends behind the file's end"):
+        host.boot(host.add_domain("cut", memory_kib=16 << 10), content)
 
 
 def test_fault_16_a_stripped_file_says_so() -> None:
