@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import xenaltp2m as xa
+from xenaltp2m import breakpoints as breakpoints_module
 from xenaltp2m import instructions
 from xenaltp2m.backend.mock import MockBackend
 from xenaltp2m.hooks import Touch, Watch
@@ -714,6 +715,40 @@ def test_fault_10_vcpus_that_write_at_once(fast: bool) -> None:
         host.steps_at_once = 0
         assert [one[1:] for one in notes] == [(number(n), number(n + 1)) for n in range(15)]
         assert {one[0] for one in notes} == {0, 1, 2}
+
+
+@STEPS
+def test_fault_10_a_vcpu_that_never_ends_its_step(
+    fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that another resets within it: the others wait for a while, and then go on."""
+    monkeypatch.setattr(breakpoints_module, "_MOST_REFUSALS", 5)
+    host = MockBackend(memory_pages=1 << 13)
+    code = store_byte(AT, 1) + b"\xeb\xfe"
+    computer = Computer(code, host=host, vcpus=2)
+    other = computer.vcpus[1]
+    other.context[:] = computer.vcpu.context
+    with (
+        xa.connect(host) as xen,
+        xen.domain(computer.domid) as dom,
+        dom.altp2m() as altp2m,
+        dom.monitor() as monitor,
+        xa.Breakpoints(altp2m, monitor, fast=fast) as breakpoints,
+    ):
+        told: list[int] = []
+        breakpoints.watch(AT, 1, lambda touch: told.append(touch.vcpu), after=lambda touch: None)
+        host.run(computer.domid, 5)
+        monitor.run(breakpoints, timeout=0.01)
+        assert told == [0]
+        computer.vcpu.online = False
+        other.initialised = other.online = True
+        host.run(computer.domid, 5)
+        host.steps_at_once = 5
+        monitor.run(breakpoints, timeout=0.01)
+        host.steps_at_once = 0
+        assert told == [0, 1]
+        assert other.register("rip") == CODE + 7
+        assert dom.memory.read(AT, 1) == b"\1"
 
 
 # Repeated string instructions.
