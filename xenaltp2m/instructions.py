@@ -250,12 +250,13 @@ def _in_memory(instruction: Any, name: str) -> Iterator[_Shape]:
             mask,
             size,
             written=at == 0 if name.startswith("movs") else bool(operand.access & _WRITES),
-            exact=not masked and not name.startswith(_WITH_XSAVE_AREA),
+            exact=not masked and not name.startswith(_WITH_XSAVE_AREA + _WITH_FXSAVE_AREA),
             bits=bits,
         )
         yield found
-        if name.startswith(_WITH_FXSAVE_AREA):  # what its reserved parts get differs by CPU
-            yield found._replace(size=464, exact=False)
+        if name.startswith(_WITH_FXSAVE_AREA):  # XMM registers; between others are reserved bytes
+            size = 256 if instruction.addr_size == 8 else 128
+            yield found._replace(offset=offset + 160, size=size, exact=True)
 
 
 def _state_size(name: str, instruction: Any) -> int:
@@ -263,7 +264,7 @@ def _state_size(name: str, instruction: Any) -> int:
     if name.startswith(_WITH_XSAVE_AREA):
         return _LONGEST_STATE
     if name.startswith(_WITH_FXSAVE_AREA):
-        return 416 if instruction.addr_size == 8 else 288  # SDM 1, table 10-2 and 10-3
+        return 464  # SDM 1, table 10-2: what follows is the software's
     short = instruction.prefix[2] == _OPERAND_SIZE
     if name in ("fnsave", "frstor"):
         return 94 if short else 108
