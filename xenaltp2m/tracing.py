@@ -30,7 +30,7 @@ from xenaltp2m.hooks import Breakpoint, Hit
 from xenaltp2m.memory import AddressSpace, MappedPages, table_address
 from xenaltp2m.placement import check_placement
 from xenaltp2m.symbols import Image, Symbols
-from xenaltp2m.types import PAGE_SHIFT
+from xenaltp2m.types import PAGE_SHIFT, PAGE_SIZE
 
 if TYPE_CHECKING:
     from xenaltp2m.domain import Domain
@@ -47,6 +47,8 @@ _MOST_PLACES = 1 << 10
 """Places that traced functions come back to."""
 _CALL, _CALL_SIZE = 0xE8, 5
 """``call rel32``."""
+_NEAR = 16
+"""Bytes from a page's ends: a breakpoint there concerns the next page, too."""
 _MOST_TAKEN = 256
 """Bytes of arguments that a function outside 64-bit code may take off the stack (``ret n``)."""
 _RETURNS_TWICE = re.compile(r"(_|__|__x)?(setjmp|sigsetjmp|savectx|vfork|getcontext)([@#].*)?")
@@ -541,18 +543,19 @@ class _ReturnPlace:
 
     A CALL that is executed while calls wait that it has made, from the same place of the stack,
     shows that these have been left: by longjmp, or by an exception of C++. It has a breakpoint only
-    while some wait.
+    while some wait; but for one near a page's ends, where that takes more than to be hit by all.
     """
 
-    __slots__ = ("_breakpoint", "_site", "_waiting")
+    __slots__ = ("_breakpoint", "_site", "_stays", "_waiting")
 
     def __init__(self, site: int | None) -> None:
         self._site, self._waiting = site, 0
+        self._stays = site is not None and not _NEAR <= site % PAGE_SIZE < PAGE_SIZE - _NEAR
         self._breakpoint: Breakpoint | None = None
 
     def arm(self, breakpoints: Breakpoints, callback: Callable[[Hit], object]) -> None:
         self._waiting += 1
-        if self._waiting == 1 and self._site is not None:
+        if self._site is not None and self._breakpoint is None:
             try:
                 self._breakpoint = breakpoints.insert(self._site, callback)
             except (NotMappedError, InvalidArgumentError, OutOfMemoryError):
@@ -560,8 +563,9 @@ class _ReturnPlace:
 
     def disarm(self) -> None:
         self._waiting -= 1
-        if not self._waiting and self._breakpoint is not None:
+        if not self._waiting and self._breakpoint is not None and not self._stays:
             self._breakpoint.remove()
+            self._breakpoint = None
 
 
 class _Frame:

@@ -265,6 +265,25 @@ def test_fault_12_calls_through_the_same_place_by_pointer(make: Make, bits: int)
     assert seen == ["+one", "-one", "+two", "+one", "-one", "-two"] * 2
 
 
+@pytest.mark.parametrize("before", [0, 2048, 4093])
+def test_fault_12_calls_from_a_page_s_ends(make: Make, before: int) -> None:
+    """The CALL of each has a breakpoint; it stays where to remove it concerns another page."""
+    program = make(
+        f"""
+        int calls;
+        APART int f(int n) {{ return calls += n; }}
+        int again(int n);
+        __asm__(".balign 4096; .skip {before}, 0x90; again: call f; ret");
+        APART void work(void) {{ for (int i = 1; i < 4; i++) again(i); }}
+        """,
+        64,
+    )
+    with program.trace("f") as trace:
+        assert program.seen(trace) == ["+f", "-f"] * 3
+        assert (trace.unfinished, trace.waiting) == (0, 0)
+        assert len(trace._breakpoints) == (2 if before == 2048 else 3)
+
+
 def test_fault_12_what_waits_is_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of more calls than may wait, the first ones are given up, and counted."""
     monkeypatch.setattr("xenaltp2m.tracing._MOST_WAITING", 8)
