@@ -33,9 +33,9 @@ def go(guest: RunningGuest, round_: int) -> None:
 
 def watched(guest: RunningGuest, round_: int, place: str, *, fast: bool) -> int:
     """The same with a breakpoint; how often it was hit."""
-    guest.write_word("go", round_)
     with hooked(guest, fast=fast) as (monitor, breakpoints):
         hook = breakpoints.insert(guest.address(place), lambda hit: None)
+        guest.write_word("go", round_)
         serve(monitor, breakpoints, lambda: guest.words("rounds") == (round_,))
     return hook.hits
 
