@@ -171,6 +171,7 @@ class Response:
         return replace(self, next_interrupt=True)
 
     def __post_init__(self) -> None:
+        self._check_types()
         self._check_action()
         for name, value in self.registers.items():
             if name not in SETTABLE_REGISTERS:
@@ -185,6 +186,18 @@ class Response:
             )
         object.__setattr__(self, "flags", self._flags())
         object.__setattr__(self, "data", self._data())
+
+    def _check_types(self) -> None:
+        if not isinstance(self.action, Action):
+            raise InvalidArgumentError(f"an action is an Action, not {self.action!r}")
+        for view in (self.view, self.back_to):
+            if view is not None:
+                _view(view)
+        for name, data in (("read_data", self.read_data), ("instruction", self.instruction)):
+            if not isinstance(data, bytes):
+                raise InvalidArgumentError(f"{name} is bytes, not {data!r}")
+        if not isinstance(self.registers, Mapping):
+            raise InvalidArgumentError(f"registers are values by name, not {self.registers!r}")
 
     def _check_action(self) -> None:
         emulates = self.action is Action.EMULATE

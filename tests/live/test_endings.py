@@ -11,6 +11,7 @@ import subprocess
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import pairwise
 
 import pytest
 
@@ -116,6 +117,36 @@ def test_a_handler_that_raises_amid_a_storm(events: EventsGuest, altp2m_first: b
         with pytest.raises(Enough):
             attached(events.dom, events, altp2m_first, handler)
         as_it_was(events)
+
+
+@both
+@pytest.mark.parametrize("answered", [True, False], ids=["fast loop", "by default"])
+def test_fault_01_no_event_comes_again_after_a_handler_has_raised(
+    events: EventsGuest, answered: bool
+) -> None:
+    """The function has two instructions: no vCPU tells of the same one twice in a row."""
+    rips: dict[int, list[int]] = {vcpu: [] for vcpu in range(events.vcpus)}
+    with storm(events):
+        with events.dom.altp2m() as altp2m, events.dom.monitor(xa.MemAccess) as monitor:
+            view = watched(altp2m, events)
+            step = xa.Response.fast_singlestep(back_to=view) if answered else None
+            for nth in range(1, 41):
+                left = nth
+
+                def handler(event: xa.Event) -> xa.Response | None:
+                    nonlocal left
+                    rips[event.vcpu].append(event.registers.rip)
+                    left -= 1
+                    if not left:
+                        raise Enough
+                    return step
+
+                with pytest.raises(Enough):
+                    monitor.run(handler, PATIENCE)
+        as_it_was(events)
+    assert sum(map(len, rips.values())) == 40 * 41 // 2
+    for of_vcpu in rips.values():
+        assert all(one != following for one, following in pairwise(of_vcpu))
 
 
 @both

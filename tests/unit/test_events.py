@@ -252,6 +252,24 @@ def test_what_cannot_be_answered_is_refused_when_it_is_made(make, words: str) ->
         make()
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: xa.Response("resume"), "an Action, not 'resume'"),  # type: ignore[arg-type]
+        (lambda: xa.Response(view=True), "not True"),  # type: ignore[arg-type]
+        (lambda: xa.Response(view="hooks"), "not 'hooks'"),  # type: ignore[arg-type]
+        (lambda: xa.Response(view=-1), "not a view"),  # type: ignore[arg-type]
+        (lambda: xa.Response(xa.Action.FAST_SINGLESTEP, back_to=2.5), "2.5"),  # type: ignore[arg-type]
+        (lambda: xa.Response.emulate(read_data="abc"), "read_data is bytes"),  # type: ignore[arg-type]
+        (lambda: xa.Response.emulate(instruction=5), "instruction is bytes"),  # type: ignore[arg-type]
+        (lambda: xa.Response(registers=5), "by name, not 5"),  # type: ignore[arg-type]
+    ],
+)
+def test_fault_27_what_is_no_part_of_a_response_is_refused(make, words: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(xa.InvalidArgumentError, match=words):
+        make()
+
+
 def test_a_closed_view_cannot_be_gone_to() -> None:
     with xa.connect("mock") as xen, xen.domain("guest") as dom, dom.altp2m() as altp2m:
         view = altp2m.create_view()
