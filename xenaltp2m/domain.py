@@ -24,7 +24,7 @@ from xenaltp2m.errors import (
 )
 from xenaltp2m.events import Event, Registers, Subscription, shutdown_words
 from xenaltp2m.handle import Handle, UndoList, in_words
-from xenaltp2m.journal import Pages, dead
+from xenaltp2m.journal import Pages, dead, find
 from xenaltp2m.memory import Memory
 from xenaltp2m.monitor import Monitor, subscription
 from xenaltp2m.signals import uninterruptible
@@ -332,19 +332,35 @@ class Domain(Handle):
 
     @uninterruptible
     def unpause(self) -> None:
-        """Take back one :meth:`pause` of this handle. ``xc_domain_unpause``.
+        """Take back one :meth:`pause` of this handle, or one of the toolstack's.
+
+        A domain that ``xl create -p`` or ``xl pause`` has left paused runs then, for good: closing
+        the handle does not pause it again.
 
         Raises:
-            InvalidArgumentError: This handle has not paused the domain: somebody else's pause is
-                not ours to take.
+            InvalidArgumentError: The domain is not paused.
+            BusyError: The pause is another agent's, or another handle's, and not ours to take.
+
+        ``xc_domain_unpause``.
         """
         self._check_open()
-        if not self._pauses:
-            raise InvalidArgumentError(
-                f"{self!r} is not paused through this handle", op="domain_unpause", domid=self.domid
-            )
-        self._unpause()
-        self._pauses.drop()
+        if self._pauses:
+            self._end_pause()
+            return
+        about: dict[str, Any] = {"op": "domain_unpause", "domid": int(self.domid)}
+        if not self.info().paused:
+            raise InvalidArgumentError(f"{self!r} is not paused", **about)
+        if self._journal.record.pauses:
+            raise BusyError(f"{self!r} is paused through another handle: unpause it there", **about)
+        directory = self.xen.journals
+        for found in () if directory is None else find(directory, int(self.domid), self.uuid):
+            if found.record and found.record.pauses and not found.why_not:
+                raise BusyError(
+                    f"process {found.pid} has paused {self!r}",
+                    hint=(f"if it was killed: xenaltp2m rescue {self.domid}",),
+                    **about,
+                )
+        self._backend.domain_unpause(self.domid)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -366,8 +382,9 @@ class Domain(Handle):
         undo.unwind(f"unpausing {self!r}")
 
     def _end_pause(self) -> None:
-        if not self.closed:  # which took the pause back
-            self.unpause()
+        if not self.closed and self._pauses:  # closing, or unpausing, took the pause back
+            self._unpause()
+            self._pauses.drop()
 
     @property
     def _pause_words(self) -> str:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Callable
 from errno import EACCES, EINVAL, EPERM
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -192,19 +194,54 @@ def test_pauses_are_counted_and_taken_back(dom: Domain, guest: Model) -> None:
     assert guest.pauses == prior
 
 
-def test_another_s_pause_is_not_ours_to_take(
-    dom: Domain, xen: Xen, guest: Model, mock: MockBackend
-) -> None:
+def test_another_handle_s_pause_is_not_ours_to_take(dom: Domain, xen: Xen, guest: Model) -> None:
     with xen.domain(1) as other:
         other.pause()
-        with pytest.raises(InvalidArgumentError, match="not paused through this handle"):
+        with pytest.raises(BusyError, match="paused through another handle"):
             dom.unpause()
         assert guest.pauses == 2
     dom.pause()
     dom.unpause()
-    with pytest.raises(InvalidArgumentError):
-        dom.unpause()
     assert guest.pauses == 1
+
+
+def test_fault_28_a_domain_that_was_created_paused_is_unpaused(
+    dom: Domain, guest: Model, mock: MockBackend
+) -> None:
+    """As ``xl create -p`` leaves it: XEN_DOMCTL_unpausedomain takes the toolstack's pause."""
+    assert guest.pauses == 1
+    dom.unpause()
+    assert guest.pauses == 0
+    with pytest.raises(InvalidArgumentError, match="is not paused"):
+        dom.unpause()
+    dom.close()
+    assert guest.pauses == 0
+
+
+def test_fault_28_a_paused_block_ends_its_own_pause_only(dom: Domain, guest: Model) -> None:
+    with dom.paused():
+        assert guest.pauses == 2
+        dom.unpause()
+        assert guest.pauses == 1
+    assert guest.pauses == 1
+
+
+def test_fault_28_a_pause_of_another_agent_is_not_ours_to_take(tmp_path: Path) -> None:
+    mock = MockBackend()
+    mock.add_domain("guest")
+    with (
+        xa.connect(mock, journal=tmp_path) as one,
+        xa.connect(mock, journal=tmp_path) as other,
+        one.domain(1) as theirs,
+        other.domain(1) as ours,
+    ):
+        theirs.pause()
+        with pytest.raises(BusyError, match=f"process {os.getpid()} has paused"):
+            ours.unpause()
+        assert mock.domain(1).pauses == 2
+        theirs.unpause()
+        ours.unpause()
+        assert mock.domain(1).pauses == 0
 
 
 def test_a_pause_that_somebody_took_back_is_not_missed(

@@ -148,6 +148,7 @@ class Altp2mMachine(RuleBasedStateMachine):
         """What a revert, which takes the page that is shown out of Xen's reverse map, may hit."""
         self.added: list[range] = []
         self.pauses = 0
+        self.created_paused = 1
         self.vcpus_moved = False
         self.origin = self.before_open = self.state()
         self.open_altp2m({})
@@ -536,10 +537,13 @@ class Altp2mMachine(RuleBasedStateMachine):
 
     @rule(plan=plans)
     def unpause(self, plan: Plan) -> None:
-        refused = None if self.pauses else InvalidArgumentError
+        refused = None if self.guest.pauses else InvalidArgumentError
         with self.doing(plan, refused=refused) as errors:
             self.dom.unpause()
-        self.pauses -= not errors
+        if self.pauses:
+            self.pauses -= not errors
+        else:
+            self.created_paused -= not errors
 
     @rule(plan=plans, gfn=gfns, data=st.binary(max_size=16))
     def use_memory(self, plan: Plan, gfn: int, data: bytes) -> None:
@@ -637,7 +641,7 @@ class Altp2mMachine(RuleBasedStateMachine):
             return
         guest = self.guest
         assert not guest.crashed
-        assert guest.pauses == 1 + self.pauses
+        assert guest.pauses == self.created_paused + self.pauses
         assert self.mock.open_resources() == []
         existing = {number for number, view in enumerate(guest.views) if view.exists}
         assert existing - {0} == self.foreign | self.open.keys()
