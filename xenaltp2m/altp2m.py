@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from xenaltp2m.arguments import check_flag, check_kind, check_progress, check_sample
 from xenaltp2m.errors import (
     DomainNotFoundError,
     InvalidArgumentError,
@@ -17,7 +18,7 @@ from xenaltp2m.errors import (
     UnsupportedError,
     XenError,
 )
-from xenaltp2m.handle import Handle, UndoList
+from xenaltp2m.handle import Handle, UndoList, check_callback
 from xenaltp2m.signals import uninterruptible
 from xenaltp2m.types import ALL_GFNS, HOST_VIEW, Access, VcpuId, ViewId
 from xenaltp2m.view import (
@@ -142,6 +143,7 @@ class Altp2m(Handle):
             raise InvalidArgumentError(
                 f"a view's label is text of at most {MAX_LABEL} characters, not {label!r:.80}"
             )
+        check_kind("default_access", default_access, Access, "an Access")
         release = self._backend.release
         if default_access is Access.DEFAULT:
             default_access = self._host_default()
@@ -229,6 +231,7 @@ class Altp2m(Handle):
 
     def tracking(self, gfn: int) -> list[View]:
         """List the views that Xen would reset if ``gfn`` were taken from the domain."""
+        check_gfn(gfn)
         return [view for view in self.views if view.tracks(gfn)]
 
     # What may get lost.
@@ -243,6 +246,7 @@ class Altp2m(Handle):
             callback: Called with a :class:`Lost`, once the view was made again or could not be.
         """
         self._check_open()
+        check_callback(callback)
         self._listeners.append(callback)
 
     def _tell_no_more(self, callback: Callable[[Lost], object]) -> None:
@@ -278,6 +282,14 @@ class Altp2m(Handle):
         ``xc_altp2m_get_domain_state``, ``xc_altp2m_get_mem_access``.
         """
         self._check_open()
+        check_flag("reapply", reapply)
+        check_sample(sample)
+        check_progress(progress)
+        if views is not None:
+            check_kind("views", views, Iterable, "views")
+            views = list(views)
+            for view in views:
+                check_kind("one of views", view, View, "a view")
         self._check_it_is_there()
         wrong: dict[View, tuple[Mismatch, ...]] = {}
         is_on = self._backend.altp2m_get_domain_state(self._domid)

@@ -11,7 +11,9 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from xenaltp2m.altp2m import warning_of_default
+from xenaltp2m.altp2m import Altp2m, warning_of_default
+from xenaltp2m.arguments import check_flag, check_kind, check_progress, check_sample
+from xenaltp2m.domain import Domain
 from xenaltp2m.errors import LeftoverError, StateError, UnsupportedError, XenError
 from xenaltp2m.handle import UndoList
 from xenaltp2m.runs import FrozenRuns, Runs
@@ -21,8 +23,6 @@ from xenaltp2m.view import View, existing_views, own_access
 from xenaltp2m.viewstate import Difference, MonitorState, PageState, Place, State, ViewState
 
 if TYPE_CHECKING:
-    from xenaltp2m.altp2m import Altp2m
-    from xenaltp2m.domain import Domain
     from xenaltp2m.monitor import Monitor
     from xenaltp2m.view import Progress
 
@@ -53,6 +53,11 @@ def capture(
     Raises:
         StateError: With ``verify``: Xen has reset views. ``View.reapply`` makes them again.
     """
+    check_kind("altp2m", altp2m, Altp2m, "an Altp2m")
+    check_flag("contents", contents)
+    check_progress(progress)
+    if not isinstance(verify, bool):
+        check_sample(verify)
     domain, views = altp2m.domain, altp2m.views
     if verify:
         sample = None if verify is True else verify
@@ -161,6 +166,8 @@ def scan(domain: Domain, *, progress: Progress | None = None) -> State:
 
     ``xc_altp2m_get_mem_access``, ``xc_altp2m_get_suppress_ve``.
     """
+    check_kind("domain", domain, Domain, "a Domain")
+    check_progress(progress)
     if not domain.altp2m_active:
         raise StateError(f"altp2m of domain {domain.domid} is off: there are no views")
     with domain.paused():
@@ -220,6 +227,10 @@ def compare(
     Raises:
         StateError: It was captured of another domain.
     """
+    check_kind("domain", domain, Domain, "a Domain")
+    check_kind("state", state, State, "a State")
+    check_sample(sample)
+    check_progress(progress)
     numbers, added = state.origin.get("views"), state.origin.get("added")
     if state.origin.get("domain") != str(domain.uuid) or not (
         _are_numbers(numbers) and _are_numbers(added)
@@ -279,6 +290,8 @@ def _compare_view(
 
 def obstacles(domain: Domain, state: State) -> list[str]:
     """Say what keeps a state from being restored in a domain; nothing where it can be."""
+    check_kind("state", state, State, "a State")
+    check_kind("domain", domain, Domain, "a Domain")
     release, found = domain.xen.release, []
     wanted = {access for view in state.views for access in set(view.access.values)}
     wanted |= {view.default_access for view in state.views}
@@ -302,6 +315,8 @@ def obstacles(domain: Domain, state: State) -> list[str]:
 
 def differences(domain: Domain, state: State) -> list[str]:
     """Say what of a state that can be restored in a domain would have another effect there."""
+    check_kind("state", state, State, "a State")
+    check_kind("domain", domain, Domain, "a Domain")
     return [
         f"view {number}: {warning}"
         for number, view in enumerate(state.views)
@@ -371,7 +386,11 @@ def restore(
         UnsupportedError: :func:`obstacles` has some.
         LeftoverError: Taking back what was made has failed, too.
     """
+    check_kind("altp2m", altp2m, Altp2m, "an Altp2m")
     altp2m._check_open()
+    check_kind("state", state, State, "a State")
+    check_flag("switch", switch)
+    check_progress(progress)
     problems = obstacles(altp2m.domain, state)
     if problems:
         raise UnsupportedError(

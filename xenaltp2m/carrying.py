@@ -15,6 +15,7 @@ from hashlib import sha256
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from xenaltp2m.arguments import check_kind
 from xenaltp2m.capturing import LOOKED_AT, describe, heard_by, restore
 from xenaltp2m.errors import (
     BusyError,
@@ -26,8 +27,10 @@ from xenaltp2m.errors import (
     add_failure,
 )
 from xenaltp2m.handle import UndoList
+from xenaltp2m.hazards import check_names
 from xenaltp2m.rescue import diagnose, rescue
 from xenaltp2m.viewstate import MAX_FILE, State
+from xenaltp2m.xen import Xen
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -35,7 +38,6 @@ if TYPE_CHECKING:
     from xenaltp2m.altp2m import Altp2m
     from xenaltp2m.domain import Domain
     from xenaltp2m.types import DomainInfo
-    from xenaltp2m.xen import Xen
 
 _LOOK_SECONDS = 0.05
 
@@ -220,6 +222,9 @@ def import_views(
         BusyError: Somebody works on the domain, or altp2m is on.
         JournalError: The journal cannot be written. On any error nothing is left.
     """
+    check_kind("xen", xen, Xen, "a connection")
+    check_kind("state", state, State, "a State")
+    check_names(accept)
     with xen.domain(which) as domain:
         if domain.altp2m_active:
             raise BusyError(

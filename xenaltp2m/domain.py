@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Unpack
 from uuid import UUID
 
 from xenaltp2m.altp2m import Altp2m
+from xenaltp2m.arguments import check_flag, check_kind, check_number, check_seconds
 from xenaltp2m.errors import (
     BusyError,
     DomainNotFoundError,
@@ -212,6 +213,7 @@ class Domain(Handle):
         from xenaltp2m.hazards import survey
 
         self._check_open()
+        check_number("views", views)
         return list(survey(self, views).hazards)
 
     @uninterruptible
@@ -229,6 +231,9 @@ class Domain(Handle):
             BusyError: It is open already, through this handle of the domain or another; or a
                 process was killed that had it open.
         """
+        from xenaltp2m.hazards import check_names
+
+        check_names(accept)
         self._check_open()
         self._check_nobody_was_killed()
         if (other := self._anybody_s_altp2m()) is not None:
@@ -260,12 +265,13 @@ class Domain(Handle):
         ``xc_monitor_enable``, ``xc_monitor_*``.
         """
         self._check_open()
+        check_flag("access_required", access_required)
+        wanted = tuple(map(subscription, subscriptions))
         self._check_nobody_was_killed(imported=True)
         if self._open_monitor is not None:
             raise BusyError(
                 f"{self._monitor!r} is open already: use it, or close it first", domid=self.domid
             )
-        wanted = tuple(map(subscription, subscriptions))
         self._monitor = Monitor(self, wanted, access_required)
         return self._monitor
 
@@ -424,6 +430,7 @@ class Domain(Handle):
             DomainNotFoundError: At the end: it is not there, by its uuid; all its handles are
                 closed then.
         """
+        check_seconds("seconds", seconds)
         from xenaltp2m.carrying import Carried
 
         return Carried(self, seconds)
@@ -475,8 +482,7 @@ class Domain(Handle):
         ``xc_domain_setmaxmem``, ``xc_domain_populate_physmap_exact``.
         """
         self._check_open()
-        if count < 1:
-            raise InvalidArgumentError(f"count is {count}: at least one page can be added")
+        check_number("count", count, least=1, most=GFN_LIMIT)
         first = self._backend.domain_maximum_gpfn(self.domid) + 1
         if first + count > GFN_LIMIT:
             raise InvalidArgumentError(f"{count} pages do not fit below gfn {GFN_LIMIT:#x}")
@@ -516,6 +522,7 @@ class Domain(Handle):
             LeftoverError: Some could not be taken back; again tries just those.
         """
         self._check_open()
+        check_kind("gfns", gfns, range, "the range that add_pages returned")
         added = self._added.get(gfns)
         if added is None:
             raise InvalidArgumentError(

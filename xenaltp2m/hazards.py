@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
+from xenaltp2m.arguments import check_kind, check_number
+from xenaltp2m.domain import Domain
 from xenaltp2m.errors import HazardError, InvalidArgumentError, XenError
 from xenaltp2m.types import HVM_PARAM_ALTP2M, PAGE_SIZE, Altp2mMode, DomainInfo, MemoryType
 
 if TYPE_CHECKING:
     from xenaltp2m.abi.releases import Release
     from xenaltp2m.backend import Backend
-    from xenaltp2m.domain import Domain
 
 PAGE = "docs/hazards.md"
 """Has a section for each hazard, under its name."""
@@ -407,6 +408,8 @@ def survey(domain: Domain, views: int = 1) -> Survey:
     Raises:
         DomainNotFoundError: It was destroyed.
     """
+    check_kind("domain", domain, Domain, "a Domain")
+    check_number("views", views)
     facts = _Facts(domain, views)
     release = domain.xen.release
     if not facts.info.hvm:
@@ -471,6 +474,8 @@ def check_names(accept: Collection[str]) -> None:
     """
     if isinstance(accept, str):
         raise InvalidArgumentError(f'accept takes several names, such as ("{accept}",)')
+    if not isinstance(accept, Collection):
+        raise InvalidArgumentError(f"accept takes names of hazards, not {accept!r}")
     for name in accept:
         if name not in NAMES:
             raise InvalidArgumentError(f"{name!r} is no hazard: {', '.join(NAMES)}")

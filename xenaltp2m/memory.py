@@ -20,6 +20,7 @@ from xenaltp2m.abi.x86 import (
     Paging,
     Walk,
 )
+from xenaltp2m.arguments import check_bytes, check_kind, check_number
 from xenaltp2m.errors import InvalidArgumentError, NotMappedError, XenError
 from xenaltp2m.events import Registers
 from xenaltp2m.handle import Handle, UndoList
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from xenaltp2m.domain import Domain
     from xenaltp2m.vcpu import Vcpu
 
+_U64 = 1 << 64
 _MAPPED_AT_ONCE = 256
 _MOST_REMEMBERED = 1024
 """Pages."""
@@ -97,6 +99,7 @@ class Memory:
 
         ``xenforeignmemory_map``.
         """
+        check_bytes("data", data)
         source = memoryview(data).cast("B")
         done = 0
         try:
@@ -124,6 +127,7 @@ class Memory:
             InvalidArgumentError: ``data`` is not 4096 bytes long.
         """
         check_gfn(gfn)
+        check_bytes("data", data)
         if len(data) != PAGE_SIZE:
             raise InvalidArgumentError(f"a page is {PAGE_SIZE} bytes, not {len(data)}")
         self.write(gfn << PAGE_SHIFT, data)
@@ -143,6 +147,10 @@ class Memory:
             cr3: Another process's page tables, of the same kind.
             mapped: Where pages that are read stay mapped, for who reads much in a short time.
         """
+        check_kind("registers", registers, Registers | None, "an event's or a vCPU's registers")
+        check_kind("mapped", mapped, MappedPages | None, "MappedPages")
+        if cr3 is not None:
+            check_number("cr3", cr3, most=_U64 - 1)
         if registers is None:
             registers = self._domain.registers()
         paging = Paging(
@@ -201,12 +209,15 @@ class Memory:
         Raises:
             NotMappedError: The page tables lead nowhere.
         """
+        check_number("cr3", cr3, most=_U64 - 1)
         return self.address_space(cr3=cr3).read(address, length)
 
     def _spans(self, address: int, length: int) -> Iterator[tuple[range, int, int]]:
         """Yield what to map at once: (gfns, offset in the first page, bytes)."""
         self._domain._check_open()
-        if address < 0 or length < 0 or address + length > GFN_LIMIT << PAGE_SHIFT:
+        check_number("address", address)
+        check_number("length", length)
+        if address + length > GFN_LIMIT << PAGE_SHIFT:
             raise InvalidArgumentError(
                 f"{length} bytes at {address:#x} are not in the guest-physical address space"
             )
@@ -360,6 +371,7 @@ class AddressSpace:
             NotMappedError: It leads nowhere.
             InvalidArgumentError: It is no linear address.
         """
+        check_number("address", address, most=_U64 - 1)
         self._look_whether_it_ran()
         return self._translate(address)
 
@@ -377,6 +389,8 @@ class AddressSpace:
         Raises:
             NotMappedError: Some of it leads nowhere; then nothing is written.
         """
+        check_bytes("data", data)
+        check_number("address", address, most=_U64 - 1)
         self._look_whether_it_ran()
         source = memoryview(data).cast("B")
         places = [
@@ -394,8 +408,7 @@ class AddressSpace:
             NotMappedError: As :meth:`read`.
             InvalidArgumentError: It has more bytes, or none.
         """
-        if not 1 <= size <= 8:
-            raise InvalidArgumentError(f"a number of {size} bytes: it has 1 to 8")
+        check_number("size", size, least=1, most=8)
         return int.from_bytes(self.read(address, size), "little")
 
     def read_string(self, address: int, limit: int = 4096) -> bytes:
@@ -414,6 +427,8 @@ class AddressSpace:
 
     def _pieces(self, address: int, length: int) -> Iterator[bytes]:
         """Read a page's part at a time: copies, for a mapped page goes when others come."""
+        check_number("address", address, most=_U64 - 1)
+        check_number("length", length)
         self._look_whether_it_ran()
         for at, count in _parts(address, length):
             gfn, offset = divmod(self._translate(at).physical, PAGE_SIZE)
@@ -429,8 +444,7 @@ class AddressSpace:
     def check(self, address: int) -> None:
         """Refuse what is no linear address."""
         bits = 64 if self.paging.efer & EFER_LMA else 32
-        if not isinstance(address, int) or not 0 <= address < 1 << bits:
-            raise InvalidArgumentError(f"{address!r} is not an address of {bits} bits")
+        check_number("address", address, most=(1 << bits) - 1)
 
     def _walk(self, address: int) -> Walk:
         self.check(address)
@@ -483,8 +497,6 @@ class AddressSpace:
 
 def _parts(address: int, length: int) -> Iterator[tuple[int, int]]:
     """Cut a run of bytes at page boundaries: (address, bytes)."""
-    if length < 0:
-        raise InvalidArgumentError(f"{length} bytes cannot be read or written")
     end = address + length
     while address < end:
         count = min(end - address, PAGE_SIZE - address % PAGE_SIZE)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from xenaltp2m.abi.ring import Ring
 from xenaltp2m.abi.vm_event import Flag, layout
+from xenaltp2m.arguments import check_flag, check_kind
 from xenaltp2m.errors import (
     BusyError,
     DomainNotFoundError,
@@ -40,11 +41,10 @@ from xenaltp2m.types import (
     DomainInfo,
 )
 from xenaltp2m.view import existing_views
+from xenaltp2m.xen import Xen
 
 if TYPE_CHECKING:
     from uuid import UUID
-
-    from xenaltp2m.xen import Xen
 
 _KIB_PER_PAGE = PAGE_SIZE // 1024
 _TRIES = 20
@@ -154,6 +154,7 @@ def diagnose(xen: Xen, which: int | str | UUID) -> Diagnosis:
         DomainNotFoundError: There is none.
         JournalError: The journals' directory is not to be trusted.
     """
+    check_kind("xen", xen, Xen, "a connection")
     info, backend = xen._find(which), xen.backend
     domid = int(info.domid)
     active = False
@@ -203,6 +204,8 @@ def rescue(
         BusyError: A process that works on it runs.
         DomainNotFoundError: There is no such domain.
     """
+    for name, flag in ("dry_run", dry_run), ("force", force), ("imported", imported):
+        check_flag(name, flag)
     before = diagnose(xen, which)
     if before.working and not force:
         pids = ", ".join(str(found.pid) for found in before.working)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack, cast
 
 from xenaltp2m.abi.layouts import HVM_CPU, HVM_CPU_TYPECODE, save_records
 from xenaltp2m.abi.x86 import CR0_ET
+from xenaltp2m.arguments import check_number
 from xenaltp2m.errors import InvalidArgumentError
 from xenaltp2m.events import Registers, registers_at
 from xenaltp2m.types import VcpuId, VcpuInfo, ViewId
@@ -92,10 +93,7 @@ class Vcpu:
             place = HVM_CPU.fields.get(name)
             if place is None:
                 raise InvalidArgumentError(f"there is no register {name!r}")
-            if not isinstance(value, int) or not 0 <= value < 1 << 8 * place.width:
-                raise InvalidArgumentError(
-                    f"{name} cannot be {value!r}: it has {place.width} bytes"
-                )
+            check_number(name, value, most=(1 << 8 * place.width) - 1)
         domid = int(self.domain.domid)
         with self.domain.paused():
             # The whole stream: Xen takes down every vCPU that is not in it (hvm_load).

@@ -19,6 +19,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, TypeAlias
 
 from xenaltp2m.abi.releases import Release
+from xenaltp2m.arguments import check_flag, check_kind, check_progress, check_sample
 from xenaltp2m.errors import (
     BusyError,
     InvalidArgumentError,
@@ -169,6 +170,7 @@ class View(Handle):
         ``xc_altp2m_set_mem_access``, ``xc_altp2m_set_mem_access_multi``.
         """
         self._check_open()
+        check_progress(progress)
         access = self._settled(access)
         number = self._number(access)
         if isinstance(gfns, int):
@@ -329,6 +331,7 @@ class View(Handle):
 
         Xen keeps the lowest and highest gfn ever remapped to, and never shrinks that range.
         """
+        check_gfn(gfn)
         return self._remap_low <= gfn <= self._remap_high
 
     # Suppress #VE.
@@ -356,6 +359,7 @@ class View(Handle):
         ``xc_altp2m_set_suppress_ve``, ``xc_altp2m_set_supress_ve_multi``.
         """
         self._check_open()
+        check_flag("suppress", suppress)
         if isinstance(gfns, int):
             check_gfn(gfns)
             self._populate(gfns, gfns)
@@ -404,6 +408,7 @@ class View(Handle):
     def set_visibility(self, visible: bool) -> None:
         """Hide the view or show it again; vCPUs in it stay. ``xc_altp2m_set_visibility``."""
         self._check_open()
+        check_flag("visible", visible)
         self._backend.altp2m_set_visibility(self._domid, self.id, visible)
         self._visible = visible
 
@@ -448,6 +453,8 @@ class View(Handle):
         ``xc_altp2m_get_mem_access``.
         """
         self._check_open()
+        check_sample(sample)
+        check_progress(progress)
         self._backend.altp2m_get_domain_state(self._domid)  # an absent domain is not a mismatch
         self._backend.altp2m_get_mem_access(self._domid, self.id, ALL_GFNS)
         chosen = self._access.sample(sample)
@@ -480,6 +487,7 @@ class View(Handle):
         ``xc_altp2m_change_gfn``, ``xc_altp2m_set_mem_access_multi``.
         """
         self._check_open()
+        check_progress(progress)
         failures: list[XenError] = []
         for gfn, new_gfn in self._remaps_in_order():
             # Of a remap without its access the guest would write to the new page, not to its own.
@@ -561,6 +569,7 @@ class View(Handle):
 
     def _settled(self, access: Access) -> Access:
         """What ``DEFAULT`` means now; any other access is itself."""
+        check_kind("access", access, Access, "an Access")
         if access is not Access.DEFAULT:
             return access
         return self._altp2m._host_default()
@@ -797,7 +806,7 @@ def gfn_array(gfns: Iterable[int]) -> array[int]:
     Raises:
         InvalidArgumentError: One of them is not a gfn.
     """
-    if not isinstance(gfns, Iterable):
+    if not isinstance(gfns, Iterable) or isinstance(gfns, str | bytes | bytearray):
         raise InvalidArgumentError(f"gfns must be an integer or an iterable of them, not {gfns!r}")
     if isinstance(gfns, range):
         check_gfns(gfns)

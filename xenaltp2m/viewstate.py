@@ -21,6 +21,7 @@ from itertools import chain, compress
 from operator import add, gt
 from typing import Any, NoReturn, Self, TypeAlias, TypeGuard
 
+from xenaltp2m.arguments import check_kind
 from xenaltp2m.errors import InvalidArgumentError, StateError
 from xenaltp2m.events import (
     EVENTS,
@@ -257,6 +258,8 @@ class Difference(str):
 
 def diff(before: State, after: State) -> list[Difference]:
     """Say what is different, in words and as facts; nothing where they are equal."""
+    check_kind("before", before, State, "a State")
+    check_kind("after", after, State, "a State")
     found = []
     for number in range(max(len(before.views), len(after.views))):
         if number >= len(after.views):

@@ -10,6 +10,7 @@ from pathlib import Path
 from uuid import UUID
 
 from xenaltp2m.abi.releases import Release
+from xenaltp2m.arguments import check_kind
 from xenaltp2m.backend import Backend, open_backend
 from xenaltp2m.backend.arguments import DOMID_LIMIT
 from xenaltp2m.domain import Domain
@@ -52,7 +53,13 @@ def connect(
         LibraryError: No usable libxenctrl was found.
         XenError: This is not a Xen control domain.
     """
+    for name, value in ("journal", journal), ("record", record):
+        check_kind(name, value, str | os.PathLike | None, "a path, or None")
     opened = open_backend(backend) if isinstance(backend, str) else backend
+    if not callable(getattr(opened, "altp2m_create_view", None)):
+        raise InvalidArgumentError(
+            f'a backend is "libxc", "mock", "replay:FILE" or a backend object, not {backend!r:.80}'
+        )
     if journal == "":
         journal = DIRECTORY if opened.name == "libxc" else None
     if record is not None:

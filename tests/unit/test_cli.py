@@ -287,7 +287,7 @@ def test_list_as_json(
 def test_states_of_a_domain(facts: dict[str, Any], state: str) -> None:
     with xa.connect(MockBackend()) as xen:
         assert isinstance(xen.backend, MockBackend)
-        xen.backend.domain_unpause(xen.backend.add_domain())
+        xen.backend.domain_unpause(xen.backend.add_domain("other"))
         [info] = xen.domains()
     assert domains._state(info) == "running"
     fields = {name: getattr(info, name) for name in info.__slots__}

@@ -71,7 +71,9 @@ def test_every_domain_is_listed(count: int) -> None:
 
 def test_the_highest_domid_ends_the_list(mock: MockBackend, xen: Xen) -> None:
     for domid in (0, 0x7FEF):
-        mock.machine.domains[domid] = mock.machine.domains[mock.add_domain("x", memory_kib=0)]
+        mock.machine.domains[domid] = mock.machine.domains[
+            mock.add_domain(f"d{domid}", memory_kib=0)
+        ]
         del mock.machine.domains[max(d for d in mock.machine.domains if 0 < d < 0x7FEF)]
         mock.machine.domains[domid].domid = domid
     assert [info.domid for info in xen.domains()] == [0, 1, 0x7FEF]

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS: list[set[str]] = [
     {"types", "errors", "jsontext"},
-    {"abi"},
+    {"abi", "arguments"},
     {"backend", "backend.arguments", "backend.loader", "backend.mapping"},
     {"backend.libxc", "backend.mock"},
     {

@@ -231,8 +231,8 @@ def test_a_number_c_would_truncate_is_refused(host: MockBackend, op: str, name: 
 
 
 def test_domain_65541_is_not_domain_5(host: MockBackend) -> None:
-    for _ in range(5):
-        host.add_domain(memory_kib=0)
+    for number in range(5):
+        host.add_domain(f"d{number}", memory_kib=0)
     assert host.altp2m_get_domain_state(5) is False
     with pytest.raises(InvalidArgumentError, match="0x10005"):
         host.altp2m_get_domain_state(65541)
@@ -478,7 +478,7 @@ def test_parameters(host: MockBackend, domid: int) -> None:
     assert errno_of(partial(host.hvm_param_get, domid, 39)) == EINVAL
     assert errno_of(partial(host.hvm_param_set, domid, 39, 0)) == EINVAL
     assert errno_of(partial(host.hvm_param_get, 77, 1)) == ESRCH
-    pv = host.add_domain(kind="pv", mode=Altp2mMode.DISABLED, memory_kib=0)
+    pv = host.add_domain("pv", kind="pv", mode=Altp2mMode.DISABLED, memory_kib=0)
     assert errno_of(partial(host.hvm_param_get, pv, 1)) == EINVAL
 
 
@@ -505,7 +505,7 @@ def test_cpu_state_makes_the_round_trip(host: MockBackend) -> None:
 
 def test_cpu_state_that_does_not_fit_changes_nothing(host: MockBackend) -> None:
     domid = host.add_domain(memory_kib=0)
-    two = host.add_domain(memory_kib=0, vcpus=2)
+    two = host.add_domain("two", memory_kib=0, vcpus=2)
     host.domain(two).online_vcpus = 2
     saved = host.domain_hvm_getcontext(domid)
     changed = bytearray(saved)
@@ -526,7 +526,7 @@ def test_cpu_state_that_is_not_there(host: MockBackend) -> None:
     domid = host.add_domain(memory_kib=0)
     assert errno_of(partial(host.domain_hvm_getcontext_partial, domid, 2, 1)) == ENOENT
     assert errno_of(partial(host.domain_hvm_getcontext_partial, domid, 99, 0)) == EINVAL
-    pv = host.add_domain(kind="pv", mode=Altp2mMode.DISABLED, memory_kib=0)
+    pv = host.add_domain("pv", kind="pv", mode=Altp2mMode.DISABLED, memory_kib=0)
     for call in (
         partial(host.domain_hvm_getcontext, pv),
         partial(host.domain_hvm_getcontext_partial, pv, 2, 0),
@@ -548,7 +548,7 @@ def test_debug_control(xen: tuple[int, int]) -> None:
     assert vcpu.fast_step_view == (None if xen >= (4, 17) else 3)
     assert errno_of(partial(host.domain_debug_control, domid, 2, 2)) == EINVAL
     assert errno_of(partial(host.domain_debug_control, domid, 2, 1)) == ENOSYS
-    pv = host.add_domain(kind="pv", mode=Altp2mMode.DISABLED, memory_kib=0)
+    pv = host.add_domain("pv", kind="pv", mode=Altp2mMode.DISABLED, memory_kib=0)
     assert errno_of(partial(host.domain_debug_control, pv, 1, 0)) == EINVAL
 
 
@@ -690,7 +690,7 @@ def test_a_port_fires_once_until_it_is_unmasked(
 
 
 def test_pending_names_the_port_that_fired(host: MockBackend) -> None:
-    guests = [host.add_domain(memory_kib=1024) for _ in range(3)]
+    guests = [host.add_domain(f"d{number}", memory_kib=1024) for number in range(3)]
     handle = host.evtchn_open()
     ports, rings = {}, []
     for domid in guests:

@@ -7,20 +7,25 @@ import ast
 import enum
 import inspect
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import FunctionType, ModuleType
+from typing import Any
 
 import pytest
 
 import xenaltp2m
+import xenaltp2m as xa
 from xenaltp2m import (
     Access,
     Altp2mMode,
     MemoryType,
+    capturing,
     carrying,
     errors,
     hazards,
+    rescue,
     symbols,
     tracing,
     types,
@@ -29,6 +34,8 @@ from xenaltp2m import (
 from xenaltp2m.abi import releases
 from xenaltp2m.abi._ffi import ffi
 from xenaltp2m.backend import Backend, arguments
+from xenaltp2m.backend.mock import MockBackend
+from xenaltp2m.viewstate import State
 
 PACKAGE = Path(xenaltp2m.__file__).parent
 GENERATED = {"_ffi.py"}
@@ -283,3 +290,164 @@ def test_rights_combine() -> None:
         "rx2rw", "r_pw", "default",
     ]  # fmt: skip
     assert "DEFAULT" in str(Access.DEFAULT | Access.R)
+
+
+# Arguments.
+
+HANDLES = ("xen", "domain", "altp2m", "view", "memory", "space", "vcpu", "mock")
+FUNCTIONS: dict[str, Callable[..., object]] = {
+    one.__name__: one
+    for one in (
+        xa.connect, capturing.capture, capturing.compare, capturing.restore,
+        capturing.scan, capturing.obstacles, capturing.differences, carrying.import_views,
+        carrying.imported_views, carrying.take_out_views, rescue.diagnose, rescue.rescue,
+        hazards.survey, State.from_bytes, viewstate.diff,
+    )
+}  # fmt: skip
+ELSEWHERE = {
+    "trace": "its options: test_traces.py",
+    "close": "", "abandon": "", "read_string": "", "paused": "", "recording": "",
+}  # fmt: skip
+SOUND: dict[str, Any] = {
+    "gfn": 5, "new_gfn": 6, "gfns": 5, "access": xa.Access.R, "address": 0x1000, "length": 4,
+    "data": b"1234", "vcpu": 0, "number": 0, "which": 1, "cr3": 0x1000, "domid": 1, "view": None,
+    "state": State(()), "before": State(()), "after": State(()), "callback": print, "program": [],
+    "image": b"", "nth": 1, "errno": 1, "op": None, "registers": {}, "visible": True,
+}  # fmt: skip
+WRONG: dict[str, list[object]] = {
+    "int": [None, "5", 2.5, True, -1],
+    "int | None": ["5", 2.5, True, -1],
+    "bool": [None, 1, "yes"],
+    "str": [None, 1, b"x"],
+    "str | None": [1, b"x"],
+    "Access": [None, 1, "r"],
+    "Access | None": [1, "r"],
+    "int | Iterable[int]": [None, "5", 2.5, True, -1, b"x", [2.5], [True], [-1], [None]],
+    "bytes | bytearray | memoryview": [None, "x", 1, [1]],
+}
+"""By how a parameter is annotated; an object of no kind is wrong everywhere."""
+
+
+def opened(stack: ExitStack) -> dict[str, Any]:
+    """One of each handle."""
+    mock = MockBackend()
+    mock.add_domain("guest", vcpus=2)
+    xen = stack.enter_context(xa.connect(mock))
+    domain = stack.enter_context(xen.domain(1))
+    altp2m = stack.enter_context(domain.altp2m())
+    return {
+        "xen": xen, "domain": domain, "altp2m": altp2m, "view": altp2m.create_view(),
+        "memory": domain.memory, "space": domain.memory.address_space(), "vcpu": domain.vcpu(0),
+        "mock": mock,
+    }  # fmt: skip
+
+
+def calls() -> Iterator[tuple[str, str, str]]:
+    """Every public method of a handle, and every function, with each of its parameters."""
+    with ExitStack() as stack:
+        made = opened(stack)
+        for handle in HANDLES:
+            kind = type(made[handle])
+            for base in kind.__mro__:
+                for name, member in vars(base).items():
+                    public = inspect.isfunction(member) and not name.startswith("_")
+                    if not public or name in ELSEWHERE or hasattr(Backend, name):
+                        continue
+                    for parameter in list(inspect.signature(member).parameters)[1:]:
+                        if (name, parameter) != ("add_domain", "options"):  # tested below
+                            yield handle, name, parameter
+        for name, function in FUNCTIONS.items():
+            for parameter in inspect.signature(function).parameters:
+                yield "", name, parameter
+
+
+@pytest.mark.parametrize(("handle", "name", "parameter"), sorted(set(calls())))
+def test_fault_27_a_wrong_argument_is_refused_by_the_call(
+    handle: str, name: str, parameter: str
+) -> None:
+    with ExitStack() as stack:
+        made = opened(stack)
+        call = getattr(made[handle], name) if handle else FUNCTIONS[name]
+        signature = inspect.signature(call)
+        one = signature.parameters[parameter]
+        others = {
+            other.name: made.get(other.name, SOUND.get(other.name, 1))
+            for other in signature.parameters.values()
+            if other.default is other.empty and other.kind is not other.VAR_POSITIONAL
+            and other.kind is not other.VAR_KEYWORD and other is not one
+        }  # fmt: skip
+        wrong = [object(), *WRONG.get(str(one.annotation).strip("'"), [])]
+        for value in wrong:
+            given: dict[str, Any] = others | {parameter: value}
+            args: tuple[object, ...] = ()
+            if one.kind is one.VAR_POSITIONAL:
+                args, given = (value,), others
+            elif one.kind is one.VAR_KEYWORD:
+                given = others | {"rax": value}
+            before = len(made["mock"].calls)
+            with pytest.raises(xa.InvalidArgumentError) as caught:
+                call(*args, **given)
+            assert caught.value.errno is None, value  # ours, not Xen's
+            changing = [
+                call.op for call in list(made["mock"].calls)[before:] if "get" not in call.op
+            ]
+            assert changing == [], value
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"xen": (5, 0)}, "4.14 to 4.22"), ({"xen": "5.0"}, "4.14 to 4.22"),
+        ({"xen": 4.17}, "4.14 to 4.22"), ({"xen": None}, "4.14 to 4.22"),
+        ({"xen": "four"}, "4.14 to 4.22"), ({"xen": (4, 17, 1)}, "4.14 to 4.22"),
+        ({"xen": (4, 13)}, "4.14 to 4.22"), ({"library": "4.13"}, "library must be"),
+        ({"altp2m": 1}, "altp2m must be True or False"), ({"seed": "x"}, "seed must be"),
+        ({"memory_pages": 0}, "memory_pages must be at least"),
+        ({"physical_address_bits": 64}, "0x24 to 0x34"),
+    ],
+)  # fmt: skip
+def test_fault_27_arguments_of_the_mock(options: dict[str, Any], word: str) -> None:
+    with pytest.raises(xa.InvalidArgumentError, match=word):
+        MockBackend(**options)
+
+
+def test_fault_27_a_release_may_be_text() -> None:
+    for text, version in (("4.14", (4, 14)), ("4.17", (4, 17)), ("4.22", (4, 22))):
+        mock = MockBackend(text, library=text)
+        assert mock.release.version == version
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"vcpus": 0}, "vcpus must be 0x1 to 0x80, not 0x0"), ({"vcpus": 129}, "vcpus must be"),
+        ({"vcpus": True}, "vcpus must be an integer"), ({"kind": "xen"}, "kind must be"),
+        ({"mode": 7}, "mode must be"), ({"mode": "external"}, "mode must be"),
+        ({"view_count": 513}, "view_count"), ({"memory_kib": -1}, "memory_kib"),
+        ({"max_kib": 1}, "max_kib must be at least"), ({"pool_pages": 0}, "pool_pages"),
+        ({"superpages": 1}, "superpages must be True"), ({"nested": "no"}, "nested must be True"),
+        ({"name": None}, "name must be text"), ({"name": "guest"}, "'guest' already"),
+    ],
+)  # fmt: skip
+def test_fault_27_arguments_of_a_modelled_domain(options: dict[str, Any], word: str) -> None:
+    mock = MockBackend()
+    mock.add_domain("guest")
+    with pytest.raises(xa.InvalidArgumentError, match=word):
+        mock.add_domain(**({"name": "other"} | options))
+    assert list(mock.machine.domains) == [1]
+
+
+def test_fault_27_the_name_of_a_domain_that_ended_is_free() -> None:
+    mock = MockBackend()
+    mock.destroy(mock.add_domain("guest"))
+    mock.add_domain("guest")
+
+
+def test_fault_27_a_domain_that_runs_is_not_booted() -> None:
+    mock = MockBackend()
+    domid = mock.add_domain("guest", memory_kib=16 << 10)
+    image = Path(__file__).parents[2] / "examples" / "guest" / "hello.elf"
+    mock.boot(domid, image)
+    mock.domain_unpause(domid)
+    with pytest.raises(xa.InvalidArgumentError, match="domain 1 runs"):
+        mock.boot(domid, image)

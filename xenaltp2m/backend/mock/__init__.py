@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from xenaltp2m import errors
-from xenaltp2m.abi.releases import release
+from xenaltp2m.abi.releases import SUPPORTED, Release, release
 from xenaltp2m.abi.vm_event import as_line
+from xenaltp2m.arguments import check_flag, check_kind, check_number
+from xenaltp2m.backend import Backend
 from xenaltp2m.backend.mock.guest import Outcome, touch
 from xenaltp2m.backend.mock.machine import Domain, Livelock, Machine
 from xenaltp2m.backend.mock.operations import Call, InjectedFault, ModelBackend
@@ -35,6 +37,8 @@ from xenaltp2m.backend.mock.processor import (
     run,
 )
 from xenaltp2m.backend.mock.script import Access, Instruction, Script
+from xenaltp2m.backend.mock.vcpu import Vcpu
+from xenaltp2m.types import PAGE_SIZE
 
 __all__ = [
     "Access",
@@ -69,12 +73,12 @@ class MockBackend(ModelBackend):
 
     def __init__(
         self,
-        xen: tuple[int, int] = (4, 17),
+        xen: tuple[int, int] | str = (4, 17),
         *,
         altp2m: bool = True,
         privileged: bool = True,
         vm_event: bool = True,
-        library: tuple[int, int] | None = None,
+        library: tuple[int, int] | str | None = None,
         executable_superpages: bool = False,
         has_virtualisation_exceptions: bool = True,
         physical_address_bits: int = 39,
@@ -84,7 +88,7 @@ class MockBackend(ModelBackend):
         """Make a host.
 
         Args:
-            xen: The hypervisor's release, (4, 14) to (4, 22).
+            xen: The hypervisor's release, (4, 14) to (4, 22), or "4.14" to "4.22".
             altp2m: Whether Xen was booted with ``altp2m=1`` on a CPU that can.
             privileged: Whether the caller is the control domain.
             vm_event: Whether Xen was built with CONFIG_VM_EVENT, without which 4.22 can be.
@@ -94,13 +98,27 @@ class MockBackend(ModelBackend):
             physical_address_bits: The CPU's ``maxphysaddr``.
             memory_pages: The host's memory for guests, in 4 KiB pages; taken only when touched.
             seed: Of how vCPUs with machine code take turns: the same seed, the same run.
+
+        Raises:
+            InvalidArgumentError: An argument is not of its kind, or there is no such release.
         """
+        for name, flag in (
+            ("altp2m", altp2m),
+            ("privileged", privileged),
+            ("vm_event", vm_event),
+            ("executable_superpages", executable_superpages),
+            ("has_virtualisation_exceptions", has_virtualisation_exceptions),
+        ):
+            check_flag(name, flag)
+        check_number("physical_address_bits", physical_address_bits, least=36, most=52)
+        check_number("memory_pages", memory_pages, least=1)
+        check_kind("seed", seed, int, "an integer")
         machine = Machine(
-            release(*xen),
+            _release("xen", xen),
             altp2m=altp2m,
             privileged=privileged,
             vm_event=vm_event,
-            library=None if library is None else release(*library),
+            library=None if library is None else _release("library", library),
             executable_superpages=executable_superpages,
             has_virtualisation_exceptions=has_virtualisation_exceptions,
             physical_address_bits=physical_address_bits,
@@ -116,12 +134,19 @@ class MockBackend(ModelBackend):
             **options: ``kind`` ("pvh", "hvm" or "pv"), ``mode``, ``view_count`` (4.21 and later),
                 ``vcpus``, ``memory_kib``, ``max_kib``, ``pool_pages``, ``superpages``, ``nested``;
                 see :meth:`xenaltp2m.backend.mock.machine.Machine.add_domain`.
+
+        Raises:
+            InvalidArgumentError: An option is not of its kind, or a domain has that name.
         """
         return self.machine.add_domain(name, **options).domid
 
     def domain(self, domid: int) -> Domain:
         """Return the model of a domain, to look into or to change behind the caller's back."""
-        return self.machine.domains[domid]
+        check_number("domid", domid)
+        found = self.machine.domains.get(domid)
+        if found is None:
+            raise errors.DomainNotFoundError(f"the mock host has no domain {domid!r}")
+        return found
 
     def fail(self, op: str | None, nth: int, errno: int) -> None:
         """Make the ``nth`` call from now on (1 is the next) fail once, with nothing done.
@@ -131,6 +156,10 @@ class MockBackend(ModelBackend):
             nth: From 1.
             errno: What the caller gets.
         """
+        if op is not None and not (isinstance(op, str) and hasattr(Backend, op)):
+            raise errors.InvalidArgumentError(f"there is no operation {op!r}")
+        check_number("nth", nth, least=1)
+        check_number("errno", errno, least=1)
         self._faults.append(InjectedFault(op, nth, errno))
 
     def touch(
@@ -140,7 +169,12 @@ class MockBackend(ModelBackend):
 
         A vCPU does it whatever else it does, running or not, for tests that need no program.
         """
-        return touch(self._monitor_of(domid), self.domain(domid).vcpus[vcpu], gfn, kind, offset)
+        check_number("gfn", gfn)
+        check_number("offset", offset, most=PAGE_SIZE - 1)
+        if kind not in ("r", "w", "x"):
+            raise errors.InvalidArgumentError(f'kind must be "r", "w" or "x", not {kind!r}')
+        model = self._vcpu(domid, vcpu)
+        return touch(self._monitor_of(domid), model, gfn, kind, offset)
 
     def load(
         self, domid: int, program: Iterable[Instruction], vcpu: int = 0, *, loop: bool = False
@@ -157,9 +191,11 @@ class MockBackend(ModelBackend):
             vcpu: The vCPU.
             loop: Whether it begins again after the last; if not it then waits, as after HLT.
         """
-        domain = self.domain(domid)
+        model = self._vcpu(domid, vcpu)
+        check_kind("program", program, Iterable, "instructions")
+        check_flag("loop", loop)
         self._script(domid, vcpu).load(program, loop=loop)
-        domain.vcpus[vcpu].online = True
+        model.online = True
 
     def boot(self, domid: int, image: str | os.PathLike[str] | bytes) -> None:
         """Give a domain a PVH guest's image to execute, as libxl does: see :meth:`load` for when.
@@ -173,9 +209,15 @@ class MockBackend(ModelBackend):
 
         Raises:
             ImportError: The package unicorn is missing: ``pip install 'xenaltp2m[sim]'``.
-            InvalidArgumentError: It is not an image of a PVH guest, or has no room in memory.
+            InvalidArgumentError: It is not an image of a PVH guest, or has no room in memory; or
+                the domain runs.
             OSError: The file cannot be read.
         """
+        check_kind("image", image, str | os.PathLike | bytes, "a path, or an ELF file's bytes")
+        if not self.domain(domid).pauses:
+            raise errors.InvalidArgumentError(
+                f"domain {domid} runs: boot an image before the domain is unpaused", domid=domid
+            )
         from xenaltp2m.backend.mock import images, simulator  # an extra, which opens libraries
 
         name = "the image" if isinstance(image, bytes) else os.fspath(image)
@@ -199,12 +241,15 @@ class MockBackend(ModelBackend):
         """
         from xenaltp2m.backend.mock import images, simulator  # an extra, which opens libraries
 
+        model = self._vcpu(domid, vcpu)
+        check_kind("registers", registers, Mapping, "a mapping of names to numbers")
         if not self._simulates(domid):
             self._processors[domid] = simulator.processors(self._monitor_of(domid))
-        images.begin(self.domain(domid).vcpus[vcpu], registers)
+        images.begin(model, registers)
 
     def console(self, domid: int) -> str:
         """Return what a guest that :meth:`boot` started wrote to port 0xe9."""
+        self.domain(domid)
         [first, *_] = self._processors_of(domid)
         return first.written.decode(errors="replace")
 
@@ -219,6 +264,9 @@ class MockBackend(ModelBackend):
             How many were executed and counted; an attempt that causes an event or a fault does
             not count.
         """
+        self.domain(domid)
+        if steps is not None:
+            check_number("steps", steps)
         return run(self._processors_of(domid), steps, self._chance)
 
     @contextlib.contextmanager
@@ -276,7 +324,13 @@ class MockBackend(ModelBackend):
 
     def shut_down(self, domid: int, reason: int = 0) -> None:
         """Let a guest shut down, with a ``SHUTDOWN_*`` reason."""
+        check_number("reason", reason)
         self.domain(domid).shut_down(reason)
+
+    def _vcpu(self, domid: int, number: int) -> Vcpu:
+        vcpus = self.domain(domid).vcpus
+        check_number("vcpu", number, most=len(vcpus) - 1)
+        return vcpus[number]
 
     def _script(self, domid: int, vcpu: int) -> Script:
         processors = self._processors_of(domid)
@@ -292,6 +346,7 @@ class MockBackend(ModelBackend):
             title = f"domain {domid} {domain.name}: host p2m, default {domain.host_default_access}"
             table = domain.host
         else:
+            check_number("view", view, most=len(domain.views) - 1)
             state = domain.views[view]
             title = f"domain {domid} {domain.name}: view {view}"
             if not state.exists:
@@ -315,6 +370,20 @@ class MockBackend(ModelBackend):
         left += [f"event channel {channel}" for channel in self._channels]
         left += [f"monitor of domain {domid}" for domid, m in self._monitors.items() if m.enabled]
         return left
+
+
+def _release(name: str, wanted: tuple[int, int] | str) -> Release:
+    """Return the release that is asked for, as (4, 17) or "4.17"."""
+    try:
+        version = tuple(map(int, wanted.split("."))) if isinstance(wanted, str) else wanted
+        if version in SUPPORTED:
+            return release(*version)
+    except (TypeError, ValueError):
+        pass
+    oldest, newest = ("{}.{}".format(*SUPPORTED[at]) for at in (0, -1))
+    raise errors.InvalidArgumentError(
+        f'{name} must be a release from {oldest} to {newest}, as (4, 17) or "4.17", not {wanted!r}'
+    )
 
 
 def _runs(entries: Iterator[tuple[int, int, Entry]]) -> Iterator[tuple[int, int, Entry]]:

@@ -28,6 +28,7 @@ from errno import (
 from uuid import UUID, uuid5
 
 from xenaltp2m.abi.releases import Release
+from xenaltp2m.arguments import check_flag, check_kind, check_number
 from xenaltp2m.backend.mock.p2m import (
     ACCESS_RWX,
     ANY_RAM_TYPES,
@@ -46,10 +47,15 @@ from xenaltp2m.backend.mock.p2m import (
     pieces,
 )
 from xenaltp2m.backend.mock.vcpu import INVALID_VIEW, Vcpu
+from xenaltp2m.errors import InvalidArgumentError
 from xenaltp2m.types import ALL_GFNS, HVM_PARAM_ALTP2M, PAGE_SIZE, Altp2mMode, MemoryType
 
 _MAP_NORESERVE = 0x4000  # <sys/mman.h>, Linux: memory is taken when it is touched, not before
 _DEFAULT_VIEWS = 10
+_MOST_VIEWS = 512
+"""A page of EPT pointers (``MAX_EPTP``)."""
+_MOST_VCPUS = 128
+"""``HVM_MAX_VCPUS`` (public/hvm/hvm_info_table.h)."""
 _SPECIAL_PAGES_END = 0xFF000
 _SPECIAL_PAGES = 8
 _APIC_PAGE_GFN = 0xFEE00
@@ -855,6 +861,21 @@ class Machine:
         nested: bool = False,
     ) -> Domain:
         """Create a domain as libxl would: RAM from gfn 0, special pages below 4 GiB, paused."""
+        check_kind("name", name, str, "text")
+        if any(one.name == name and not one.dying for one in self.domains.values()):
+            raise InvalidArgumentError(f"there is a domain {name!r} already, as libxl says, too")
+        if kind not in ("pvh", "hvm", "pv"):
+            raise InvalidArgumentError(f'kind must be "pvh", "hvm" or "pv", not {kind!r}')
+        if mode not in list(Altp2mMode):
+            raise InvalidArgumentError(f"mode must be an Altp2mMode, not {mode!r}")
+        check_number("view_count", view_count, most=_MOST_VIEWS)
+        check_number("vcpus", vcpus, least=1, most=_MOST_VCPUS)
+        check_number("memory_kib", memory_kib)
+        if max_kib is not None:
+            check_number("max_kib", max_kib, least=memory_kib)
+        check_number("pool_pages", pool_pages, least=1)
+        check_flag("superpages", superpages)
+        check_flag("nested", nested)
         domid = max(self.domains, default=0) + 1
         if not self.release.view_count_is_setting:
             view_count = _DEFAULT_VIEWS
