@@ -152,7 +152,7 @@ clean: ## remove what these targets made
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp comes last: an interrupted set-up starts over.
-$(READY): pyproject.toml setup.py
+$(READY): pyproject.toml setup.py Makefile
 	@echo "make: setting up $(VENV), about half a minute" >&2
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'
 	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then :; \
@@ -161,7 +161,8 @@ $(READY): pyproject.toml setup.py
 	else echo "make: $(PYTHON) cannot make virtual environments: apt-get install python3-venv" >&2; exit 1; fi
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(call retry,$(RUN) -m pip install -qq 'pip>=25.1',pip)
-	@$(call retry,$(RUN) -m pip install -qq --editable '.[cli$(comma)sim]' --group dev,pip)
+	@$(call retry,$(RUN) -m pip install -qq --config-settings editable_mode=compat \
+		--editable '.[cli$(comma)sim]' --group dev,pip)
 	@touch $@
 
 # What debian/control asks for, and lintian.

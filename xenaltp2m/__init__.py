@@ -4,6 +4,8 @@
 Importing this opens no library and touches no hypervisor; :func:`connect` does.
 """
 
+import logging
+
 from xenaltp2m.abi.vm_event import AccessFlag, Flag, Reason
 from xenaltp2m.altp2m import Altp2m, DecorativeDefaultWarning, Lost, SuperpageDefaultWarning
 from xenaltp2m.breakpoints import Breakpoints
@@ -84,6 +86,8 @@ from xenaltp2m.view import Difference, HoleWarning, Mismatch, View
 from xenaltp2m.xen import Xen, connect
 
 __version__ = "0.1.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # else warnings go to stderr
 
 __all__ = [
     "PAGE_SHIFT",

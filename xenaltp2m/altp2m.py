@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext, suppress
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from xenaltp2m.abi.releases import Release
     from xenaltp2m.domain import Domain
     from xenaltp2m.viewstate import State
+
+
+_LOG = logging.getLogger(__name__)
 
 
 class DecorativeDefaultWarning(UserWarning):
@@ -155,6 +159,7 @@ class Altp2m(Handle):
         view_id = ViewId(self._backend.altp2m_create_view(self._domid, number))
         view = View(self, view_id, default_access, label)
         self._views = [*self.views, view]
+        _LOG.info("%r: made", view)
         return view
 
     @uninterruptible
@@ -308,6 +313,7 @@ class Altp2m(Handle):
                 if is_on and reapply:
                     failure = self._try(partial(_mend, view, mismatches))
                 found.append(Lost(view, mismatches, reapply and failure is None, failure))
+                _log(found[-1])
             self._tell(found)
         return found
 
@@ -418,10 +424,12 @@ class Altp2m(Handle):
             self._roll_back(undo, error, heir=self.domain._undo)
             raise
         self._switched_on = True
+        _LOG.info("altp2m of domain %d: switched on", self._domid)
 
     def _switch_off(self) -> None:
         if self._backend.altp2m_get_domain_state(self._domid):
             self._backend.altp2m_set_domain_state(self._domid, False)
+            _LOG.info("altp2m of domain %d: switched off", self._domid)
         self.domain._journal.undone(altp2m=False)
 
     def _take_back(self) -> None:
@@ -509,6 +517,16 @@ def warning_of_default(access: Access, release: Release) -> UserWarning | None:
             "be RWX and set the access of every gfn"
         )
     return None
+
+
+def _log(lost: Lost) -> None:
+    what = f"{len(lost.mismatches)} gfns differ" if lost.mismatches else "altp2m was switched off"
+    if lost.reapplied:
+        _LOG.warning("%r was reset, and is made again: %s", lost.view, what)
+    elif lost.failure is not None:
+        _LOG.error("%r was reset, and not all is made again: %s", lost.view, lost.failure.message)
+    else:
+        _LOG.warning("%r was reset: %s", lost.view, what)
 
 
 def _mend(view: View, mismatches: Iterable[Mismatch]) -> None:

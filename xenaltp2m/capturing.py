@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from xenaltp2m.monitor import Monitor
     from xenaltp2m.view import Progress
 
+_LOG = logging.getLogger(__name__)
 LOOKED_AT = 1 << 12
 """How many gfns of each view are looked at once it is made, for Xen may pass over some."""
 _FOUR_GIB = 1 << 20
@@ -397,7 +399,9 @@ def restore(
             f"the state cannot be restored: {'; '.join(problems)}",
             domid=int(altp2m.domain.domid),
         )
-    return _Restorer(altp2m, state, progress).run(switch)
+    views = _Restorer(altp2m, state, progress).run(switch)
+    _LOG.info("%r: %d views restored, with %d pages", altp2m, len(views), len(state.pages))
+    return views
 
 
 class _Restorer:

@@ -8,6 +8,7 @@ handles know.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import replace
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from xenaltp2m.domain import Domain
     from xenaltp2m.types import DomainInfo
 
+_LOG = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.05
 
 
@@ -235,6 +237,7 @@ def import_views(
         restore(altp2m, state)
         made = _with_more(altp2m.capture(contents=True), state)
         domain._leave_as_it_is(made.to_bytes())
+    _LOG.info("domain %d: %d views imported, and left there", domain.domid, len(made.views))
     return made
 
 

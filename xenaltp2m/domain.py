@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 from array import array
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from xenaltp2m.tracing import Trace, TraceOptions
     from xenaltp2m.xen import Xen
 
+_LOG = logging.getLogger(__name__)
 _KIB_PER_PAGE = PAGE_SIZE // 1024
 _UNLIMITED = (1 << 32) - 1
 """What ``xc_domain_setmaxmem`` makes of any more pages (``XEN_DOMCTL_max_mem``)."""
@@ -367,6 +369,7 @@ class Domain(Handle):
                     **about,
                 )
         self._backend.domain_unpause(self.domid)
+        _LOG.info("%r: the toolstack's pause is taken back", self)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -506,6 +509,7 @@ class Domain(Handle):
             self._roll_back(undo, error, heir=self._undo)
             raise
         self._added[gfns] = undo
+        _LOG.info("%r: pages %#x..%#x added", self, gfns.start, gfns.stop - 1)
         return gfns
 
     @uninterruptible
@@ -531,6 +535,7 @@ class Domain(Handle):
             )
         self._check_untracked(gfns)
         added.unwind(f"removing pages of {self!r}")
+        _LOG.info("%r: pages %#x..%#x removed", self, gfns.start, gfns.stop - 1)
         del self._added[gfns]
 
     def _check_untracked(self, gfns: range) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 import weakref
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from xenaltp2m.errors import (
 )
 from xenaltp2m.signals import guard, uninterruptible
 
+_LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
@@ -129,6 +131,7 @@ class UndoList:
             first = failures[0]
             while isinstance(first, LeftoverError) and isinstance(first.__cause__, XenError):
                 first = first.__cause__  # what a child could not close, and why
+            _LOG.error("%s: %s; still in place: %s", doing, first.message, ", ".join(left))
             raise LeftoverError(
                 f"{doing}: not everything could be undone: {first.message}",
                 left=left,

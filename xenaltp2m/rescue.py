@@ -12,6 +12,7 @@ agent had added, how often it had paused the domain, whether altp2m was on befor
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -46,6 +47,7 @@ from xenaltp2m.xen import Xen
 if TYPE_CHECKING:
     from uuid import UUID
 
+_LOG = logging.getLogger(__name__)
 _KIB_PER_PAGE = PAGE_SIZE // 1024
 _TRIES = 20
 _SETTLE = 0.01
@@ -286,6 +288,10 @@ class _Rescuer:
                     error = raised
             except OSError as raised:
                 error = XenError(f"{what}: {raised}", errno=raised.errno)
+            if error is None:
+                _LOG.warning("domain %d: %s", self._domid, what)
+            else:
+                _LOG.error("domain %d: %s: %s", self._domid, what, error.message)
         self._steps.append(Step(what, error))
 
     def _is_gone(self) -> bool:

@@ -7,6 +7,7 @@ asked of it: to say what differs from the host p2m, to verify it, and to roll ba
 
 from __future__ import annotations
 
+import logging
 import warnings
 from array import array
 from collections import Counter
@@ -46,6 +47,8 @@ from xenaltp2m.types import (
 if TYPE_CHECKING:
     from xenaltp2m.altp2m import Altp2m
     from xenaltp2m.backend import Backend
+
+_LOG = logging.getLogger(__name__)
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with (gfns done, gfns in all) as a long operation goes on."""
@@ -726,6 +729,7 @@ class View(Handle):
                 return  # EBUSY is also Xen's word for no such view
             self._altp2m._vacate()
             self._backend.altp2m_destroy_view(self._domid, self.id)
+        _LOG.info("%r: destroyed", self)
 
 
 def _so_far(progress: Progress | None, done: int, total: int) -> None:

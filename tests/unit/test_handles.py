@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import gc
 import inspect
+import logging
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -15,6 +18,7 @@ from typing import Any
 
 import pytest
 
+import xenaltp2m as xa
 from xenaltp2m import (
     Access,
     Altp2m,
@@ -346,3 +350,50 @@ def test_undo_interrupted_goes_on_where_it_was() -> None:
         undo.unwind("testing")
     undo.unwind("testing")
     assert taken == ["third", "second", "second", "first"]
+
+
+# What they log.
+
+
+def test_fault_29_handles_log_what_they_change_and_what_is_left(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "xenaltp2m")
+    mock = MockBackend()
+    mock.add_domain("guest", superpages=False)
+    with xa.connect(mock) as xen, xen.domain(1) as dom:
+        altp2m = dom.altp2m()
+        view = altp2m.create_view(label="hooks")
+        view.set_access(range(4), xa.Access.R)
+        pages = dom.add_pages(2)
+        dom.remove_pages(pages)
+        mock.altp2m_set_mem_access(1, int(view.id), 2, 7)
+        altp2m.verify()
+        mock.altp2m_set_mem_access(1, int(view.id), 2, 7)
+        altp2m.verify(reapply=False)
+        mock.fail("altp2m_set_domain_state", 1, EPERM)
+        with pytest.raises(xa.LeftoverError):
+            altp2m.close()
+        altp2m.close()
+    first, last = pages[0], pages[-1]
+    assert {one.name for one in caplog.records} <= {
+        f"xenaltp2m.{name}" for name in ("altp2m", "domain", "handle", "view")
+    }
+    told = [(one.levelname, one.getMessage()) for one in caplog.records]
+    assert told[:-2] == [
+        ("INFO", "altp2m of domain 1: switched on"),
+        ("INFO", "<View 1 'hooks' of domain 1>: made"),
+        ("INFO", f"<Domain 1>: pages {first:#x}..{last:#x} added"),
+        ("INFO", f"<Domain 1>: pages {first:#x}..{last:#x} removed"),
+        ("WARNING", "<View 1 'hooks' of domain 1> was reset, and is made again: 1 gfns differ"),
+        ("WARNING", "<View 1 'hooks' of domain 1> was reset: 1 gfns differ"),
+    ]
+    assert told[-2][0] == "ERROR"
+    assert told[-2][1].endswith("still in place: altp2m of domain 1")
+    assert told[-1] == ("INFO", "altp2m of domain 1: switched off")
+
+
+def test_fault_29_nothing_is_written_where_logging_is_not_set_up() -> None:
+    code = "import logging, xenaltp2m; logging.getLogger('xenaltp2m.handle').error('left')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert (done.stdout, done.stderr) == ("", "")

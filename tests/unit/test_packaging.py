@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -78,3 +81,18 @@ def test_debian_builds_with_what_its_tests_import() -> None:
 
 def test_the_tests_that_debian_runs_are_there() -> None:
     assert [path.name for path in run_by_debian() if not path.exists()] == []
+
+
+def test_fault_29_mypy_finds_the_package_and_its_types_from_elsewhere(tmp_path: Path) -> None:
+    """In the environment that make sets up, where the package is installed as editable."""
+    (tmp_path / "user.py").write_text(
+        "import xenaltp2m as xa\nfrom xenaltp2m.backend.mock import MockBackend\n\n"
+        "with xa.connect(MockBackend()) as xen:\n    reveal_type(xen)\n"
+    )
+    kept = {name: value for name, value in os.environ.items() if "PYTHONPATH" not in name}
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "user.py"],
+        cwd=tmp_path, env=kept, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert 'Revealed type is "xenaltp2m.xen.Xen"' in done.stdout
+    assert done.returncode == 0, done.stdout
