@@ -93,7 +93,8 @@ class Vcpu:
             place = HVM_CPU.fields.get(name)
             if place is None:
                 raise InvalidArgumentError(f"there is no register {name!r}")
-            check_number(name, value, most=(1 << 8 * place.width) - 1)
+            what = f"{name}, of {place.width} bytes,"
+            check_number(what, value, most=(1 << 8 * place.width) - 1)
         domid = int(self.domain.domid)
         with self.domain.paused():
             # The whole stream: Xen takes down every vCPU that is not in it (hvm_load).
