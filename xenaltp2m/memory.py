@@ -172,6 +172,7 @@ class Memory:
         Args:
             registers: Of the vCPU.
         """
+        check_kind("registers", registers, Registers, "an event's or a vCPU's registers")
         user = table_address(registers, registers.cr3)
         kernel = user & ~PAGE_SIZE
         is_isolated = user != kernel and self.is_one_process(registers, user, kernel)
@@ -185,6 +186,9 @@ class Memory:
             one: Guest-physical, of a table.
             other: Of another.
         """
+        check_kind("registers", registers, Registers, "an event's or a vCPU's registers")
+        for table in (one, other):
+            check_number("the address of a table", table, most=_U64 - 1)
         try:
             found = self._user_half(registers, one)
             return bool(found) and found == self._user_half(registers, other)
