@@ -25,7 +25,7 @@ CALLS = int(os.environ.get("XENALTP2M_CALLS", "300"))
 """How many calls of a function are counted."""
 PATIENCE = 60 + CALLS / 100
 """Seconds after which what is waited for does not come: the lab's machine is slow."""
-_STEPS = 3000
+_STEPS = 1_500_000
 _QUIET = 0.05
 
 

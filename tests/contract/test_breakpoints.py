@@ -606,7 +606,7 @@ def test_ending_in_every_state(racer: RunningGuest, fast: bool, int3: bool) -> N
     chance = random.Random(f"{racer.vcpus} {fast} {int3}")
     before, pages = racer.sums(), None
     if isinstance(racer.xen.backend, MockBackend):
-        racer.xen.backend.steps_at_once = 200  # it runs at each call, and nobody waits for it
+        racer.xen.backend.steps_at_once = 100_000  # it runs at each call, and nobody waits for it
     racer.start()
     for _ in range(ENDINGS):
         with suppress(Ended):

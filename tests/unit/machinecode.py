@@ -106,6 +106,10 @@ class Computer(Guest):
             self.listen()
         self.host.domain_unpause(self.domid)
 
+    def run(self, steps: int = 100) -> int:
+        """Run, in thousands of instructions."""
+        return super().run(1000 * steps)
+
     @property
     def processor(self) -> MachineCode:
         """The first vCPU's."""

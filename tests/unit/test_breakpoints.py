@@ -496,10 +496,10 @@ def test_a_page_is_not_copied_while_another_vcpu_writes_to_it(fast: bool) -> Non
         Breakpoints(altp2m, monitor, fast=fast) as breakpoints,
     ):
         hook = breakpoints.insert(CODE, lambda hit: None)
-        host.run(computer.domid, 10)
+        host.run(computer.domid, 10_000)
         reader.initialised = reader.online = True
-        host.run(computer.domid, 10)
-        host.steps_at_once = 20
+        host.run(computer.domid, 10_000)
+        host.steps_at_once = 20_000
         told: list[tuple[str, int]] = []
 
         def look(event: xa.Event) -> xa.Response | None:

@@ -35,7 +35,7 @@ class Agent:
 
     def __init__(self, stack: ExitStack, mock: MockBackend | None = None) -> None:
         self.mock = mock or MockBackend()
-        self.mock.steps_at_once = 3000
+        self.mock.steps_at_once = 1_500_000
         domid = self.mock.add_domain("racer", vcpus=2, memory_kib=MEMORY_KIB)
         self.mock.boot(domid, GUESTS / "racer.elf")
         self.xen = stack.enter_context(xa.connect(self.mock))
@@ -218,7 +218,7 @@ def test_all_of_it_or_nothing(there: bool) -> None:
         with ExitStack() as stack:
             mock = Failing()
             agent = Agent(stack, mock)
-            mock.steps_at_once = 100
+            mock.steps_at_once = 50_000
             dom, shadows, domid = agent.dom, agent.shadows, int(agent.dom.domid)
             carried = dom.carried()
             failed = False

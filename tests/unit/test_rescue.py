@@ -132,7 +132,7 @@ def work(host: MockBackend, domid: int, journals: Path) -> None:
     breakpoints.insert(THERE, lambda hit: None)
     breakpoints.watch(OTHER, 4, after=lambda touch: None)
     dom.unpause()
-    host.steps_at_once = 30
+    host.steps_at_once = 30_000
     monitor.run(breakpoints, timeout=0.01)
     dom.pause()
     xen.close()

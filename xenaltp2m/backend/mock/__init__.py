@@ -68,7 +68,8 @@ class MockBackend(ModelBackend):
         machine: The modelled host, with its domains; tests may look and reach into it.
         calls: The calls made so far, oldest first; the oldest fall out past 100 000.
         steps_at_once: How many instructions a domain's vCPUs execute at most, together, when a
-            call lets them go on; None: until they cannot, see :meth:`run`.
+            call lets them go on: 256, or 250 000 once a domain executes machine code, unless it
+            was set; None: until they cannot, see :meth:`run`.
     """
 
     def __init__(
@@ -224,7 +225,7 @@ class MockBackend(ModelBackend):
         content = image if isinstance(image, bytes) else Path(image).read_bytes()
         processors = simulator.processors(self._monitor_of(domid))
         images.load(self.domain(domid), content, name)
-        self._processors[domid] = processors
+        self._simulate(domid, processors)
 
     def execute(self, domid: int, registers: Mapping[str, int], vcpu: int = 0) -> None:
         """Let a vCPU execute what is in memory, from the given registers on; see :meth:`boot`.
@@ -244,7 +245,7 @@ class MockBackend(ModelBackend):
         model = self._vcpu(domid, vcpu)
         check_kind("registers", registers, Mapping, "a mapping of names to numbers")
         if not self._simulates(domid):
-            self._processors[domid] = simulator.processors(self._monitor_of(domid))
+            self._simulate(domid, simulator.processors(self._monitor_of(domid)))
         images.begin(model, registers)
 
     def console(self, domid: int) -> str:
@@ -254,11 +255,12 @@ class MockBackend(ModelBackend):
         return first.written.decode(errors="replace")
 
     def run(self, domid: int, steps: int | None = None) -> int:
-        """Let a domain's vCPUs execute, in turn, up to ``steps`` attempts of an instruction.
+        """Let a domain's vCPUs execute, in turn, up to ``steps`` instructions.
 
-        Without a number they execute until each of them waits for something. This is the fastest
-        way for machine code, for then nothing counts its instructions; a guest that never stops
-        is never come back from.
+        An attempt that executes none, for it causes an event or a fault, is a step, too; so is
+        each repetition of a repeated string instruction. Without a number they execute until each
+        of them waits for something. This is the fastest way for machine code, for then nothing
+        counts its instructions; a guest that never stops is never come back from.
 
         Returns:
             How many were executed and counted; an attempt that causes an event or a fault does

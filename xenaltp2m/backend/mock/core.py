@@ -69,6 +69,8 @@ _SEGMENT = struct.Struct("<I4xQII")
 _WORDS, _FLAGS, _EXCEPTION_NUMBER = struct.Struct("<16Q"), struct.Struct("<I"), struct.Struct("<i")
 _FCW_AT_RESET, _MXCSR_AT_RESET = 0x40, 0x1F80
 """SDM 3A, table 10-1; ``vcpu_reset_fpu``."""
+_ENGINE_SIZE = 0x800
+"""So much of Unicorn's own structure is looked through: it is larger."""
 _BEHIND_DR0 = 8 * 8 + 4 * 8
 """Debug registers and what is set in them; then comes ``old_exception``."""
 _HF_CPL, _HF_CS32, _HF_SS32, _HF_ADDSEG, _HF_PE, _HF_LMA, _HF_CS64 = (
@@ -175,13 +177,13 @@ class Engine:
         self.uc.mem_map_ptr(0, len(frames.memory), unicorn.UC_PROT_ALL, memory)
         self.uc.ctl_set_tlb_mode(const.UC_TLB_VIRTUAL)
         self._frames, self._hidden = frames, hidden
+        self._pages_are_wrong = self._invalidates = False
+        self.remembered: dict[int, Place] = {}
+        """What Unicorn was told, by the address of the linear page."""
         self._resolve: Resolve | None = None
         self._raised: BaseException | None = None
         self._interrupt: int | None = None
         self._no_code: tuple[int, BaseException] | None = None
-        self._pages_are_wrong = self._invalidates = False
-        self.remembered: dict[int, Place] = {}
-        """What Unicorn was told, by the address of the linear page."""
         self._counts = 0
         """As many instructions as anything takes, where the last run counted."""
         self.reads_ahead = True
@@ -193,6 +195,9 @@ class Engine:
         self.uc.hook_add(const.UC_HOOK_INTR, self._interrupted)
         self._value = ctypes.c_uint64()
         self._long_mode = self.uc.context_save()
+        self._counter = self._find_counter()
+        self.executed = 0
+        """Instructions, or repetitions of one, of the last run that counted."""
         # Unicorn begins in long mode; a PC begins without.
         self.uc.reg_write(x86.UC_X86_REG_CR0, CR0_PG | CR0_PE | 0x10)
         self.uc.reg_write(x86.UC_X86_REG_CR0, CR0_PE | 0x10)
@@ -309,6 +314,23 @@ class Engine:
 
     # Execution.
 
+    def _find_counter(self) -> ctypes.c_uint64:
+        """Find where Unicorn counts instructions (``emu_counter``), by having it execute some."""
+        code, limit = b"\x90\x90\x90\xf4", 0x1122_3344
+        frame = self._frames.page(self._hidden)
+        frame[: len(code)] = code
+        self._invalidates = True
+        self.uc.emu_start(_HIDDEN, 0, count=limit)
+        self._invalidates = False
+        frame[: len(code)] = _UNDEFINED * len(code)
+        self.forget_code()
+        self.forget_pages()
+        engine = ctypes.cast(self.uc._uch, ctypes.c_void_p).value or 0
+        at = ctypes.string_at(engine, _ENGINE_SIZE).find(struct.pack("<QQ", len(code), limit))
+        if at < 0:
+            raise _lost()
+        return ctypes.c_uint64.from_address(engine + at)
+
     def run(self, rip: int, resolve: Resolve, limit: int) -> Fault | SoftwareInterrupt | None:
         """Execute up to ``limit`` instructions, or without a limit (0); None: nothing happened.
 
@@ -326,6 +348,9 @@ class Engine:
             self._resolve = None
             self._mend_pages()
         faulted = self._raised is not None or self._interrupt not in (None, DB)
+        # It counts what it begins, also the one at which it stops after so many.
+        begun = self._counter.value if limit else 0
+        self.executed = min(begun - (faulted or errno == _INVALID_INSTRUCTION), limit)
         self._broke_off = bool(limit) and faulted
         if self._raised is not None:
             raise self._raised
@@ -661,6 +686,8 @@ class Core:
         self.stepper.reads_ahead = False
         self.stepper.uc.hook_add(const.UC_HOOK_MEM_READ | const.UC_HOOK_MEM_WRITE, self._accessed)
         self._on_access: Callable[[Seen], None] | None = None
+        self.executed = 0
+        """Instructions, where they were counted."""
         self._counts = False
         self._code: dict[int, Code] = {}
         """By frame."""
@@ -771,7 +798,8 @@ class Core:
                 self.forget_code(mfn)
 
     def run(self, rip: int, resolve: Resolve, limit: int) -> Fault | SoftwareInterrupt | None:
-        """Let the fast engine run; see :meth:`Engine.run`."""
+        """Let the fast engine run; see :meth:`Engine.run`. :attr:`executed` is how far it came."""
+        self.executed = 0
         if bool(limit) is not self._counts:
             self.engine.forget_code()
             self._counts = bool(limit)
@@ -784,6 +812,7 @@ class Core:
                     raise
             finally:
                 self._runs = False
+                self.executed += self.engine.executed
                 while self._stale:
                     self.forget_code(self._stale.pop())
                 if self._new_exits:

@@ -58,7 +58,7 @@ _MIB = 1 << 20
 _LOG_LENGTH = 100_000
 _LOGGED_ITEMS = 64
 _MAX_PAGES = (1 << 32) - 1
-_STEPS_AT_ONCE = 256
+_STEPS_AT_ONCE, _STEPS_OF_CODE_AT_ONCE = 256, 250_000
 _HEADER_TYPECODE = 1
 _SAVE_HEADER = struct.pack("<IIQII", 0x54381286, 1, 0, 0x306C3, 2_000_000)
 """``struct hvm_save_header``: magic, version, changeset, cpuid, TSC's kHz."""
@@ -815,6 +815,12 @@ class ModelBackend:
         run(processors, self.steps_at_once, self._chance)
         if self._simulates(domid) and any(one.ready for one in processors):
             self._monitor_of(domid).wake()  # so that it goes on when the agent looks
+
+    def _simulate(self, domid: int, processors: list[Processor]) -> None:
+        """Have a domain's vCPUs execute machine code."""
+        self._processors[domid] = processors
+        if self.steps_at_once == _STEPS_AT_ONCE:
+            self.steps_at_once = _STEPS_OF_CODE_AT_ONCE
 
     def _simulates(self, domid: int) -> bool:
         """Whether a domain executes machine code."""

@@ -663,27 +663,30 @@ class Processor(ABC):
 WRITES_DROPPED = {PageType.RAM_RO, PageType.GRANT_MAP_RO}
 
 
-def run(processors: Sequence[Processor], turns: int | None, chance: Random) -> int:
-    """Let vCPUs run in turn, until none can or there were so many turns (None: however many).
+def run(processors: Sequence[Processor], steps: int | None, chance: Random) -> int:
+    """Let vCPUs run in turn, until none can or there were so many steps (None: however many).
 
-    A turn is one instruction of a script. Of machine code it is more; where several vCPUs can
-    run, how many is a matter of chance. Where one can, and turns are not counted, its
-    instructions are not either: it is then several times as fast.
+    A step is an instruction, or an attempt of one that executes none. A turn of machine code has
+    several; where several vCPUs can run, how many is a matter of chance. Where one can, and steps
+    are not counted, it goes on without an end: it is then several times as fast.
 
     Returns:
         How many instructions were executed, of those that were counted.
     """
     executed = 0
-    left = math.inf if turns is None else turns
+    left = math.inf if steps is None else steps
     while left > 0:
         ready = [processor for processor in processors if processor.ready]
         if not ready:
             break
-        for processor in ready if turns is None else ready[: int(left)]:
-            if processor.ready:
-                limit = _SLICE if len(ready) == 1 else chance.randint(1, _SLICE)
-                executed += processor.step(0 if turns is None and len(ready) == 1 else limit)
-        left -= len(ready)
+        for processor in ready:
+            if left <= 0 or not processor.ready:
+                continue
+            limit = _SLICE if len(ready) == 1 else chance.randint(1, _SLICE)
+            alone = steps is None and len(ready) == 1
+            count = processor.step(0 if alone else int(min(limit, left)))
+            executed += count
+            left -= max(count, 1)
     return executed
 
 

@@ -123,6 +123,7 @@ _PAGE_OF_32_BITS = _U32 & ~(PAGE_SIZE - 1)
 _LONG, _BIG = 1 << 9, 1 << 10
 _INT3, _INT_N, _INTO, _ICEBP = 0xCC, 0xCD, 0xCE, 0xF1
 _RDMSR = 0x0F32
+_ERROR_WRITE = 1 << 1
 _DEBUG_PORT = 0xE9
 _IN_WALK = AccessFlag.GLA_VALID | AccessFlag.FAULT_IN_GPT
 _MOST_REPETITIONS = 4096
@@ -174,6 +175,8 @@ class MachineCode(Processor):
     _state: State = field(init=False)
     _loaded: bytes = field(default=b"", init=False)
     """The context as the engine has it."""
+    _executed: int = field(default=0, init=False)
+    """Instructions that the core has completed in this turn, where it counts."""
 
     def __post_init__(self) -> None:
         self._state = self.core.engine.new_state()
@@ -378,6 +381,7 @@ class MachineCode(Processor):
             return core.run(self.vcpu.register("rip"), self._resolve_to_run, limit)
         finally:
             self._leave(core.engine)
+            self._executed += core.executed
 
     def _forget_pages(self, before: Where | None, now: Where) -> None:
         """Have the engine ask again for the pages that differ; for all where that is not known.
@@ -443,18 +447,19 @@ class MachineCode(Processor):
         was_last = found and (count & found.mask, register("rcx") & found.mask) == (1, 0)
         if stopped is None and was_last:  # Unicorn goes on when it comes to the next, only
             stopped = self._step_engine(resolve, on_access)
+        self._executed += stopped is None or stopped == SoftwareInterrupt(DB)
         return stopped
 
     def _execute(self, limit: int) -> Waits[tuple[Done, int]]:
         register = self.vcpu.register
+        self._executed = 0
         try:
             code = b""
             if self.vcpu.monitor_trap_flag or register("rflags") & FLAG_TF:
                 # The engine that executes one instruction does not stop where that exits.
                 code = self._fetch(self._linear_rip)
             if self.core.exits_at(self._linear_rip):
-                done = yield from self._execute_exiting()
-                return done, int(done is not Done.HELD)
+                return (yield from self._execute_exiting())
             rip, count = register("rip"), register("rcx")
             if self.vcpu.monitor_trap_flag:
                 stopped = self._step_once(code, self._resolve)
@@ -465,6 +470,9 @@ class MachineCode(Processor):
                     stopped = None
                     if not self.core.exits_at(self._linear_rip):  # now that its page is known
                         stopped = self._step_once(self._fetch(self._linear_rip), self._resolve)
+                stayed = register("rip") == rip and not self._executed and stopped is None
+                if stayed and self.core.exits_at(self._linear_rip):  # as its page is known now
+                    return (yield from self._execute_exiting())
             if register("rip") == rip and register("rcx") != count:
                 found = self._repeats(code)
                 if found and register("rcx") & found.mask:
@@ -472,19 +480,23 @@ class MachineCode(Processor):
         except Fault as fault:
             stopped = fault
             if fault.vector == PF:
-                fault.address = self._exact(fault.address, fault.kind)
+                fault.address, kind = self._exact(fault.address, fault.kind)
+                fault.error_code |= _ERROR_WRITE if kind == "w" else 0
         except _Denied as denied:
             done = yield from self._violate(denied)
-            return done, int(done is not Done.HELD)
+            return done, self._executed + (done is not Done.HELD)
         if stopped is not None:
-            return (yield from self._interrupted(stopped)), 0
+            return (yield from self._interrupted(stopped)), self._executed
         if not self.vcpu.monitor_trap_flag and not self.core.exits_at(self._linear_rip):
             self.core.stayed = True
-        return Done.NATIVE, max(limit, 1)
+        return Done.NATIVE, self._executed
 
     def _violate(self, denied: _Denied) -> Waits[Done]:
         """``EXIT_REASON_EPT_VIOLATION``: Xen looks at it, and the instruction comes again."""
-        outcome = yield from self._access(denied, self._exact(denied.linear, denied.wanted))
+        linear, kind = self._exact(denied.linear, denied.wanted)
+        if denied.flags == AT_PAGE:
+            denied.kind = kind
+        outcome = yield from self._access(denied, linear)
         if outcome is Outcome.EMULATED:
             if denied.kind == "x":
                 self._fault(GP)
@@ -508,18 +520,22 @@ class MachineCode(Processor):
         """Set RF, as the CPU does when the exit is of the kind of a fault (SDM 3C, 28.3.3)."""
         self.vcpu.set_register("rflags", self.vcpu.register("rflags") | FLAG_RF)
 
-    def _exact(self, linear: int, denied: str) -> int:
-        """Find which address in a page it is, by executing the instruction to nowhere."""
+    def _exact(self, linear: int, denied: str) -> tuple[int, str]:
+        """Find which address in a page it is, by executing the instruction to nowhere; and how.
+
+        What an instruction reads to write it, it asks for as a write (seen on the lab's CPU).
+        """
         page = linear // PAGE_SIZE * PAGE_SIZE
         if denied == "x":
             rip = self._linear_rip
-            return rip if page <= rip < page + PAGE_SIZE else page
-        core, found = self.core, []
+            return (rip if page <= rip < page + PAGE_SIZE else page), denied
+        core = self.core
+        found: dict[str, list[tuple[int, int]]] = {"r": [], "w": []}
         marker = core.marker
 
         def resolve(linear: int, kind: str, user: bool) -> Place:
-            if kind == denied and linear // PAGE_SIZE * PAGE_SIZE == page:
-                return Place(marker, "r" if kind == "r" else "rw")
+            if kind != "x" and linear // PAGE_SIZE * PAGE_SIZE == page:
+                return Place(marker, kind)
             if kind == "w":
                 return Place(core.scratch, "rw")
             physical = self._walk_freely(linear, kind, user)
@@ -527,15 +543,18 @@ class MachineCode(Processor):
             return Place(self._find_in_view(physical // PAGE_SIZE).mfn, kind)
 
         def on_access(seen: Seen) -> None:
-            if seen.kind == denied and seen.address // PAGE_SIZE == marker:
-                found.append(page + seen.address % PAGE_SIZE)
+            if seen.address // PAGE_SIZE == marker:
+                found[seen.kind].append((page + seen.address % PAGE_SIZE, seen.size))
 
         self._enter(core.stepper)
         core.stepper.save(self.vcpu, self._state)
         self._loaded = bytes(self.vcpu.context)
         with contextlib.suppress(Fault, GaveUp):
             core.step(self.vcpu.register("rip"), self._linear_rip, resolve, on_access)
-        return found[0] if found else page
+        if not found[denied]:
+            return page, denied
+        first = found[denied][0]
+        return first[0], "w" if first in found["w"] else denied
 
     # Exceptions.
 
@@ -595,6 +614,8 @@ class MachineCode(Processor):
         register, long = vcpu.register, self._long_mode
         rip = register("rip") + (trap.length if trap.kind in _FROM_BEHIND else 0)
         flags = register("rflags")
+        if trap.kind in _FROM_BEHIND:  # an exit meanwhile has set it
+            flags &= ~FLAG_RF
         if not register("cr0") & CR0_PE:
             self._through_vector_table(trap.vector, [rip, register("cs_sel"), flags])
             return
@@ -712,8 +733,12 @@ class MachineCode(Processor):
             return (yield from self._apply_trap_flag())
         return Done.NATIVE
 
-    def _execute_exiting(self) -> Waits[Done]:
+    def _execute_exiting(self) -> Waits[tuple[Done, int]]:
         """An instruction that the core must not execute alone, or bytes that look like one."""
+        done = yield from self._try_exiting()
+        return done, int(done is not Done.HELD)
+
+    def _try_exiting(self) -> Waits[Done]:
         linear = self._linear_rip
         room = PAGE_SIZE - linear % PAGE_SIZE
         code = self._fetch(linear)
@@ -1123,7 +1148,8 @@ class MachineCode(Processor):
         except Fault as fault:
             stopped = fault
             if fault.vector == PF and not is_replaced:
-                fault.address = self._exact(fault.address, fault.kind)
+                fault.address, tried = self._exact(fault.address, fault.kind)
+                fault.error_code |= _ERROR_WRITE if tried == "w" else 0
         finally:
             for mfn, content in {**patched, **kept}.items():
                 frames.page(mfn)[:] = content
