@@ -1536,6 +1536,15 @@ def test_fault_19_stores_into_another_page_with_code(counted: bool) -> None:
     assert computer.register("rax") & 0xFF == 2
 
 
+@pytest.mark.parametrize("counted", [False, True])
+def test_fault_19_a_store_ahead_of_itself_that_ends_as_a_prefix_does(counted: bool) -> None:
+    """It is a block by itself when it is executed: nothing in it exits, nor does it come again."""
+    code = b"\xeb\x00\xc7\x05" + int32(CODE + 18) + int32(0x6690_9090) + NOP * 12 + STOP
+    computer = Computer(code)
+    computer.host.run(computer.domid, 1000 if counted else None)
+    assert computer.vcpu.halted
+
+
 def test_fault_19_a_store_puts_what_exits_into_its_own_block() -> None:
     code = STORE_BYTE + int32(CODE + 0x800) + b"\x00" + b"\x66\xc7\x05" + int32(CODE + 18)
     code += b"\x0f\xa2" + NOP * 2 + NOP * 2 + STOP  # CPUID in the place of two NOPs

@@ -746,8 +746,11 @@ class Core:
             known = self._exits.get(page, set())
             for mfn in self._written:
                 if page in self._code[mfn].pages:
-                    part = bytes(self._frames.peek(mfn)[offset : offset + count])
-                    if any(address + at not in known for at in exiting_starts(part)):
+                    # With what follows: at its end any prefix may begin an instruction.
+                    end_of_part = offset + count + LONGEST_INSTRUCTION
+                    part = bytes(self._frames.peek(mfn)[offset:end_of_part])
+                    starts = (at for at in exiting_starts(part) if at < count)
+                    if any(address + at not in known for at in starts):
                         self._stale.add(mfn)
                         uc.emu_stop()
             address += count
