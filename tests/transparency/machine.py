@@ -214,8 +214,16 @@ class Machine:
         monitor.run(handle, timeout=PATIENCE)
         self._backend.domain_pause(self._domid)
         if ended != len(program.parts):
-            raise Stuck(f"{ended} of {len(program.parts)} vCPUs have ended")
+            raise Stuck(f"{ended} of {len(program.parts)} vCPUs have ended: {self._where()}")
         return self.dom.memory.read(FIRST, LAST - FIRST)
+
+    def _where(self) -> str:
+        """Say what its vCPUs do."""
+        info = self.dom.info()
+        if info.shutdown:
+            return f"the domain has shut down with reason {info.shutdown_reason}"
+        registers = [self.dom.vcpu(vcpu).registers() for vcpu in range(self.vcpus)]
+        return ", ".join(f"at {one.cs_base + one.rip:#x}, flags {one.rflags:#x}" for one in registers)
 
     def run_free(self, program: Program) -> Outcome:
         """Run it with nobody in its way."""
