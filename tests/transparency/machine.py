@@ -223,7 +223,7 @@ class Machine:
         if info.shutdown:
             return f"the domain has shut down with reason {info.shutdown_reason}"
         registers = [self.dom.vcpu(vcpu).registers() for vcpu in range(self.vcpus)]
-        return ", ".join(f"at {one.cs_base + one.rip:#x}, flags {one.rflags:#x}" for one in registers)
+        return ", ".join(f"at {one.linear_rip:#x}, flags {one.rflags:#x}" for one in registers)
 
     def run_free(self, program: Program) -> Outcome:
         """Run it with nobody in its way."""

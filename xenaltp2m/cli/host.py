@@ -8,6 +8,7 @@ import contextlib
 import math
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Self, TypeAlias
@@ -89,8 +90,9 @@ def connect(
         if script is not None and not executes:
             for vcpu in range(_MOCK_VCPUS):
                 backend.load(domid, script(memory // xa.PAGE_SIZE), vcpu, loop=True)
+        options.start_guest = partial(_unpause, backend, domid)  # no call of the agent's
         if start or not executes:
-            _unpause(xen.backend, domid)
+            begin(options)
         try:
             yield xen
         finally:  # where the agent failed before it was ready
@@ -98,14 +100,15 @@ def connect(
                 _unpause(backend, domid)
 
 
-def begin(domain: xa.Domain) -> None:
+def begin(options: argparse.Namespace) -> None:
     """Have the mock's guest run, now that the agent is ready; any other does so, or not, by itself.
 
     It executes at once: one that ends soon would have done so before anybody heard of it.
     """
-    backend = domain.xen.backend
-    if backend.name == "mock" and domain.info().paused:
-        _unpause(backend, domain.domid)
+    start_guest = getattr(options, "start_guest", None)
+    options.start_guest = None
+    if start_guest is not None:
+        start_guest()
 
 
 def _unpause(backend: Backend, domid: int) -> None:

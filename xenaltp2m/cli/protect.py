@@ -87,7 +87,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         )
         if options.duration != 0:
             console.note(f"The guest runs in view {view.id} {until(options)}.")
-        begin(domain)
+        begin(options)
         told: set[int] = set()
         for _ in signals.awaited(options.duration):
             _watch(view, told, console)

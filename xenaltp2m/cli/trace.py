@@ -192,7 +192,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         _tell_start(options, console, domain, symbols, prototypes)
         course = Course(options, domain.xen.backend.clock, "call")
         teller = _Teller(options, console, course, symbols, prototypes, trace, stop)
-        begin(domain)
+        begin(options)
         teller.listen()
     undone = "breakpoints removed", "vCPUs moved back", "monitor closed"
     note_undone(console, *undone, was_active=was_active)

@@ -194,7 +194,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
             watch.watch_bytes(ranges)
         _tell_start(domain, gfns, ranges, options, console, view)
         watch.check_view()
-        begin(domain)
+        begin(options)
         watch.listen(monitor, stop)
     undone = ["monitor closed"]
     if view is not None:
