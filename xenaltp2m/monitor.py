@@ -616,7 +616,7 @@ class Monitor(Handle):
 
         Other tasks of the loop get their turn at least every millisecond, between two events.
         """
-        loop = asyncio.get_running_loop()
+        loop, clock = asyncio.get_running_loop(), self._clock
         ready = asyncio.Event()
         with self._iteration():
             descriptor = self._poller.fileno()
@@ -628,7 +628,7 @@ class Monitor(Handle):
 
             self._leave_loop = leave
             try:
-                turn_ends = loop.time() + _TURN_SECONDS
+                turn_ends = clock.monotonic() + _TURN_SECONDS
                 while self._attached:
                     ready.clear()
                     event = self._next(0)
@@ -639,16 +639,16 @@ class Monitor(Handle):
                             await asyncio.wait_for(ready.wait(), _LIVENESS_SECONDS)
                         except TimeoutError:
                             event = self._ended() if self._attached else None
-                        turn_ends = loop.time() + _TURN_SECONDS
+                        turn_ends = clock.monotonic() + _TURN_SECONDS
                     if event is not None:
                         yield event
                         self._settle()
                         if type(event) is DomainEnded:
                             return
-                    if self._attached and loop.time() >= turn_ends:
+                    if self._attached and clock.monotonic() >= turn_ends:
                         self._flush()  # the turn of others may be long
                         await asyncio.sleep(0)
-                        turn_ends = loop.time() + _TURN_SECONDS
+                        turn_ends = clock.monotonic() + _TURN_SECONDS
             finally:
                 self._end_loop()
 

@@ -192,6 +192,9 @@ class Machine:
         self.dom.memory.write(FIRST, bytes(memory))
         for vcpu, part in enumerate(program.parts):
             self.begin(vcpu, _registers(program, vcpu, part))
+        wait = Part(self.image.address("wait32"), 0, OWN_STACKS, (0,) * len(_REGISTERS))
+        for vcpu in range(len(program.parts), self.vcpus):  # not by the tables of the one before
+            self.begin(vcpu, _registers(Program(0, Mode.FLAT), vcpu, wait))
 
     def run(self, program: Program, monitor: xa.Monitor, handler: Handler) -> bytes:
         """Let a program run to its end; return what it left.
