@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import struct
 from array import array
 from collections import deque
@@ -58,7 +59,7 @@ _MIB = 1 << 20
 _LOG_LENGTH = 100_000
 _LOGGED_ITEMS = 64
 _MAX_PAGES = (1 << 32) - 1
-_STEPS_AT_ONCE, _STEPS_OF_CODE_AT_ONCE = 256, 250_000
+_STEPS_AT_ONCE, _STEPS_OF_CODE_AT_ONCE, _TURNS_AT_ONCE = 256, 250_000, 256
 _HEADER_TYPECODE = 1
 _SAVE_HEADER = struct.pack("<IIQII", 0x54381286, 1, 0, 0x306C3, 2_000_000)
 """``struct hvm_save_header``: magic, version, changeset, cpuid, TSC's kHz."""
@@ -812,7 +813,9 @@ class ModelBackend:
     def _go_on(self, domid: int) -> None:
         """Let the vCPUs run for a while, now that something let them."""
         processors = self._processors_of(domid)
-        run(processors, self.steps_at_once, self._chance)
+        is_bounded = self.steps_at_once is not None and self._simulates(domid)
+        turns = _TURNS_AT_ONCE if is_bounded else math.inf
+        run(processors, self.steps_at_once, self._chance, turns)
         if self._simulates(domid) and any(one.ready for one in processors):
             self._monitor_of(domid).wake()  # so that it goes on when the agent looks
 

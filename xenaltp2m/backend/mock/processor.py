@@ -663,19 +663,22 @@ class Processor(ABC):
 WRITES_DROPPED = {PageType.RAM_RO, PageType.GRANT_MAP_RO}
 
 
-def run(processors: Sequence[Processor], steps: int | None, chance: Random) -> int:
+def run(
+    processors: Sequence[Processor], steps: int | None, chance: Random, turns: float = math.inf
+) -> int:
     """Let vCPUs run in turn, until none can or there were so many steps (None: however many).
 
     A step is an instruction, or an attempt of one that executes none. A turn of machine code has
     several; where several vCPUs can run, how many is a matter of chance. Where one can, and steps
-    are not counted, it goes on without an end: it is then several times as fast.
+    are not counted, it goes on without an end: it is then several times as fast. What leaves guest
+    mode ends a turn and takes as long as a thousand instructions: so turns have a limit, too.
 
     Returns:
         How many instructions were executed, of those that were counted.
     """
     executed = 0
     left = math.inf if steps is None else steps
-    while left > 0:
+    while left > 0 and turns > 0:
         ready = [processor for processor in processors if processor.ready]
         if not ready:
             break
@@ -687,6 +690,7 @@ def run(processors: Sequence[Processor], steps: int | None, chance: Random) -> i
             count = processor.step(0 if alone else int(min(limit, left)))
             executed += count
             left -= max(count, 1)
+        turns -= len(ready)
     return executed
 
 
