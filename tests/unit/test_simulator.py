@@ -1638,6 +1638,51 @@ def test_fault_23_no_rf_is_pushed_where_a_view_denied_the_stack(code: str) -> No
     assert computer.handled()[:3] == [CODE + len(code) // 2, KERNEL_CODE, 2]
 
 
+def test_fault_23_a_trap_has_no_rf_where_a_view_denied_the_stack() -> None:
+    """SDM 3B, 18.3.1.1: after an instruction RF is clear, which a trap's frame has."""
+    computer = Computer(NOP + STOP, views=True, listen=True)
+    computer.describe()
+    computer.set(rflags=TF | 2)
+    view = computer.view((STACK - 1 >> 12, RX))
+    request = heard(computer, Reason.MEM_ACCESS)
+    assert request.register("rip") == CODE + 1
+    computer.host.altp2m_set_mem_access(computer.domid, view, STACK - 1 >> 12, RWX)
+    computer.answer(request)
+    assert computer.handled()[:3] == [CODE + 1, KERNEL_CODE, TF | 2]
+
+
+@pytest.mark.parametrize("between", ["", "90", "eb00", "9090eb00"])
+def test_fault_23_pushf_pushes_no_rf_after_iret(between: str) -> None:
+    """SDM 2B, PUSHF: its image has none; and IRET's is over with the next instruction."""
+    computer = Computer(IRET)
+    computer.describe()
+    computer.write(STACK - 12, struct.pack("<3I", OTHER, KERNEL_CODE, RF | 2))
+    computer.write(OTHER, bytes.fromhex(between) + b"\x9c" + STOP)
+    computer.set(rsp=STACK - 12)
+    computer.run()
+    assert computer.words(STACK - 4, 1) == [2]
+
+
+@pytest.mark.parametrize("code", ["90", "40", "9d"])
+def test_fault_23_a_step_ends_before_its_trap(code: str) -> None:
+    """SDM 3C, 26.5.2: the monitor trap flag's exit comes before a single-step trap."""
+    computer = Computer(bytes.fromhex(code) + STOP, listen=True)
+    computer.describe()
+    computer.write(STACK - 4, int32(2))
+    computer.set(rflags=TF | 2, rsp=STACK - 4)
+    computer.switch("singlestep", True)
+    computer.vcpu.single_step = True
+    request = heard(computer, Reason.SINGLESTEP)
+    assert request.register("rip") == CODE + 1
+    assert computer.vcpu.delivered == []
+    computer.answer(request)
+    request = heard(computer, Reason.SINGLESTEP)
+    assert request.register("rip") == HANDLERS + 16 * DB
+    assert computer.vcpu.delivered == [(DB, 3)]
+    computer.answer(request, TOGGLE)
+    assert computer.handled()[0] == CODE + 1
+
+
 # Several vCPUs, several domains.
 
 

@@ -420,10 +420,8 @@ class Engine:
         if (rest_changed and changed(*_SEGMENT_FIELDS)) or state.wraps:
             state.put_segments(vcpu)
         uc.context_restore(state.saved)
-        flags = vcpu.register("rflags")
-        if flags & FLAG_RF or changed("rflags"):
-            self._value.value = flags & ~FLAG_RF  # which is over with the next
-            self._library.uc_reg_write(uc._uch, x86.UC_X86_REG_RFLAGS, ctypes.byref(self._value))
+        self._value.value = vcpu.register("rflags") & ~FLAG_RF  # which is over with the next
+        self._library.uc_reg_write(uc._uch, x86.UC_X86_REG_RFLAGS, ctypes.byref(self._value))
         if not rest_changed:
             return
         if changed("cr0", "cr3", "cr4", "msr_efer"):

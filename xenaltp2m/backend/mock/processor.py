@@ -237,9 +237,13 @@ class Processor(ABC):
             return 0
         if vcpu.single_step:  # vmx_intr_assist
             vcpu.monitor_trap_flag = True
-        if vcpu.pending is not None:
+        steps, vcpu.step_pending = vcpu.step_pending, False
+        if vcpu.pending is not None:  # an injected event, with which a pending trap is lost
             if (yield from self._deliver(vcpu.pending)) and vcpu.monitor_trap_flag:
                 yield from self._monitor_trap()
+            return 0
+        if steps:
+            yield from self._debug_exception(HARDWARE_EXCEPTION, 0, was_pending=True)
             return 0
         done, executed = yield from self._execute(1 if vcpu.monitor_trap_flag else limit)
         if done is Done.NATIVE and vcpu.monitor_trap_flag:
@@ -552,7 +556,7 @@ class Processor(ABC):
         if effect.is_in:
             self.vcpu.set_register("rax", effect.value)
 
-    def _debug_exception(self, kind: int, length: int) -> Waits[Done]:
+    def _debug_exception(self, kind: int, length: int, *, was_pending: bool = False) -> Waits[Done]:
         """``X86_EXC_DB`` in ``vmx_vmexit_handler``."""
         vcpu, monitor = self.vcpu, self.monitor
         traps = kind == HARDWARE_EXCEPTION
@@ -560,6 +564,9 @@ class Processor(ABC):
             if length:
                 self._advance(length)
             length = 0
+            if vcpu.monitor_trap_flag and not was_pending:  # its exit comes first (SDM 3C, 26.5.2)
+                vcpu.step_pending = True
+                return Done.NATIVE
         done = Done.EXITED if traps else Done.HELD  # INT1 comes again, a trap does not
         if (yield from vm_exit(monitor, vcpu, _EXCEPTION, DR6_STEP if traps else 0)):
             return done

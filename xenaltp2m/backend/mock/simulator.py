@@ -507,13 +507,17 @@ class MachineCode(Processor):
             return (yield from self._raise(Fault(VE)))
         return Done.HELD
 
-    def _access(self, denied: _Denied, linear: int, *, delivers: bool = False) -> Waits[Outcome]:
+    def _access(
+        self, denied: _Denied, linear: int, delivered: Trap | None = None
+    ) -> Waits[Outcome]:
         """Leave guest mode for an access, now that its linear address is known."""
         physical = denied.physical
         if denied.flags == AT_PAGE:
             physical = physical & ~(PAGE_SIZE - 1) | linear % PAGE_SIZE
-        self._fault_like()
+        if delivered is None or (delivered.vector, delivered.kind) != (DB, HARDWARE_EXCEPTION):
+            self._fault_like()  # a trap's RF is pushed as it is (SDM 3C, 28.3.3)
         about = physical, denied.kind, linear, denied.flags
+        delivers = delivered is not None
         return (yield from access(self.monitor, self.vcpu, *about, delivers=delivers))
 
     def _fault_like(self) -> None:
@@ -588,7 +592,7 @@ class MachineCode(Processor):
                 self._through_gate(trap)
             except _Denied as denied:
                 vcpu.pending = first
-                outcome = yield from self._access(denied, denied.linear, delivers=True)
+                outcome = yield from self._access(denied, denied.linear, trap)
                 if outcome is not Outcome.DONE:
                     return False
             except Fault as fault:

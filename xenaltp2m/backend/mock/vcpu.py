@@ -109,6 +109,8 @@ class Vcpu:
     """From the toolstack (``inject_event``)."""
     pending: Trap | None = None
     """Delivered when the guest is entered (``VM_ENTRY_INTR_INFO``)."""
+    step_pending: bool = False
+    """A single-step trap waits for the guest to be entered (``GUEST_PENDING_DBG_EXCEPTIONS``)."""
     map_cache_stale: bool = False
     """``mapcache_invalidate``: a page was removed, and what runs next tells the device model."""
     next_interrupt: bool = False
@@ -148,6 +150,7 @@ class Vcpu:
         """Forget what no save has: what an agent or the toolstack has asked of the vCPU."""
         self.event_pauses = 0
         self.single_step = self.monitor_trap_flag = self.next_interrupt = False
+        self.step_pending = False
         self.fast_step_view = self.injected = None
 
     def set_registers(self, values: Mapping[str, int]) -> None:
