@@ -1663,6 +1663,15 @@ def test_fault_23_pushf_pushes_no_rf_after_iret(between: str) -> None:
     assert computer.words(STACK - 4, 1) == [2]
 
 
+def test_fault_23_cmpxchg8b_changes_zf_alone() -> None:
+    """SDM 2A, CMPXCHG8B: CF, PF, AF, SF and OF are those of the ADD before it."""
+    code = b"\x04\x01\x0f\xc7\x0d" + int32(DATA) + STOP  # ADD AL, 1: 0x80
+    computer = Computer(code, rax=0x7F, rdx=1, rflags=2)
+    computer.run()
+    flags = computer.register("rflags")
+    assert flags & 0x8D5 == 0x890  # OF, SF, AF
+
+
 @pytest.mark.parametrize("code", ["90", "40", "9d"])
 def test_fault_23_a_step_ends_before_its_trap(code: str) -> None:
     """SDM 3C, 26.5.2: the monitor trap flag's exit comes before a single-step trap."""

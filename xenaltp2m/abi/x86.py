@@ -345,10 +345,11 @@ _PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3") | frozens
 )
 _EXITING = re.compile(
     rb"(?=[\x6c-\x6f\x9c\xcc-\xce\xe4-\xe7\xec-\xef\xf1\xf4\xfa\xfb]"
-    rb"|\x0f(?:[\x00\x01\x05-\x09\x20-\x23\x30-\x35\xa2]|\Z))",
+    rb"|\x0f(?:[\x00\x01\x05-\x09\x20-\x23\x30-\x35\xa2\xc7]|\Z))",
     re.DOTALL,
 )
-"""PUSHF is among them: Unicorn pushes RF, and keeps it longer than one instruction after IRET."""
+"""Among them are PUSHF, for Unicorn pushes RF and keeps it longer than one instruction after IRET,
+and CMPXCHG8B, whose other flags Unicorn takes from an instruction before the last."""
 
 
 def exiting_starts(page: bytes) -> Iterator[int]:
@@ -386,7 +387,7 @@ class Decoded(NamedTuple):
 
 
 SYSCALL, SYSENTER = 0x0F05, 0x0F34
-_UNPRIVILEGED = frozenset({0x9C, 0xCC, 0xCD, 0xCE, 0xF1, 0x0FA2, 0x0F31, SYSCALL, SYSENTER})
+_UNPRIVILEGED = frozenset({0x9C, 0xCC, 0xCD, 0xCE, 0xF1, 0x0FA2, 0x0FC7, 0x0F31, SYSCALL, SYSENTER})
 _UNPRIVILEGED_01 = frozenset({0xC1, 0xD0, 0xD4, 0xF9})
 
 
