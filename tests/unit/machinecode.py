@@ -88,8 +88,14 @@ class Computer(Guest):
     ) -> None:
         self.host = host or MockBackend(xen, memory_pages=1 << 13)
         self.host.steps_at_once = 0  # it runs when told to
+        others = len(self.host.machine.domains)
         self.domid = self.host.add_domain(
-            vcpus=vcpus, memory_kib=2048, superpages=False, max_kib=4096, mode=mode
+            f"guest {others}" if others else "guest",
+            vcpus=vcpus,
+            memory_kib=2048,
+            superpages=False,
+            max_kib=4096,
+            mode=mode,
         )
         self.model = self.host.domain(self.domid)
         self.vcpus = self.model.vcpus

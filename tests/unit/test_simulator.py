@@ -21,7 +21,7 @@ from xenaltp2m.abi.vm_event import Flag, Reason
 from xenaltp2m.backend.mock import MockBackend
 from xenaltp2m.backend.mock.core import Core, Engine
 from xenaltp2m.backend.mock.machine import SHUTDOWN_POWEROFF, SHUTDOWN_REBOOT
-from xenaltp2m.errors import InvalidArgumentError
+from xenaltp2m.errors import DomainNotFoundError, InvalidArgumentError
 from xenaltp2m.types import PAGE_SIZE, Altp2mMode
 
 from .machinecode import (
@@ -1761,7 +1761,7 @@ def test_a_domain_that_is_destroyed_while_somebody_holds_a_page() -> None:
     computer.host.destroy(computer.domid)
     assert computer.run(2) == 0
     computer.host.foreignmemory_unmap(mapped)
-    with pytest.raises(KeyError):
+    with pytest.raises(DomainNotFoundError):
         computer.host.domain(computer.domid)
 
 
