@@ -86,7 +86,7 @@ _REPEATS = frozenset(b"\xf2\xf3\x66\x67\x26\x2e\x36\x3e\x64\x65")
 _OFFSET = PAGE_SIZE - 1
 _W, _X = AccessFlag.W, AccessFlag.X
 _MOST_REPEATING = 64
-_MOST_REFUSALS = 1000
+_MOST_REFUSALS, _MOST_PASSED_OVER = 1000, 16
 """Attempts to use watched memory, all while one vCPU does not finish its step: then the next is
 let in beside it. What both do to one page may be told of one only, but no guest stands still."""
 _READ_ONES, _WRITE_NOWHERE = (
@@ -245,7 +245,9 @@ class Breakpoints(Handle):
         """Between two iterations of a string instruction that uses watched memory."""
         self._holder: int | None = None
         """The vCPU that may be in ``used``."""
-        self._refusals = 0
+        self._refusals = self._passed_over = 0
+        self._refused: dict[int, None] = {}
+        """The vCPUs that wait for it, in their order: else one that never rests kept others out."""
         self._opened: dict[int, Access] = {}
         """What ``used`` allows for some pages, beyond ``step``."""
         self._writers: dict[int, Collection[int]] = {}
@@ -1049,14 +1051,20 @@ class Breakpoints(Handle):
 
     def _may_enter_used(self, vcpu: int) -> bool:
         """Whether no other vCPU is in ``used``; it is taken to be there until it is known."""
-        holder = self._holder
+        holder, is_held = self._holder, False
         if holder is not None and holder != vcpu and self._refusals < _MOST_REFUSALS:
             assert self._used_view is not None
             self._monitor.flush()  # so that it is where it was sent to
-            if self._altp2m.vcpu_view(holder) == self._used_view.id:
-                self._refusals += 1
-                return False
-        self._holder, self._refusals = vcpu, 0
+            is_held = self._altp2m.vcpu_view(holder) == self._used_view.id
+        first = next(iter(self._refused), vcpu)
+        if is_held or (first != vcpu and self._passed_over < _MOST_PASSED_OVER):
+            self._refused.setdefault(vcpu)
+            self._refusals += is_held
+            self._passed_over += not is_held
+            return False
+        for one in (first, vcpu):  # the first does not come again, if it is another
+            self._refused.pop(one, None)
+        self._holder, self._refusals, self._passed_over = vcpu, 0, 0
         return True
 
     def _begin(
