@@ -50,6 +50,7 @@ FIELDS = {
     "default_access_number": "number of access `default`",
     "mode_set_at_creation": "altp2m mode fixed when the domain is created",
     "view_count_is_setting": "number of views from xl.cfg (else 10)",
+    "most_views": "most views there can be",
     "failed_enable_clears_active": "a failed enable leaves altp2m off",
     "lazy_copy_takes_view_default": "lazy copies take the view's default access",
     "superpage_copy_takes_view_default": "copied superpages do, too",
