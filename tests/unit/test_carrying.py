@@ -369,7 +369,7 @@ def test_a_killed_monitor_beside_imported_views(host: Lasting, tmp_path: Path) -
 def test_an_import_that_fails_leaves_nothing(host: Lasting, tmp_path: Path) -> None:
     saved(tmp_path / "a")
     before = host.domain_getinfolist(1, 1)
-    for nth in range(1, 60, 3):
+    for nth in range(1, 80, 3):
         host.fail(None, nth, EINVAL)
         done = run("import", tmp_path / "a", "guest")
         host._faults.clear()

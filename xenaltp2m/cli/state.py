@@ -205,8 +205,11 @@ def _import(options: argparse.Namespace, console: Console) -> None:
     with Signals() as signals, connect(options, console) as xen:
         signals.hold_back()
         made = import_views(xen, options.other, state, accept=options.accept)
-        with xen.domain(options.other) as domain:
-            _warn_of_what_is_missing(domain, made, console)
+        try:
+            with xen.domain(options.other) as domain:
+                _warn_of_what_is_missing(domain, made, console)
+        except xa.XenError as failure:  # the views are there all the same
+            console.warn(f"whether Xen has passed over some of it is not known: {failure}")
     _tell_of(made, options.file, "imported", console)
 
 
