@@ -53,7 +53,7 @@ class Use:
         self.told = False
         self.address, self.length, self.written = piece.address, piece.length, piece.written
         self.start = 0
-        """Where :attr:`old` begins."""
+        """Where ``old`` begins."""
         self.old = b""
 
     def cover(self, low: int, high: int, execution: Execution) -> None:

@@ -507,7 +507,7 @@ class Image(Symbols):
     def content(self, address: int, size: int) -> bytes | None:
         """Return what the file loads to a virtual address, slide not included.
 
-        None where it loads nothing there, or does not have it: see :attr:`has_code`.
+        None where it loads nothing there, or does not have it: see ``has_code``.
         """
         segment = self._segment_with(address, size)
         if segment is None or not self.has_code:

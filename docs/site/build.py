@@ -54,15 +54,23 @@ INTERNAL = (
     "abi",
     "arguments",
     "cli",
+    "dwarf",
+    "elf",
+    "executions",
+    "fingerprint",
+    "jsontext",
     "libxc",
     "loader",
+    "locations",
     "mapping",
+    "placement",
+    "repetitions",
     "runs",
     "session",
     "signals",
 )
 """Modules, and packages with all that is in them, that are nobody's but this package's."""
-EXPORTED_ONLY = ("altp2m", "domain", "vcpu", "view", "vm_event", "xen")
+EXPORTED_ONLY = ("altp2m", "domain", "view", "vm_event", "xen")
 """Modules of which ``xenaltp2m.__all__`` is all that is public, but for type aliases."""
 SHOWN = ("xenaltp2m.abi.releases", "xenaltp2m.abi.vm_event")
 """Internal modules that public names lead to."""

@@ -164,9 +164,9 @@ def test_an_unknown_condition_is_refused() -> None:
             ((-1, EOPNOTSUPP, None), (0, 0, None)),
         ),
         (
-            {"physical_address_bits": 9},
-            ("altp2m_set_suppress_ve_multi", [0, 0x200, 0x201, True]),
-            ((0, 0, None), (-1, EINVAL, None)),
+            {"physical_address_bits": 36},
+            ("altp2m_set_suppress_ve_multi", [0, 1 << 36, (1 << 36) + 1, True]),
+            ((0, 0, [1 << 36, EINVAL]), (-1, EINVAL, None)),
         ),
         (
             {"max_kib": 0},
