@@ -111,10 +111,6 @@ class TraceOptions(TypedDict, total=False):
     trust: bool
 
 
-_WATCHES_CALLS = False
-"""Off: with breakpoints at its CALLs a Debian kernel did not go on in the lab, on Xen 4.17."""
-
-
 class Trace(Handle):
     """A trace of a domain. Closing it leaves the domain as it was.
 
@@ -559,7 +555,7 @@ class _ReturnPlace:
 
     def arm(self, breakpoints: Breakpoints, callback: Callable[[Hit], object]) -> None:
         self._waiting += 1
-        if _WATCHES_CALLS and self._site is not None and self._breakpoint is None:
+        if self._site is not None and self._breakpoint is None:
             try:
                 self._breakpoint = breakpoints.insert(self._site, callback)
             except (NotMappedError, InvalidArgumentError, OutOfMemoryError):

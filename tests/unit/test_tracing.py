@@ -185,7 +185,6 @@ APART void work(void)
 """
 
 
-@pytest.mark.xfail(strict=True, reason="no breakpoints at CALLs until they work on Xen")
 @BITS
 def test_fault_12_frames_that_longjmp_leaves(make: Make, bits: int) -> None:
     """Each second time outer and inner do not come back: the next call of outer shows it."""
@@ -266,7 +265,6 @@ def test_fault_12_calls_through_the_same_place_by_pointer(make: Make, bits: int)
     assert seen == ["+one", "-one", "+two", "+one", "-one", "-two"] * 2
 
 
-@pytest.mark.xfail(strict=False, reason="no breakpoints at CALLs until they work on Xen")
 @pytest.mark.parametrize("before", [0, 2048, 4093])
 def test_fault_12_calls_from_a_page_s_ends(make: Make, before: int) -> None:
     """The CALL of each has a breakpoint; it stays where to remove it concerns another page."""
