@@ -11,6 +11,7 @@ format, logs and the console are left in the results directory. The exit status 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,13 @@ def build_wheel(target: Path) -> Path:
     return wheel
 
 
+def package(name: str) -> Path:
+    """Return where a package is that the tests have here, and dom0 has not."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
+
+
 def foreign_libraries(target: Path) -> Path:
     """Gather the libraries of :data:`SKEWED` under their sonames."""
     target.mkdir()
@@ -77,6 +85,7 @@ def boot(xen: str, wheel: Path, results: Path, job: str, *more: str) -> int:
     command += ["--wheel", str(wheel), *more]
     for put in puts:
         command += ["--put", f"{TREE / put}:{put}"]
+    command += ["--put", f"{package('capstone')}:capstone"]
     text = job.format(pytest=PYTEST, skewed=SKEWED)
     return subprocess.run([*command, "--", text], check=False).returncode
 
