@@ -59,7 +59,8 @@ def build_wheel(target: Path) -> Path:
 def package(name: str) -> Path:
     """Return where a package is that the tests have here, and dom0 has not."""
     spec = importlib.util.find_spec(name)
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     return Path(spec.origin).parent
 
 
