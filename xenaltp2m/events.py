@@ -25,6 +25,7 @@ from xenaltp2m.abi.vm_event import (
     layout,
 )
 from xenaltp2m.abi.x86 import EFER_LMA
+from xenaltp2m.arguments import check_flag, check_kind, check_number
 from xenaltp2m.errors import InvalidArgumentError
 from xenaltp2m.responses import EMULATE, LET_THROUGH, REINJECT, RESUME, Response, step_over
 from xenaltp2m.types import Gfn, VcpuId, ViewId
@@ -513,12 +514,18 @@ class WriteCtrlreg(Event):
                 it from happening. Goes for all register writes that the monitor hears of.
 
         Raises:
-            InvalidArgumentError: No register was given, or one whose writes cannot be denied.
+            InvalidArgumentError: No register was given, or one whose writes cannot be denied; or
+                an argument is none.
         """
         if register is None:
             raise InvalidArgumentError(
                 "say which register: WriteCtrlreg.on(ControlRegister.CR3) instead of WriteCtrlreg"
             )
+        check_kind("register", register, ControlRegister, "a ControlRegister")
+        check_flag("sync", sync)
+        check_number("ignored_bits", ignored_bits, most=(1 << 64) - 1)
+        check_flag("only_changes", only_changes)
+        check_flag("deniable", deniable)
         options = {
             "index": int(register),
             "sync": sync,
@@ -562,9 +569,15 @@ class MovToMsr(Event):
             only_changes: Writes of the value that is there are not told of.
             deniable: Whether the write waits for the answer, and :meth:`Response.deny` can keep
                 it from happening. Goes for all register writes that the monitor hears of.
+
+        Raises:
+            InvalidArgumentError: No MSR was given, or an argument is none.
         """
         if msr is None:
             raise InvalidArgumentError("say which MSR: MovToMsr.on(0xc0000082), not MovToMsr")
+        check_number("msr", msr, most=(1 << 32) - 1)
+        check_flag("only_changes", only_changes)
+        check_flag("deniable", deniable)
         options = {"msr": msr, "onchangeonly": only_changes}
         return Subscription(cls, "monitor_mov_to_msr", options, deniable)
 
@@ -622,6 +635,8 @@ class GuestRequest(Event):
             sync: Whether the vCPU waits for the answer.
             allow_userspace: Whether the guest's user mode may ask, too.
         """
+        check_flag("sync", sync)
+        check_flag("allow_userspace", allow_userspace)
         options = {"sync": sync, "allow_userspace": allow_userspace}
         return Subscription(cls, "monitor_guest_request", options)
 
@@ -648,6 +663,7 @@ class DebugException(Event):
         Args:
             sync: Whether the vCPU waits for the answer.
         """
+        check_flag("sync", sync)
         return Subscription(cls, "monitor_debug_exceptions", {"sync": sync})
 
     @property
@@ -766,6 +782,7 @@ class VmExit(Event):
             sync: Whether the vCPU waits for the answer. Xen then leaves the exit unhandled, and
                 the vCPU exits for the same cause again.
         """
+        check_flag("sync", sync)
         return Subscription(cls, "monitor_vmexit", {"sync": sync})
 
     @property

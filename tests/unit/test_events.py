@@ -270,6 +270,29 @@ def test_fault_27_what_is_no_part_of_a_response_is_refused(make, words: str) -> 
         make()
 
 
+@pytest.mark.parametrize(
+    ("subscribe", "words"),
+    [
+        (lambda: xa.WriteCtrlreg.on(3), "register must be a ControlRegister, not 3"),  # type: ignore[arg-type]
+        (lambda: xa.WriteCtrlreg.on("CR3"), "a ControlRegister, not 'CR3'"),  # type: ignore[arg-type]
+        (lambda: xa.WriteCtrlreg.on(xa.ControlRegister.CR3, sync=0), "sync must be True"),  # type: ignore[arg-type]
+        (lambda: xa.WriteCtrlreg.on(xa.ControlRegister.CR3, ignored_bits=-1), "ignored_bits must"),
+        (lambda: xa.WriteCtrlreg.on(xa.ControlRegister.CR3, deniable=None), "deniable must"),  # type: ignore[arg-type]
+        (lambda: xa.MovToMsr.on(1 << 32), "msr must be 0x0 to 0xffffffff"),
+        (lambda: xa.MovToMsr.on("LSTAR"), "msr must be an integer"),  # type: ignore[arg-type]
+        (lambda: xa.MovToMsr.on(0x10, only_changes="no"), "only_changes must"),  # type: ignore[arg-type]
+        (lambda: xa.GuestRequest.on(allow_userspace=1), "allow_userspace must"),  # type: ignore[arg-type]
+        (lambda: xa.DebugException.on(sync="no"), "sync must"),  # type: ignore[arg-type]
+        (lambda: xa.VmExit.on(sync=None), "sync must"),  # type: ignore[arg-type]
+    ],
+)
+def test_fault_27_what_is_no_option_of_a_subscription_is_refused(  # type: ignore[no-untyped-def]
+    subscribe, words: str
+) -> None:
+    with pytest.raises(xa.InvalidArgumentError, match=words):
+        subscribe()
+
+
 def test_a_closed_view_cannot_be_gone_to() -> None:
     with xa.connect("mock") as xen, xen.domain("guest") as dom, dom.altp2m() as altp2m:
         view = altp2m.create_view()
