@@ -63,4 +63,4 @@ def test_imported_verified_and_exported(tmp_path: Path) -> None:
         assert guest.dom.info() == before
         now = State.from_bytes((tmp_path / "b").read_bytes())
         assert diff(was, now) == ["added page 0 has another content"]
-        state("export", tmp_path / "c", "hello", code=2)
+        state("export", tmp_path / "c", "hello", code=1)
