@@ -61,7 +61,7 @@ from xenaltp2m.events import (
     VmExit,
     WriteCtrlreg,
 )
-from xenaltp2m.hooks import Breakpoint, Hit, LinearBreakpoint, Touch, Watch
+from xenaltp2m.hooks import Breakpoint, Hit, LinearBreakpoint, Patch, Touch, Watch
 from xenaltp2m.memory import AddressSpace, LinearPage, Memory
 from xenaltp2m.monitor import Monitor
 from xenaltp2m.responses import Action, Response
@@ -146,6 +146,7 @@ __all__ = [
     "MovToMsr",
     "NotMappedError",
     "OutOfMemoryError",
+    "Patch",
     "PlacementWarning",
     "PodTarget",
     "PrivilegedCall",

@@ -4,14 +4,15 @@
 A page with breakpoints is executed from a *shadow*, a copy with int3 in it, that one view shows
 instead of the page. Whoever reads sees the page itself, what is written lands in the page itself,
 and the shadow's own gfn looks as if nothing were there. Memory can be watched, too, in the same
-views. There are three, and one more where memory is watched::
+views. There are three, and one more where memory is watched or patched::
 
     view  | a page with breakpoints         | a shadow's own gfn      | a page with watches
     ------|---------------------------------|-------------------------|------------------------
     hooks | its shadow, to be executed only | the sink: reads as ones | not to be used unheard
     step  | itself, not to be written       | the sink                | not to be used unheard
     write | itself                          | the sink                | not to be used unheard
-    used  | itself, as its one vCPU needs   | the sink                | as its one vCPU needs
+    used  | itself, as its one vCPU needs,  | the sink                | as its one vCPU needs
+          | or a copy with patches          |                         |
 
 The vCPUs are in ``hooks``. One that comes upon an int3, or reads a page with breakpoints, executes
 that one instruction in ``step``; one that writes to such a page executes it in ``write``. One that
@@ -26,22 +27,30 @@ then: int3 is put where an instruction begins only while the bytes before it, as
 instruction may have, are those that stood there at first. Where they are not, every fetch from the
 page is looked at. Bytes in the page before, by the page tables of a vCPU, count as well: that page
 is executed as it is, and may not be written to in ``hooks`` and ``step``.
+
+A *patch* is other code in a shadow, which is executed at full speed. An instruction of a patch that
+cannot be executed there, because it uses a page with breakpoints or patches, or has a breakpoint,
+is stepped in ``used``. For that ``used`` shows a *copy* of its page, in which the bytes of just
+this instruction are patched, so that it reads all others as they are. What it writes into the copy
+is written to the page when the step ends.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from xenaltp2m.abi.vm_event import AccessFlag
 from xenaltp2m.abi.x86 import CR0_PG, GP, Repeated, repeated
+from xenaltp2m.arguments import check_bytes, check_number
 from xenaltp2m.errors import AlreadyError, InvalidArgumentError, NotMappedError, XenError
 from xenaltp2m.events import (
     Event,
     MemAccess,
+    Registers,
     Singlestep,
     SoftwareBreakpoint,
     TrapType,
@@ -53,12 +62,14 @@ from xenaltp2m.hooks import (
     Callback,
     Hit,
     LinearBreakpoint,
+    Patch,
     Touch,
     TouchCallback,
     Watch,
 )
-from xenaltp2m.instructions import LONGEST_ACCESS
+from xenaltp2m.instructions import LONGEST_ACCESS, LONGEST_INSTRUCTION, code_at, length
 from xenaltp2m.memory import MappedPages
+from xenaltp2m.patches import Copy, Patched
 from xenaltp2m.placement import check_placement
 from xenaltp2m.repetitions import Repetitions
 from xenaltp2m.responses import REINJECT, RESUME, STEP, Response
@@ -80,7 +91,6 @@ _BEFORE = 14
 """Bytes before an address from which on an instruction may reach behind it."""
 _MOST_LEADS = 8
 """Pages that come before one: a guest that maps it after more of them is stepped there."""
-_LONGEST_INSTRUCTION = 15
 _REPEATS = frozenset(b"\xf2\xf3\x66\x67\x26\x2e\x36\x3e\x64\x65")
 """What a repeated string instruction begins with: REP, sizes, segments."""
 _OFFSET = PAGE_SIZE - 1
@@ -117,10 +127,13 @@ class _Mapped:
         self.memory, self._unmap = memory, unmap
 
 
-class _Page(_Mapped):
-    """A page with breakpoints."""
+class _Page(_Mapped, Patched):
+    """A page with breakpoints or patches."""
 
-    __slots__ = ("before", "guess", "hooks", "inside", "leads", "planted", "shadow", "shadow_gfn")
+    __slots__ = (
+        "before", "copy", "guess", "hooks", "inside", "leads", "patches", "planted", "shadow",
+        "shadow_gfn",
+    )  # fmt: skip
 
     def __init__(
         self, memory: memoryview, shadow_gfn: int, shadow: memoryview, unmap: Callable[[], None]
@@ -140,19 +153,28 @@ class _Page(_Mapped):
         """That of them which is only taken for one, until a vCPU's page tables are seen."""
         self.inside: set[int] = set()
         """Offsets that were seen to be inside an instruction."""
+        self.patches: dict[int, bytes] = {}
+        """By offset."""
+        self.copy: Copy | None = None
+        """What ``used`` may show, where there are patches."""
 
     def can_be_planted(self) -> bool:
-        """Whether each breakpoint is where an instruction begins, as far as one can know."""
-        memory = self.memory
+        """Whether each breakpoint is where an instruction begins, as far as one can know.
+
+        What is not executed does not count: that has patches in its place.
+        """
         return (
             not self.inside
-            and all(memory[_start(at) : at] == before for at, before in self.before.items())
+            and all(
+                self.executed(_start(at), at) == self.patched(before, _start(at))
+                for at, before in self.before.items()
+            )
             and all(lead.is_as_it_was() for lead in self.leads.values())
         )
 
     def fill(self) -> None:
         """Make the shadow what it should be."""
-        content = bytearray(self.memory)
+        content = bytearray(self.executed(0, PAGE_SIZE))
         for offset in self.hooks:
             content[offset] = _INT3
         self.shadow[:] = content
@@ -175,6 +197,10 @@ class _Lead(_Mapped):
     def is_as_it_was(self) -> bool:
         """Whether nobody has changed these since."""
         return all(self.memory[at - _BEFORE :] == end for at, end in self.ends.items())
+
+
+_Instruction: TypeAlias = Mapping[int, Sequence[range]]
+"""Which bytes, by gfn, an instruction has in pages with patches; empty where none is patched."""
 
 
 def _start(offset: int) -> int:
@@ -219,6 +245,7 @@ class Breakpoints(Handle):
         self._leads: dict[int, set[int]] = {}
         """By gfn: after which pages with breakpoints it comes before, by their gfns."""
         self._linear: list[LinearBreakpoint] = []
+        self._patches: list[Patch] = []
         self._repetitions = Repetitions()
         self._set_up()
         # This one answers what those had waiting that are closed.
@@ -255,7 +282,11 @@ class Breakpoints(Handle):
         self._views: list[View] = []
         self._ids: set[int] = set()
         self._used_view: View | None = None
-        """``used``, once something is watched."""
+        """``used``, once something is watched or patched."""
+        self._shown: set[int] = set()
+        """The gfns of which ``used`` shows a copy."""
+        self._patched_steps: dict[int, _Instruction] = {}
+        """What vCPUs in ``used`` execute of patches."""
         self._responses: dict[tuple[View, bool], Response] = {}
         self._added = UndoList()
         """What the shadows are."""
@@ -276,10 +307,12 @@ class Breakpoints(Handle):
             for gfn, before in pages.items():
                 page = self._take(gfn)
                 page.hooks, page.before, page.inside = before.hooks, before.before, before.inside
-                page.guess = before.guess
+                page.guess, page.patches = before.guess, before.patches
+                if page.patches:
+                    page.copy = Copy(*self._shadows.take())
                 for gfn_before, lead in before.leads.items():
                     self._lead(gfn, gfn_before).ends = lead.ends
-            if self._watched:
+            if self._watched or self._patches:
                 self._create_used_view()
                 self._set_rights(self._watched)
                 self._count_afters()
@@ -401,11 +434,17 @@ class Breakpoints(Handle):
         """
         self._check_open()
         check_callback(callback)
-        if not isinstance(address, int):
-            address = self._physical(address, symbols, trust=trust)
+        address = self._physical(address, symbols, trust=trust)(0)
         gfn, offset = divmod(address, PAGE_SIZE)
         check_gfn(gfn)
         self._check_not_shadow(gfn)
+        for patch in self._patches:
+            if patch.overlaps(address, 1) and patch.address != address:
+                raise InvalidArgumentError(
+                    f"a breakpoint at {address:#x} would be inside {patch!r}",
+                    gfn=gfn,
+                    hint=("a breakpoint may be at the first byte of a patch",),
+                )
         page = self._pages.get(gfn) or self._take(gfn)
         made = Breakpoint(self, address, callback, each_iteration)
         if offset in page.hooks:
@@ -426,8 +465,17 @@ class Breakpoints(Handle):
             page.shadow[offset] = _INT3
         return made
 
-    def _physical(self, place: str | Symbol, symbols: Symbols | None, *, trust: bool) -> int:
-        """Find where something is that has a name, by the page tables in use now."""
+    def _physical(
+        self, place: int | str | Symbol, symbols: Symbols | None, *, trust: bool
+    ) -> Callable[[int], int]:
+        """Find where something is, by the page tables in use now if it has a name.
+
+        Returns:
+            The guest-physical address of the byte so many bytes after its first.
+        """
+        if isinstance(place, int):
+            check_number("address", place)
+            return place.__add__
         from xenaltp2m import fingerprint  # not before: it needs pyelftools
         from xenaltp2m.symbols import Image, Symbol
 
@@ -446,17 +494,21 @@ class Breakpoints(Handle):
         else:
             linear = symbols.address(place)
         registers = self._domain.registers()
-        physical = linear
+        to_physical: Callable[[int], int] = int
         if registers.cr0 & CR0_PG:
             space = self._domain.memory.kernel_space(registers)
-            physical = space.translate(linear).physical
+
+            def to_physical(address: int) -> int:
+                return space.translate(address).physical
+
         elif isinstance(symbols, Image):
-            physical = symbols.physical_of(linear)
+            to_physical = symbols.physical_of
+        to_physical(linear)  # raises where nothing is mapped
         if symbols is not None and not trust:
             fingerprint.check(self._domain, symbols, [place], registers)
             read = fingerprint.reader(self._domain, symbols, registers)
             check_placement(symbols, linear, read, registers.word_size)
-        return physical
+        return lambda offset: to_physical(linear + offset)
 
     def _note_ends(self, gfn: int, page: _Page, offset: int) -> None:
         """Remember what comes before a breakpoint in the page before its own."""
@@ -494,6 +546,113 @@ class Breakpoints(Handle):
             del self._leads[before]
         undo.push("", partial(self._set_rights, [before]))
         undo.unwind(f"removing the breakpoints of gfn {gfn:#x}")
+
+    @uninterruptible
+    def patch(
+        self,
+        address: int | str | Symbol,
+        code: bytes | bytearray | memoryview,
+        *,
+        symbols: Symbols | None = None,
+        trust: bool = False,
+    ) -> Patch:
+        """Have other code executed than the guest reads.
+
+        It may be done while the guest runs, and in a callback. A vCPU that is in the middle of what
+        is replaced goes on there, in the new bytes.
+
+        Args:
+            address: Of the first byte, as for :meth:`insert`. Behind the end of its page the patch
+                goes on where the page tables lead, or with a number in the next gfn.
+            code: What is executed, as long as what it replaces: 1 to 4096 bytes. Its relative jumps
+                and addresses are those of code at this address.
+            symbols: As for :meth:`insert`.
+            trust: As for :meth:`insert`.
+
+        Raises:
+            InvalidArgumentError: There is a patch, or a breakpoint, that does not begin where this
+                one does; or no view is left; or as for :meth:`insert`.
+            NotMappedError: As for :meth:`insert`.
+            SymbolError: As for :meth:`insert`.
+            OutOfMemoryError: The host, or the domain's p2m pool, is exhausted.
+        """
+        self._check_open()
+        check_bytes("code", code)
+        check_number("the length of code", memoryview(code).nbytes, 1, PAGE_SIZE)
+        code, to_physical = bytes(code), self._physical(address, symbols, trust=trust)
+        pieces: list[tuple[int, bytes]] = []
+        while rest := code[sum(len(piece) for _, piece in pieces) :]:
+            at = to_physical(len(code) - len(rest))
+            pieces.append((at, rest[: PAGE_SIZE - at % PAGE_SIZE]))
+        made = Patch(self, pieces)
+        self._check_free(made)
+        if self._used_view is None:
+            self._create_used_view()
+        undo = UndoList()
+        undo.push("", partial(self._take_out, made))
+        self._patches.append(made)
+        try:
+            for at, _ in pieces:
+                page = self._pages.get(at // PAGE_SIZE) or self._take(at // PAGE_SIZE)
+                page.copy = page.copy or Copy(*self._shadows.take())
+                self._outdate(at // PAGE_SIZE)
+            for at, piece in pieces:
+                self._pages[at // PAGE_SIZE].patches[at % PAGE_SIZE] = piece
+        except BaseException as error:
+            self._roll_back(undo, error, heir=self._undo)
+            raise
+        return made
+
+    def _check_free(self, new: Patch) -> None:
+        """Refuse a patch where another one is, or one with a breakpoint inside."""
+        for at, code in new.pieces:
+            gfn, offset = divmod(at, PAGE_SIZE)
+            check_gfn(gfn)
+            self._check_not_shadow(gfn)
+            for other in self._patches:
+                if other.overlaps(at, len(code)):
+                    raise InvalidArgumentError(
+                        f"{new!r} would overlap {other!r}", gfn=gfn, hint=("remove that first",)
+                    )
+            hooks = self._pages[gfn].hooks if gfn in self._pages else {}
+            for inside in hooks.keys() & set(range(offset, offset + len(code))):
+                place = gfn << PAGE_SHIFT | inside
+                if place != new.address:
+                    raise InvalidArgumentError(
+                        f"the breakpoint at {place:#x} would be inside {new!r}",
+                        gfn=gfn,
+                        hint=("a breakpoint may be at the first byte of a patch",),
+                    )
+
+    @uninterruptible
+    def _take_out(self, patch: Patch) -> None:
+        """Have the guest's own code executed again."""
+        places = [divmod(at, PAGE_SIZE) for at, _ in patch.pieces]
+        gfns = {gfn for gfn, _ in places} & self._pages.keys()
+        for gfn in gfns:
+            self._outdate(gfn)
+        for gfn, offset in places:
+            if gfn in gfns:
+                self._pages[gfn].patches.pop(offset, None)
+        with suppress(ValueError):
+            self._patches.remove(patch)
+        undo = UndoList()
+        for gfn in gfns:
+            undo.push("", partial(self._release_unpatched, gfn))
+        undo.unwind(f"removing {patch!r}")
+
+    def _release_unpatched(self, gfn: int) -> None:
+        """Let go of what a page has for patches, once it has none."""
+        page = self._pages[gfn]
+        if page.patches:
+            return
+        if page.copy is not None:
+            if gfn in self._shown:
+                self._show_itself(gfn)
+            self._shadows.give_back(page.copy.gfn)
+            page.copy = None
+        if not page.hooks:
+            self._release(gfn)
 
     @uninterruptible
     def insert_linear(
@@ -597,9 +756,13 @@ class Breakpoints(Handle):
             raise InvalidArgumentError(f"gfn {gfn:#x} is a shadow, not the guest's", gfn=gfn)
 
     @uninterruptible
-    def remove(self, unwanted: Breakpoint | Watch) -> None:
-        """Take a breakpoint or a watch out; one that was taken out already is passed over."""
+    def remove(self, unwanted: Breakpoint | Patch | Watch) -> None:
+        """Take a breakpoint, a patch or a watch out; one that is out already is passed over."""
         self._check_open()
+        if isinstance(unwanted, Patch):
+            if self._has_patch(unwanted):
+                self._take_out(unwanted)
+            return
         if isinstance(unwanted, Watch):
             undo = UndoList()
             undo.push("", partial(self._unwatch, unwanted))
@@ -615,11 +778,11 @@ class Breakpoints(Handle):
             return
         del page.hooks[offset], page.before[offset]
         page.inside.discard(offset)
-        if not page.hooks:
+        if not page.hooks and not page.patches:
             self._release(gfn)
             return
         if page.planted:
-            page.shadow[offset] = page.memory[offset]
+            page.shadow[offset] = page.executed(offset, offset + 1)[0]
         for lead in page.leads.values():
             lead.ends.pop(offset, None)
         if not any(at < _BEFORE for at in page.hooks):
@@ -646,6 +809,8 @@ class Breakpoints(Handle):
             as_it_was = is_on and all(view.effective_access(gfn) == rights[view] for view in rights)
             if as_it_was and page is not None and page.shadow_gfn:
                 as_it_was = self._shadows.is_hidden(page.shadow_gfn)
+            if as_it_was and page is not None and page.copy is not None:
+                as_it_was = self._shadows.is_hidden(page.copy.gfn)
             if not as_it_was:
                 has_some = page is not None or gfn in self._watched
                 lost |= {gfn} if has_some else self._leads[gfn]
@@ -744,6 +909,9 @@ class Breakpoints(Handle):
     def _watches(self, watch: Watch) -> bool:
         return watch in self._watched.get(watch.gfns[0], ())
 
+    def _has_patch(self, patch: Patch) -> bool:
+        return patch in self._patches and not self._closed
+
     def _has(self, one: Breakpoint) -> bool:
         gfn, offset = divmod(one.address, PAGE_SIZE)
         page = self._pages.get(gfn)
@@ -751,7 +919,6 @@ class Breakpoints(Handle):
 
     def _take(self, gfn: int) -> _Page:
         """Begin to shadow a page; its shadow is stale, which keeps all order simple."""
-        hooks = self.hooks
         undo = UndoList()
         try:
             memory, unmap = self._map(gfn)
@@ -764,14 +931,7 @@ class Breakpoints(Handle):
             page = self._pages[gfn] = _Page(memory, shadow_gfn, shadow, unmap)
             undo.push("", partial(self._pages.__delitem__, gfn))
             if self._int3:
-                # The remapped page gets the rights that its new gfn has: none for now. That gfn
-                # has to show the shadow meanwhile, which looks like nothing, still.
-                undo.push("", partial(self._shadows.hide, hooks, shadow_gfn))
-                hooks.revert(shadow_gfn)
-                hooks.set_access(shadow_gfn, Access.N)
-                hooks.remap(gfn, shadow_gfn, access=Access.N)
-                undo.push("", partial(hooks.revert, gfn))
-                self._shadows.hide(hooks, shadow_gfn)
+                self._shadows.show(self.hooks, gfn, shadow_gfn, undo)
             self._set_rights([gfn])
         except BaseException as error:
             self._roll_back(undo, error, heir=self._undo)
@@ -820,11 +980,13 @@ class Breakpoints(Handle):
         if event.view == self.hooks.id and page is not None and offset in page.hooks:
             if self._writers:
                 self._writers.pop(int(event.vcpu), None)
-            first = page.memory[offset]
+            first = page.executed(offset, offset + 1)[0]
             again = self._repeated(page, offset, event) if first in _REPEATS else None
-            over = REINJECT
+            over: Response | None = REINJECT
             if first != _INT3:
-                over = self._through(self._step_view, event, tell=again is not None)
+                over = self._over(event, tell=again is not None)
+            if over is None:
+                return self._back
             return self._hit(page.hooks[offset], event, over, again)
         if self._is_own(event):
             return REINJECT
@@ -832,7 +994,7 @@ class Breakpoints(Handle):
         page = self._pages.get(last_gfn)
         if event.view == self.hooks.id and page is not None and offset in page.hooks:
             self._found_inside(page, last_gfn, {offset})
-            return self._through(self._step_view, event)
+            return self._over(event) or self._back
         return RESUME  # it was removed since: the instruction comes again
 
     def _found_inside(self, page: _Page, gfn: int, offsets: set[int]) -> None:
@@ -876,6 +1038,9 @@ class Breakpoints(Handle):
         """Whether the guest has the int3 that it came to."""
         try:
             gfn, offset = self._last_byte(event)
+            page = self._pages.get(gfn)
+            if page is not None and page.patches:
+                return page.executed(offset, offset + 1)[0] == _INT3
             return self._domain.memory.read(gfn << PAGE_SHIFT | offset, 1)[0] == _INT3
         except (InvalidArgumentError, NotMappedError):
             return True  # no such page: then none of ours was there
@@ -883,11 +1048,9 @@ class Breakpoints(Handle):
     def _repeated(self, page: _Page, offset: int, event: Event) -> Repeated | None:
         """Decode a repeated string instruction; None for any other."""
         registers = event.registers
-        code = bytes(page.memory[offset : offset + _LONGEST_INSTRUCTION])
+        code = page.executed(offset, min(offset + LONGEST_INSTRUCTION, PAGE_SIZE))
         if _REPEATS.issuperset(code):  # it goes on in the next page
-            with suppress(XenError):
-                space = self._domain.memory.address_space(registers)
-                code = space.read(registers.linear_rip, _LONGEST_INSTRUCTION)
+            code = self._code(registers)
         size = registers.word_size
         return repeated(code, size == 8, min(size, 4))
 
@@ -901,7 +1064,14 @@ class Breakpoints(Handle):
         """Call all that want to know of an execution."""
         registers: dict[str, int] = {}
         calls = self._hits(breakpoints, event, registers, again)
-        return self._call(calls, breakpoints, registers, event, over)
+        patches = list(self._patches)
+
+        def over_now() -> Response:
+            if patches == self._patches or over is REINJECT:
+                return over
+            return self._over(event, waits=False) or over  # a callback has put one in, or out
+
+        return self._call(calls, breakpoints, registers, event, over_now)
 
     def _hits(
         self,
@@ -925,7 +1095,7 @@ class Breakpoints(Handle):
         still: Collection[object],
         registers: dict[str, int],
         event: Event,
-        over: Response,
+        over: Callable[[], Response],
     ) -> Response:
         """Call all that want to know; answer even where that fails.
 
@@ -937,11 +1107,12 @@ class Breakpoints(Handle):
                 call(what)
             except BaseException as error:  # noqa: BLE001 - raised below
                 failures.append(error)
-        response = over
         if self._closed:
             response = RESUME
         elif not still or "rip" in registers:
             response = self._back
+        else:
+            response = over()
         if registers:
             response = response.with_registers(**registers)
         if failures:
@@ -963,7 +1134,7 @@ class Breakpoints(Handle):
                 return self._fetched(page, event)
         elif self._is_lost(event):
             return RESUME
-        if watches or self._is_in_used(event):
+        if watches or self._is_in_used(event) or self._patched_in(event):
             return self._touched(watches or [], event)
         if is_code and flags & _W:
             self._writers[vcpu] = written = self._written_with(gfn, event.offset)
@@ -1016,9 +1187,10 @@ class Breakpoints(Handle):
         execution = self._executions.get(vcpu) if self._is_in_used(event) else None
         begins = execution is None
         if execution is None:
-            if not self._may_enter_used(vcpu):
+            if not self._is_in_used(event) and not self._may_enter_used(vcpu):
                 return self._again(event)
-            execution, calls = self._begin(event, registers)
+            is_patched = self._show(event)
+            execution, calls = self._begin(event, registers, is_patched=is_patched)
         code = self._code_in(gfn) if is_written else ()
         if code:
             self._writers[vcpu] = {*self._writers.get(vcpu, ()), *code}
@@ -1030,7 +1202,8 @@ class Breakpoints(Handle):
             again = self._repeated(self._pages[place], offset, event)
         new = execution.access(event, watches)
         plain = not (self._afters or found) and execution.is_plain(event)
-        over = self._through(self._used_view, event, plain=plain)
+        tell = vcpu in self._patched_steps
+        over = self._through(self._used_view, event, tell=tell, plain=plain)
         self._executions[vcpu] = execution
         opened = {} if begins else dict(self._opened)
         self._open(opened | {gfn: Access.RWX if is_written else Access.RX})
@@ -1047,7 +1220,7 @@ class Breakpoints(Handle):
                 calls.append((watch.before, Touch(use, event, registers)))
         calls += self._hits(found, event, registers, again)
         still = [event] if found or not watches else watches  # a hit does not come again
-        return self._call(calls, still, registers, event, over)
+        return self._call(calls, still, registers, event, lambda: over)
 
     def _may_enter_used(self, vcpu: int) -> bool:
         """Whether no other vCPU is in ``used``; it is taken to be there until it is known."""
@@ -1068,21 +1241,22 @@ class Breakpoints(Handle):
         return True
 
     def _begin(
-        self, event: MemAccess, registers: dict[str, int]
+        self, event: MemAccess, registers: dict[str, int], *, is_patched: bool
     ) -> tuple[Execution, list[tuple[Callable[[Any], object], object]]]:
         """Return the execution that an instruction belongs to, and whom to call of another's end.
 
         An execution that the guest has given up between two iterations never goes on.
         """
+        code = self._code(event.registers) if is_patched else None
         for execution in self._repeating:
             if execution.goes_on_at(event.registers):
                 self._repeating.remove(execution)
-                execution.begin(event.registers)
+                execution.begin(event.registers, code)
                 return execution, []
         ended = []
         if len(self._repeating) > _MOST_REPEATING:
             ended = self._end(self._repeating.pop(0), event, registers)
-        return Execution(self._domain.memory, self._mapped, event.registers), ended
+        return Execution(self._domain.memory, self._mapped, event.registers, code), ended
 
     @uninterruptible
     def _open(self, wanted: dict[int, Access]) -> None:
@@ -1172,12 +1346,14 @@ class Breakpoints(Handle):
                 return RESUME
         found = page.hooks.get(offset) if event.offset == offset else None
         again = self._repeated(page, offset, event) if found is not None else None
-        over = self._through(self._step_view, event, tell=again is not None)
+        over = self._over(event, tell=again is not None)
+        if over is None:
+            return self._back
         return over if found is None else self._hit(found, event, over, again)
 
     def _knows_before(self, page: _Page, event: MemAccess) -> bool:
         """Learn by the page tables in use which page comes before one that is to be executed."""
-        if min(page.hooks) >= _BEFORE:
+        if min(page.hooks, default=PAGE_SIZE) >= _BEFORE:
             return True
         registers, gfn = event.registers, int(event.gfn)
         linear = event.gla if event.access_flags & AccessFlag.GLA_VALID else registers.linear_rip
@@ -1230,6 +1406,8 @@ class Breakpoints(Handle):
         vcpu = int(event.vcpu)
         self._writers.pop(vcpu, None)
         self._told.discard(vcpu)
+        for gfn in self._patched_steps.pop(vcpu, {}):
+            self._write_through(gfn)
         if self._holder == vcpu:
             self._holder = None
         execution = self._executions.pop(vcpu, None)
@@ -1241,7 +1419,150 @@ class Breakpoints(Handle):
         if goes_on:
             self._repeating.append(execution)
         calls = self._end(execution, event, registers, goes_on=goes_on)
-        return self._call(calls, calls, registers, event, self._back)
+        return self._call(calls, calls, registers, event, lambda: self._back)
+
+    # Instructions of patches.
+
+    def _places(self, registers: Registers) -> Iterator[tuple[int, int, int]]:
+        """Yield where the next instruction's bytes may be: gfn, offset, how many in this page."""
+        linear = registers.linear_rip
+        here = min(LONGEST_INSTRUCTION, PAGE_SIZE - linear % PAGE_SIZE)
+        space = self._domain.memory.address_space(registers, mapped=self._mapped)
+        for at, size in ((linear, here), (linear + here, LONGEST_INSTRUCTION - here)):
+            if not size:
+                return
+            try:
+                gfn, offset = divmod(space.translate(at).physical, PAGE_SIZE)
+            except XenError:
+                return  # it ends before, or faults
+            yield gfn, offset, size
+
+    def _code(self, registers: Registers) -> bytes:
+        """Return the next instruction's bytes, and what follows, as they are executed."""
+        space = self._domain.memory.address_space(registers, mapped=self._mapped)
+        code = bytearray(code_at(registers, space))
+        done = 0
+        for gfn, offset, size in self._places(registers):
+            if gfn in self._pages:
+                piece = code[done : done + size]
+                code[done : done + size] = self._pages[gfn].patched(piece, offset)
+            done += size
+        return bytes(code)
+
+    def _patched_in(self, event: Event) -> _Instruction:
+        """Return where the next instruction is, if some of it is patched.
+
+        One that has begun in another view than ``hooks`` began before the patch was there.
+        """
+        found: dict[int, list[range]] = {}
+        if not self._patches or event.view != self.hooks.id:
+            return found
+        registers = event.registers
+        left = length(registers, self._code(registers))
+        for gfn, offset, room in self._places(registers):
+            page, stop = self._pages.get(gfn), offset + min(room, left)
+            left -= stop - offset
+            if page is not None and page.is_patched(offset, stop):
+                found.setdefault(gfn, []).append(range(offset, stop))
+        return found
+
+    def _over(self, event: Event, *, tell: bool = False, waits: bool = True) -> Response | None:
+        """Have the next instruction stepped; None if it is patched, and has to come again.
+
+        Args:
+            event: It is about to be executed.
+            tell: As for :meth:`_through`.
+            waits: Whether it comes again while another vCPU is in ``used``.
+        """
+        if not self._patched_in(event):
+            return self._through(self._step_view, event, tell=tell)
+        assert self._used_view is not None
+        if waits and not self._may_enter_used(int(event.vcpu)):
+            return None
+        self._open({})
+        self._show(event)
+        return self._through(self._used_view, event, tell=True)
+
+    @uninterruptible
+    def _show(self, event: Event) -> bool:
+        """Have ``used`` show the next instruction patched; return whether it is patched.
+
+        Others that are in ``used``, still, find theirs there, too.
+        """
+        assert self._used_view is not None
+        vcpu, steps = int(event.vcpu), self._patched_steps
+        patched = steps.pop(vcpu, {}) if self._is_in_used(event) else self._patched_in(event)
+        steps.pop(vcpu, None)
+        if not (patched or self._shown):
+            return False
+        if steps:
+            self._monitor.flush()  # so that each is where it was sent to
+        for other in list(steps):
+            if self._altp2m.vcpu_view(other) != self._used_view.id:
+                del steps[other]
+        if patched:
+            steps[vcpu] = patched
+        wanted: dict[int, list[range]] = {}
+        for some in steps.values():
+            for gfn, places in some.items():
+                if gfn in self._pages and self._pages[gfn].copy is not None:
+                    wanted.setdefault(gfn, []).extend(places)
+        for gfn in self._shown - wanted.keys():
+            self._show_itself(gfn)
+        for gfn, places in wanted.items():
+            self._show_copy(gfn, places)
+        return bool(patched)
+
+    def _show_copy(self, gfn: int, patched: Collection[range]) -> None:
+        """Have ``used`` show a page in which just some bytes are patched."""
+        used, page = self._used_view, self._pages[gfn]
+        assert used is not None
+        assert page.copy is not None
+        if gfn not in self._shown:
+            undo = UndoList()
+            try:
+                self._shadows.show(used, gfn, page.copy.gfn, undo)
+            except BaseException as error:
+                undo.push("", partial(self._set_rights, [gfn]))
+                self._roll_back(undo, error, heir=self._undo)
+                raise
+            self._shown.add(gfn)
+        elif len(self._patched_steps) > 1:
+            used.set_access(gfn, Access.N)  # so that none of them writes to it meanwhile
+        self._write_through(gfn)
+        content = bytearray(page.memory)
+        for one in patched:
+            content[one.start : one.stop] = page.executed(one.start, one.stop)
+        page.copy.fill(content)
+        used.set_access(gfn, self._rights(gfn)[used])
+
+    def _show_itself(self, gfn: int) -> None:
+        """Have ``used`` show a page itself again."""
+        used, page = self._used_view, self._pages[gfn]
+        assert used is not None
+        assert page.copy is not None
+        used.set_access(gfn, Access.N)
+        self._write_through(gfn)
+        used.revert(gfn)
+        self._shown.discard(gfn)
+        page.copy.empty()
+        used.set_access(gfn, self._rights(gfn)[used])
+
+    @uninterruptible
+    def _write_through(self, gfn: int) -> None:
+        """Write to a page what was written to its copy."""
+        page = self._pages.get(gfn)
+        if page is None or page.copy is None:
+            return
+        for offset, data in page.copy.written():
+            for one in self._code_in(gfn):
+                self._outdate(one)
+            with suppress(InvalidArgumentError, NotMappedError):  # the page is gone
+                self._domain.memory.write(gfn << PAGE_SHIFT | offset, data)
+
+    def _write_all_through(self) -> None:
+        for gfn in self._shown:
+            self._write_through(gfn)
 
     def _nothing(self, event: MemAccess) -> Response:
         """Answer for a shadow's own gfn as Xen does where there is no memory."""
@@ -1276,6 +1597,7 @@ class Breakpoints(Handle):
         undo.push("", lambda: self._undo.unwind(doing))
         for gfn in self._pages:
             undo.push(f"mapping of gfn {gfn:#x} of domain {self._domid}", partial(self._unmap, gfn))
+        undo.push("", self._write_all_through)
         undo.push(f"vCPUs of domain {self._domid} in our views", self._leave)
         undo.unwind(doing)
 

@@ -73,24 +73,35 @@ class Use:
 class Execution:
     """An instruction that one vCPU executes; of a repeated string instruction, all iterations."""
 
-    def __init__(self, memory: Memory, mapped: MappedPages, registers: Registers) -> None:
+    def __init__(
+        self,
+        memory: Memory,
+        mapped: MappedPages,
+        registers: Registers,
+        code: bytes | None = None,
+    ) -> None:
         self._memory, self._mapped = memory, mapped
         self.uses: dict[Watch, Use] = {}
         """Of the watches that were called, or are to be."""
         self.beside: set[Watch] = set()
         """Watches in pages that were used so, which are not known to be reached."""
-        self.begin(registers)
+        self.begin(registers, code)
 
-    def begin(self, registers: Registers) -> None:
-        """Begin, or go on with the next iteration."""
+    def begin(self, registers: Registers, code: bytes | None = None) -> None:
+        """Begin, or go on with the next iteration.
+
+        Args:
+            registers: Before it.
+            code: The instruction, where another one is executed than memory has.
+        """
         self.registers = registers
         self.written: dict[int, bytes] = {}
         """The pages that it may write in this step, as they were."""
         self._pushed: dict[int, int] = {}
         """Linear addresses of writes that look like pushes, by gfn."""
         self._space: AddressSpace | None = None
-        self._code: bytes | None = None
-        self._decoded: DataUse | None = None
+        self._code = code
+        self._decoded = None if code is None else data_use(registers, code)
 
     # Decoding, once somebody has to know.
 

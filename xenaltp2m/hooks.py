@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Breakpoints and watches themselves, and what their callbacks are called with."""
+"""Breakpoints, patches and watches themselves, and what their callbacks are called with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeAlias, Unpack
 
@@ -173,6 +173,38 @@ class Breakpoint:
 
     def remove(self) -> None:
         """Take it out; again is harmless."""
+        self._owner.remove(self)
+
+
+class Patch:
+    """Code that the guest executes and does not read. Made by :meth:`Breakpoints.patch`.
+
+    Attributes:
+        address: Guest-physical, of the first byte.
+        code: The bytes that are executed.
+        pieces: The same, as they lie in pages: the guest-physical address of each piece.
+    """
+
+    def __init__(self, owner: Breakpoints, pieces: Sequence[tuple[int, bytes]]) -> None:
+        self._owner = owner
+        self.address = pieces[0][0]
+        self.pieces = tuple(pieces)
+        self.code = b"".join(code for _, code in pieces)
+
+    def __repr__(self) -> str:
+        return f"<Patch of {len(self.code)} bytes at {self.address:#x}>"
+
+    def overlaps(self, address: int, length: int) -> bool:
+        """Return whether some bytes of guest-physical memory are among those it replaces."""
+        return any(at < address + length and address < at + len(code) for at, code in self.pieces)
+
+    @property
+    def inserted(self) -> bool:
+        """Whether it is executed, still."""
+        return self._owner._has_patch(self)
+
+    def remove(self) -> None:
+        """Have the guest's own code executed again; again is harmless."""
         self._owner.remove(self)
 
 

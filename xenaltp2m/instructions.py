@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 LONGEST_ACCESS = 64
 """Bytes of one operand, but for those that save a CPU's whole state."""
-_LONGEST_INSTRUCTION = 15
+LONGEST_INSTRUCTION = 15
 _LONGEST_STATE = 11_008
 """Bytes of an XSAVE area with every component of today's CPUs, AMX included (CPUID leaf 0xd)."""
 
@@ -68,12 +68,21 @@ class _Shape(NamedTuple):
 def code_at(registers: Registers, space: AddressSpace) -> bytes:
     """Read the bytes of the next instruction, as many as can be."""
     rip = registers.linear_rip
-    for length in (_LONGEST_INSTRUCTION, -rip % PAGE_SIZE):
+    for length in (LONGEST_INSTRUCTION, -rip % PAGE_SIZE):
         try:
-            return space.read(rip, min(length, _LONGEST_INSTRUCTION))
+            return space.read(rip, min(length, LONGEST_INSTRUCTION))
         except (NotMappedError, InvalidArgumentError):
             continue
     return b""
+
+
+def length(registers: Registers, code: bytes) -> int:
+    """Return how many bytes the instruction has that some code begins with.
+
+    Where nothing tells: as many as it may have.
+    """
+    found = decoded(code[:LONGEST_INSTRUCTION], registers.word_size)
+    return len(found[0]) if found else LONGEST_INSTRUCTION
 
 
 def repeats(registers: Registers, code: bytes) -> Repeated | None:

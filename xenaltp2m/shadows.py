@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from xenaltp2m.view import View
 
 _AT_ONCE = 16
-_NOTHING = b"\xff" * PAGE_SIZE
+NOTHING = b"\xff" * PAGE_SIZE
 """What a guest reads where there is no memory."""
 
 
@@ -48,8 +48,21 @@ class Shadows:
 
     def give_back(self, gfn: int) -> None:
         """Have it for the next one; it is hidden again."""
-        self._memory[gfn][:] = _NOTHING
+        self._memory[gfn][:] = NOTHING
         self._free.append(gfn)
+
+    def show(self, view: View, gfn: int, shadow: int, undo: UndoList) -> None:
+        """Let a view show a shadow instead of a page; nobody may use it yet.
+
+        The remapped page gets the rights that its new gfn has: none for now. That gfn has to show
+        the shadow meanwhile, which looks like nothing, still.
+        """
+        undo.push("", partial(self.hide, view, shadow))
+        view.revert(shadow)
+        view.set_access(shadow, Access.N)
+        view.remap(gfn, shadow, access=Access.N)
+        undo.push("", partial(view.revert, gfn))
+        self.hide(view, shadow)
 
     def hide(self, view: View, gfn: int) -> None:
         """Let a view show the sink instead."""
@@ -103,7 +116,7 @@ class Shadows:
                 partial(self._unmap, pages),
             )
             for gfn, page in zip(gfns, pages, strict=True):
-                page[:] = _NOTHING
+                page[:] = NOTHING
                 self._memory[gfn] = page
             shadows = gfns
             if not self._sink:

@@ -668,3 +668,130 @@ def test_corners(host_name: str, fast: bool, int3: bool, place: str, times: int)
         assert hook.hits == rounds * times
         assert guest.words("noticed") == (0,)
         assert guest.words("based_count") == guest.words("traps") == (rounds,)
+
+
+# Patches.
+
+OTHER_RETURN = b"\x8d\x44\x40\x02"
+"""LEA 2(%eax, %eax, 2), %eax: of hit(), which adds 1."""
+
+
+@pytest.mark.parametrize(("fast", "int3"), WAYS, ids=WAY_NAMES)
+def test_fault_28_a_patched_function_returns_another_value_each_time(
+    racer: RunningGuest, fast: bool, int3: bool
+) -> None:
+    """To each vCPU for all its calls; and once it is removed, or closed, its own."""
+    calls = CALLS // racer.vcpus
+    every = [calls] * racer.vcpus
+    at = racer.address("hit") + 4
+
+    def until(wanted: int) -> None:
+        racer.write_word("go", wanted)
+        serve(monitor, breakpoints, lambda: racer.lines("done") == [wanted] * racer.vcpus)
+
+    before = racer.sums()[at >> 12]
+    pages = racer.dom.info().pages
+    racer.write_word("go", calls)
+    with hooked(racer, fast=fast, int3=int3) as (monitor, breakpoints):
+        patch = breakpoints.patch(at, OTHER_RETURN)
+        racer.start()
+        until(calls)
+        assert racer.lines("noticed") == every
+        assert racer.sums()[at >> 12] == before
+        patch.remove()
+        until(2 * calls)
+        assert racer.lines("noticed") == every
+        hook = breakpoints.insert(at, lambda hit: None)
+        breakpoints.patch(at, OTHER_RETURN)
+        some = max(calls // 20, 20)
+        until(2 * calls + some)
+        assert hook.hits == some * racer.vcpus
+        assert racer.lines("noticed") == [calls + some] * racer.vcpus
+        assert racer.words("total")[0] == (2 * calls + some) * racer.vcpus
+    assert racer.sums()[at >> 12] == before
+    assert racer.dom.info().pages <= pages
+
+
+@pytest.mark.parametrize(("fast", "int3"), WAYS, ids=WAY_NAMES)
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "breakpoints"])
+def test_fault_28_the_checker_finds_no_patch(
+    checker: RunningGuest, fast: bool, int3: bool, beside: bool
+) -> None:
+    """It counts elsewhere, which the guest notices; its code looks as ever, and can be changed."""
+    target, counter = checker.address("target"), checker.address("counter")
+    passes = 4
+    with hooked(checker, fast=fast, int3=int3) as (monitor, breakpoints):
+        breakpoints.patch(target, b"\xff\x05" + word(counter + 4))
+        hits: list[int] = []
+        for name in ("target", "patched", "target2") if beside else ():
+            breakpoints.insert(checker.address(name), lambda hit: hits.append(1))
+        events = iter(range(1 << 30))
+
+        def answer(event: xa.Event) -> xa.Response | None:
+            if next(events) % 64 == 0:  # it never rests
+                monitor.stop()
+            return breakpoints(event)
+
+        checker.start()
+        serve(monitor, answer, lambda: checker.words("noticed", 6)[5] >= passes)
+        with checker.dom.paused():
+            counted = checker.words("counter", 2)
+            found, done = noticed(checker), checker.words("noticed", 6)[5]
+            assert found["calls"] in (done, done + 1)
+            assert found | {"calls": 0} == NOTHING
+            assert counted[0] == 0
+            assert 0 <= counted[1] - checker.words("calls")[0] <= 1
+    assert bool(hits) == beside
+
+
+def patched_program(turns: int) -> tuple[bytes, dict[str, int]]:
+    """Calls two functions so many times, one across a page's end; and the places in it."""
+    across, own = BASE + 0x1000 - 3, BASE + 0x800
+    here = BASE + 0x400
+    code = bytearray(b"\xbc" + word(READ) + b"\xbe" + word(turns))
+    start = len(code)
+    for target, result in ((across, END + 4), (own, END + 8)):
+        code += b"\xe8" + word(target - (BASE + len(code) + 5)) + b"\xa3" + word(result)
+    code += b"\x8b\x1d" + word(own) + b"\x89\x1d" + word(END + 12)
+    code += b"\x4e\x0f\x85" + word(start - (len(code) + 7))  # DEC ESI, JNZ
+    code += b"\xc7\x05" + word(END) + word(1) + YIELD_FOR_EVER
+    pages = bytearray(0x7000)
+    pages[: len(code)] = code
+    pages[across - BASE : across - BASE + 6] = b"\xb8" + word(1) + b"\xc3"
+    pages[own - BASE : own - BASE + 32] = b"\xb8" + word(2) + b"\xc3" * 27
+    return bytes(pages), {"across": across, "own": own, "here": here}
+
+
+@pytest.mark.parametrize(("fast", "int3"), WAYS, ids=WAY_NAMES)
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "breakpoint"])
+def test_fault_28_patched_code_uses_its_own_page(
+    host_name: str, fast: bool, int3: bool, beside: bool, tmp_path: Path
+) -> None:
+    """One patch goes on into the next page; one adds to its page, and reads itself from there."""
+    turns = max(CALLS // 10, 20)
+    image, at = patched_program(turns)
+    path = tmp_path / "patched.elf"
+    write_image(path, BASE, image)
+    with running(host_name, str(path)) as guest:
+        before = guest.dom.memory.read(BASE, len(image))
+        with hooked(guest, fast=fast, int3=int3) as (monitor, breakpoints):
+            breakpoints.patch(at["across"], b"\xb8" + word(0x0A0B0C0D))
+            add = b"\x83\x05" + word(at["here"]) + b"\x03"
+            patch = breakpoints.patch(
+                at["own"], add + b"\xa1" + word(at["own"] + 16) + b"\x90" * 12 + b"\xc3"
+            )
+            hook = breakpoints.insert(at["own"] if beside else END + 0x800, lambda hit: None)
+            guest.start()
+            serve(monitor, breakpoints, lambda: guest.dom.memory.read(END, 1) == b"\1")
+            patch.remove()
+        wanted = bytearray(before)
+        for place, value in (
+            (at["here"], 3 * turns), (END, 1), (END + 4, 0x0A0B0C0D), (END + 8, 0xC3C3C3C3),
+            (END + 12, int.from_bytes(b"\xb8" + word(2)[:3], "little")),
+        ):  # fmt: skip
+            wanted[place - BASE : place - BASE + 4] = word(value)
+        after = bytearray(guest.dom.memory.read(BASE, len(image)))
+        after[READ - 8 - BASE : READ - BASE] = bytes(8)  # its stack
+        wanted[READ - 8 - BASE : READ - BASE] = bytes(8)
+        assert after == wanted
+        assert hook.hits == (turns if beside else 0)

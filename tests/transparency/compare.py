@@ -14,7 +14,9 @@ from xenaltp2m.types import PAGE_SIZE
 from .machine import FIRST, Machine, Stuck, executions, log_of
 from .programs import DATA, DATA_BYTES, DATA_PAGES, Program
 
-MOST_BREAKPOINTS, MOST_WATCHES = 12, 3
+MOST_BREAKPOINTS, MOST_WATCHES, MOST_PATCHES = 12, 3, 8
+MOST_BYTES = 64
+"""Of a patch: where instructions are further apart, data is between them."""
 STEPPED_EACH = 4
 """Of how many programs one is stepped, which takes as long as all else."""
 _SHOWN = 4
@@ -26,6 +28,7 @@ class Plan:
 
     Attributes:
         breakpoints: Guest-physical addresses.
+        patches: Addresses and lengths; they have the bytes that are there.
         watches: Addresses and lengths.
         churns: Whether breakpoints come and go while it runs; their hits are not compared then.
     """
@@ -35,6 +38,7 @@ class Plan:
     breakpoints: list[int]
     watches: list[tuple[int, int, bool]]
     churns: bool
+    patches: list[tuple[int, int]]
 
 
 @dataclass
@@ -73,7 +77,26 @@ def plan(program: Program, executed: Counter[int] | None) -> Plan:
         at += chance.choice([chance.randrange(DATA_PAGES * PAGE_SIZE - 64), PAGE_SIZE - 4])
         watches.append((at, chance.choice([1, 4, 8, 64]), chance.random() < 0.3))
     fast, int3 = chance.choice([(True, True), (True, True), (False, True), (True, False)])
-    return Plan(fast, int3, sorted(chosen), watches, chance.random() < 0.1)
+    churns = chance.random() < 0.1
+    patches = [] if churns else _patches(program, starts, chosen, chance)
+    return Plan(fast, int3, sorted(chosen), watches, churns, patches)
+
+
+def _patches(
+    program: Program, starts: list[int], breakpoints: set[int], chance: random.Random
+) -> list[tuple[int, int]]:
+    """Choose instructions that are executed from patches: none that the program may change."""
+    changing = {at for some in program.changing for at in some}
+    found: dict[int, int] = {}
+    for _ in range(chance.choice([0, MOST_PATCHES])):
+        first = chance.randrange(len(starts) - 1)
+        last = min(first + chance.choice([1, 1, 2, 6]), len(starts) - 1)
+        at, end = starts[first], starts[last]
+        taken = {inside for one, size in found.items() for inside in range(one, one + size)}
+        bytes_of_it = set(range(at, end))
+        if end - at <= MOST_BYTES and not bytes_of_it & (changing | taken | breakpoints - {at}):
+            found[at] = end - at
+    return sorted(found.items())
 
 
 def judge(program: Program, machine: Machine) -> Verdict:
@@ -132,6 +155,8 @@ def _run_hooked(
         hit_callback = hit
         for at in chosen.breakpoints:
             made[at] = breakpoints.insert(at, hit)
+        for at, length in chosen.patches:
+            breakpoints.patch(at, dom.memory.read(at, length))
         for at, length, reads in chosen.watches:
             breakpoints.watch(at, length, after=touch, reads=reads)
         memory = machine.run(program, monitor, breakpoints)
@@ -170,7 +195,9 @@ def describe(verdict: Verdict) -> str:
         ways = [name for name in ("fast", "int3", "churns") if getattr(plan, name)]
         places = ", ".join(f"{at:#x}" for at in plan.breakpoints)
         watched = ", ".join(f"{at:#x}:{length}" for at, length, _ in plan.watches)
+        patched = ", ".join(f"{at:#x}:{length}" for at, length in plan.patches)
         head += f", {' '.join(ways)}, breakpoints at {places}, watchpoints {watched or 'none'}"
+        head += f", patches {patched or 'none'}"
     return "\n    ".join([head, *verdict.differences])
 
 

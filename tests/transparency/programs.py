@@ -77,6 +77,8 @@ class Program:
     """Where instructions begin."""
     exits: set[int] = field(default_factory=set)
     """Where those begin that Xen completes for the CPU."""
+    changing: list[range] = field(default_factory=list)
+    """What of the code it may change."""
 
 
 class Writer:
@@ -447,6 +449,7 @@ class Writer:
     def settle_changes(self) -> None:
         """Choose what the stores into the code change."""
         base = 0 if self.wide else self.program.data_base
+        self.program.changing += [range(at, at + max(length, 4)) for at, length, _ in self.sites]
         for offset, size in self.fixups:
             site, length, choices = self.chance.choice(self.sites)
             at = site + self.chance.randrange(max(length - size, 0) + 1)

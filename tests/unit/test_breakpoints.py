@@ -414,11 +414,13 @@ def work(host: Failing, fast: bool, int3: bool, domid: int, opened: list[Handle]
     breakpoints.insert(CODE, lambda hit: None)
     breakpoints.insert(THERE, lambda hit: hit.breakpoint.remove())
     breakpoints.insert(OTHER, lambda hit: None)
+    patch = breakpoints.patch(CODE, SELF_MODIFYING[:7])
     stack = breakpoints.watch(STACK - 4, 4, lambda touch: None, reads=True)
     breakpoints.watch(THERE, 1, after=lambda touch: touch.watch.remove())
     host.steps_at_once = 200
     monitor.run(breakpoints, timeout=0.01)
     first.remove()
+    patch.remove()
     stack.remove()
     for handle in reversed(opened[1:]):
         handle.close()

@@ -178,8 +178,10 @@ def breakpoints(host: MockBackend, journals: Path) -> None:
 
         breakpoints.insert(OTHER, hit)
         extra = breakpoints.insert(CODE + 5, lambda _: None)
+        patch = breakpoints.patch(OTHER, b"\xff\x05" + (OTHER + 0x80).to_bytes(4, "little"))
         monitor.run(breakpoints, timeout=0)
         extra.remove()
+        patch.remove()
         dom.memory.write(OTHER + 0x100, b"x")
         breakpoints.verify()
 

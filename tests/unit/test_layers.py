@@ -28,8 +28,8 @@ LAYERS: list[set[str]] = [
     },
     {
         "breakpoints", "executions", "hooks", "shadows", "instructions", "placement", "repetitions",
-        "tracing", "prototypes", "capturing", "viewaxis", "viewpicture", "viewstrips", "rescue",
-        "carrying", "hazards", "doctor", "symbols", "locations",
+        "patches", "tracing", "prototypes", "capturing", "viewaxis", "viewpicture", "viewstrips",
+        "rescue", "carrying", "hazards", "doctor", "symbols", "locations",
         "elf", "dwarf", "fingerprint",
     },
     {""},  # the package itself: what users import
