@@ -63,6 +63,7 @@ INTERNAL = (
     "loader",
     "locations",
     "mapping",
+    "patches",
     "placement",
     "repetitions",
     "runs",
