@@ -1663,6 +1663,19 @@ def test_fault_23_pushf_pushes_no_rf_after_iret(between: str) -> None:
     assert computer.words(STACK - 4, 1) == [2]
 
 
+@pytest.mark.parametrize("setter", ["9d", "cf"])
+def test_fault_23_a_trap_between_repetitions_has_rf(setter: str) -> None:
+    """SDM 3B, 18.3.1.1: of every repetition but the last, whatever ran before it."""
+    code = bytes.fromhex(setter) + b"\xf3\xa4" + STOP
+    frame = [TF | 2] if setter == "9d" else [CODE + 1, KERNEL_CODE, TF | 2]
+    computer = Computer(code, rsi=DATA, rdi=OTHER, rcx=2)
+    computer.describe()
+    computer.write(STACK - 64, struct.pack(f"<{len(frame)}I", *frame))
+    computer.set(rsp=STACK - 64)
+    assert computer.handled()[:3] == [CODE + 1, KERNEL_CODE, RF | TF | 2]
+    assert computer.register("rcx") == 1
+
+
 def test_fault_23_cmpxchg8b_changes_zf_alone() -> None:
     """SDM 2A, CMPXCHG8B: CF, PF, AF, SF and OF are those of the ADD before it."""
     code = b"\x04\x01\x0f\xc7\x0d" + int32(DATA) + STOP  # ADD AL, 1: 0x80

@@ -344,12 +344,13 @@ _PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3") | frozens
     range(0x40, 0x50)
 )
 _EXITING = re.compile(
-    rb"(?=[\x6c-\x6f\x9c\xcc-\xce\xe4-\xe7\xec-\xef\xf1\xf4\xfa\xfb]"
+    rb"(?=[\x6c-\x6f\x9c\x9d\xcc-\xcf\xe4-\xe7\xec-\xef\xf1\xf4\xfa\xfb]"
     rb"|\x0f(?:[\x00\x01\x05-\x09\x20-\x23\x30-\x35\xa2\xc7]|\Z))",
     re.DOTALL,
 )
 """Among them are PUSHF, for Unicorn pushes RF and keeps it longer than one instruction after IRET,
-and CMPXCHG8B, whose other flags Unicorn takes from an instruction before the last."""
+POPF and IRET, so that a run begins with what a TF that they set traps, and CMPXCHG8B, whose other
+flags Unicorn takes from an instruction before the last."""
 
 
 def exiting_starts(page: bytes) -> Iterator[int]:
@@ -387,7 +388,9 @@ class Decoded(NamedTuple):
 
 
 SYSCALL, SYSENTER = 0x0F05, 0x0F34
-_UNPRIVILEGED = frozenset({0x9C, 0xCC, 0xCD, 0xCE, 0xF1, 0x0FA2, 0x0FC7, 0x0F31, SYSCALL, SYSENTER})
+_UNPRIVILEGED = frozenset(
+    {0x9C, 0x9D, 0xCC, 0xCD, 0xCE, 0xCF, 0xF1, 0x0FA2, 0x0FC7, 0x0F31, SYSCALL, SYSENTER}
+)
 _UNPRIVILEGED_01 = frozenset({0xC1, 0xD0, 0xD4, 0xF9})
 
 
