@@ -67,7 +67,7 @@ from xenaltp2m.hooks import (
     TouchCallback,
     Watch,
 )
-from xenaltp2m.instructions import LONGEST_ACCESS, LONGEST_INSTRUCTION, code_at, length
+from xenaltp2m.instructions import LONGEST_ACCESS, LONGEST_INSTRUCTION, length
 from xenaltp2m.memory import MappedPages
 from xenaltp2m.patches import Copy, Patched
 from xenaltp2m.placement import check_placement
@@ -779,7 +779,7 @@ class Breakpoints(Handle):
         del page.hooks[offset], page.before[offset]
         page.inside.discard(offset)
         if not page.hooks and not page.patches:
-            self._release(gfn)
+            self._release_unpatched(gfn)
             return
         if page.planted:
             page.shadow[offset] = page.executed(offset, offset + 1)[0]
@@ -1137,6 +1137,8 @@ class Breakpoints(Handle):
         if watches or self._is_in_used(event) or self._patched_in(event):
             return self._touched(watches or [], event)
         if is_code and flags & _W:
+            if self._is_copy_being_written(gfn, vcpu):
+                return self._again(event)
             self._writers[vcpu] = written = self._written_with(gfn, event.offset)
             for one in written:
                 self._outdate(one)
@@ -1186,11 +1188,18 @@ class Breakpoints(Handle):
         calls: list[tuple[Callable[[Any], object], object]] = []
         execution = self._executions.get(vcpu) if self._is_in_used(event) else None
         begins = execution is None
+        if begins and not self._is_in_used(event) and not self._may_enter_used(vcpu):
+            return self._again(event)
+        patched = self._patched_steps.get(vcpu, {})
+        if not self._is_in_used(event):
+            patched = self._patched_in(event)
+        writes_to_copy = is_written and gfn in patched
+        if writes_to_copy and self._is_being_written(gfn, beside=vcpu):
+            return self._again(event)
+        if execution is None or writes_to_copy:
+            self._show(event)
         if execution is None:
-            if not self._is_in_used(event) and not self._may_enter_used(vcpu):
-                return self._again(event)
-            is_patched = self._show(event)
-            execution, calls = self._begin(event, registers, is_patched=is_patched)
+            execution, calls = self._begin(event, registers, is_patched=bool(patched))
         code = self._code_in(gfn) if is_written else ()
         if code:
             self._writers[vcpu] = {*self._writers.get(vcpu, ()), *code}
@@ -1387,13 +1396,13 @@ class Breakpoints(Handle):
             return set()
         return {at for at in page.hooks if at <= event.offset}
 
-    def _is_being_written(self, gfn: int) -> bool:
-        """Whether a vCPU that was let write to a page may not have done so yet."""
+    def _is_being_written(self, gfn: int, beside: int | None = None) -> bool:
+        """Whether a vCPU that was let write to a page, beside one, may not have done so yet."""
         if not any(gfn in written for written in self._writers.values()):
             return False
         self._monitor.flush()  # so that each is where it was sent to
         for vcpu, written in list(self._writers.items()):
-            if gfn in written:
+            if gfn in written and vcpu != beside:
                 if self._altp2m.vcpu_view(vcpu) != self.hooks.id:
                     return True
                 del self._writers[vcpu]
@@ -1427,27 +1436,25 @@ class Breakpoints(Handle):
         """Yield where the next instruction's bytes may be: gfn, offset, how many in this page."""
         linear = registers.linear_rip
         here = min(LONGEST_INSTRUCTION, PAGE_SIZE - linear % PAGE_SIZE)
-        space = self._domain.memory.address_space(registers, mapped=self._mapped)
-        for at, size in ((linear, here), (linear + here, LONGEST_INSTRUCTION - here)):
-            if not size:
-                return
-            try:
-                gfn, offset = divmod(space.translate(at).physical, PAGE_SIZE)
-            except XenError:
-                return  # it ends before, or faults
-            yield gfn, offset, size
+        try:
+            space = self._domain.memory.address_space(registers)
+            for at, size in ((linear, here), (linear + here, LONGEST_INSTRUCTION - here)):
+                if size:
+                    yield *divmod(space.translate(at).physical, PAGE_SIZE), size
+        except XenError:
+            return  # it ends before, or faults
 
     def _code(self, registers: Registers) -> bytes:
         """Return the next instruction's bytes, and what follows, as they are executed."""
-        space = self._domain.memory.address_space(registers, mapped=self._mapped)
-        code = bytearray(code_at(registers, space))
-        done = 0
+        code = b""
         for gfn, offset, size in self._places(registers):
-            if gfn in self._pages:
-                piece = code[done : done + size]
-                code[done : done + size] = self._pages[gfn].patched(piece, offset)
-            done += size
-        return bytes(code)
+            page = self._pages.get(gfn)
+            if page is not None:
+                code += page.executed(offset, offset + size)
+                continue
+            with suppress(InvalidArgumentError, NotMappedError):  # a hole is not executed
+                code += self._domain.memory.read(gfn << PAGE_SHIFT | offset, size)
+        return code
 
     def _patched_in(self, event: Event) -> _Instruction:
         """Return where the next instruction is, if some of it is patched.
@@ -1512,6 +1519,18 @@ class Breakpoints(Handle):
         for gfn, places in wanted.items():
             self._show_copy(gfn, places)
         return bool(patched)
+
+    def _is_copy_being_written(self, gfn: int, beside: int) -> bool:
+        """Whether patched code of another vCPU may write to a page's copy."""
+        if Access.W not in self._opened.get(gfn, Access.N):
+            return False
+        for vcpu, patched in list(self._patched_steps.items()):
+            if vcpu != beside and gfn in patched and self._used_view is not None:
+                self._monitor.flush()  # so that it is where it was sent to
+                if self._altp2m.vcpu_view(vcpu) == self._used_view.id:
+                    return True
+                del self._patched_steps[vcpu]
+        return False
 
     def _show_copy(self, gfn: int, patched: Collection[range]) -> None:
         """Have ``used`` show a page in which just some bytes are patched."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import xenaltp2m as xa
+from xenaltp2m import instructions
 from xenaltp2m.backend.mock import MockBackend
 from xenaltp2m.breakpoints import Breakpoints
 from xenaltp2m.hooks import Hit, Touch
@@ -142,6 +143,20 @@ def test_fault_28_patched_code_that_reads_its_own_page(make: Make, fast: bool, i
     assert guest.go().halted
     assert guest.register("rax") == 0x22222222
     assert guest.register("rbx") == 0x11111111
+
+
+@WAYS
+def test_fault_28_without_capstone_the_next_bytes_of_a_patch_are_read_as_patched(
+    make: Make, fast: bool, int3: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that the instruction may have: 15."""
+    monkeypatch.setattr(instructions, "decoded", lambda code, size: None)
+    main = call(CODE, THERE) + HALT
+    guest = make(with_function(main, b"\x11" * 32), fast=fast, int3=int3)
+    guest.breakpoints.patch(THERE, load_eax(THERE + 15) + load_ebx(THERE + 12) + RET + b"\x33" * 6)
+    assert guest.go().halted
+    assert guest.register("rax") == 0x11111111
+    assert guest.register("rbx") == 0x33333333
 
 
 @WAYS
@@ -489,3 +504,28 @@ def test_fault_28_patched_code_of_two_vcpus_in_one_page() -> None:
         monitor.run(breakpoints, timeout=0.01)
         now = [number(dom.memory.read(CODE + at, 4)) for at in (0x200, 0x300)]
     assert [after - was for after, was in zip(now, before, strict=True)] == [turns, turns]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 7])
+def test_fault_28_another_vcpu_writes_to_what_patched_code_changes(at_once: int) -> None:
+    """Both add to a dword with LOCK, one by a patch: each addition counts."""
+    host = MockBackend((4, 17), memory_pages=1 << 13)
+    turns, place = 40, CODE + 0x200
+    loop = b"\xf0" + add_to(place, 1) + b"\x49\x75\xf5" + HALT  # DEC ECX, JNZ to the ADD
+    own = loop[:7] + b"\x02" + loop[8:]
+    computer = Computer((NOP * 0x80 + own).ljust(0x400, NOP), host=host, vcpus=2)
+    for vcpu, rip in enumerate((CODE, CODE + 0x80)):
+        host.execute(computer.domid, {"rip": rip, "rcx": turns, "rsp": STACK}, vcpu)
+    before = number(computer.read(place, 4))
+    with (
+        xa.connect(host) as xen,
+        xen.domain(computer.domid) as dom,
+        dom.altp2m() as altp2m,
+        dom.monitor() as monitor,
+        Breakpoints(altp2m, monitor) as breakpoints,
+    ):
+        breakpoints.patch(CODE, loop)
+        host.steps_at_once = at_once
+        monitor.run(breakpoints, timeout=0.01)
+        now = number(dom.memory.read(place, 4))
+    assert now - before == 3 * turns
