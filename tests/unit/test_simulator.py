@@ -28,6 +28,7 @@ from .machinecode import (
     CF,
     CODE,
     DATA,
+    ET,
     FOREVER,
     GDT,
     HALT,
@@ -49,6 +50,7 @@ from .machinecode import (
     SMEP,
     STACK,
     STOP,
+    TABLES,
     TF,
     USER,
     USER_CODE,
@@ -1703,6 +1705,58 @@ def test_fault_23_a_step_ends_before_its_trap(code: str) -> None:
     assert computer.vcpu.delivered == [(DB, 3)]
     computer.answer(request, TOGGLE)
     assert computer.handled()[0] == CODE + 1
+
+
+def tables_of(computer: Computer, kind: str) -> tuple[int, int]:
+    """Have paging, with 4 MiB in small pages where they are; the last table, an entry's size."""
+    if kind == "64":
+        computer.go_long()
+        return TABLES + 3 * PAGE_SIZE, 8
+    wide = kind == "pae"
+    size, root, table = (8 if wide else 4), TABLES, TABLES + 2 * PAGE_SIZE
+    directory = TABLES + PAGE_SIZE if wide else TABLES
+    if wide:
+        computer.write(root, struct.pack("<Q", directory | PRESENT))
+    computer.write(directory, (table | PRESENT | WRITABLE).to_bytes(size, "little"))
+    for page in range(512):
+        entry = page * PAGE_SIZE | PRESENT | WRITABLE
+        computer.write(table + size * page, entry.to_bytes(size, "little"))
+    computer.set(cr3=root, cr4=PAE if wide else 0, cr0=PG | PE | ET)
+    return table, size
+
+
+ENDS = {
+    "faults": (NOP + b"\x8b\x06" + NOP * 3, NOP * 4, 99),
+    "goes on": (NOP * 3, STOP, 3),
+    "goes behind": (NOP + b"\xeb\1" + NOP, STOP, 2),
+    "straddles": (NOP * 2 + b"\xb8\1", b"\0\0\0" + STOP, 2),
+}
+"""Code at a page's end and in the next, which is used after so many instructions."""
+
+
+@pytest.mark.parametrize("kind", ["64", "pae", "32"])
+@pytest.mark.parametrize("steps", [2, 3, 1000, None])
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("stepped", [False, True])
+def test_fault_25_accessed_is_what_was_executed(
+    kind: str, steps: int | None, end: str, stepped: bool
+) -> None:
+    """SDM 3A, 4.8: not what is behind it, be it run or stepped."""
+    here, behind, most = ENDS[end]
+    computer = Computer(NOP)
+    table, size = tables_of(computer, kind)
+    computer.describe()
+    at = OTHER + PAGE_SIZE
+    computer.write(at - len(here), here + behind)
+    computer.write(table + size * (DATA >> 12), bytes(size))
+    computer.set(rip=at - len(here), rsi=DATA)
+    if stepped:
+        for _ in range(steps or 9):
+            computer.host.run(computer.domid, 1)
+    else:
+        computer.host.run(computer.domid, steps)
+    marked = [computer.read(table + size * (page >> 12), 1)[0] & 0x20 for page in (OTHER, at)]
+    assert marked == [0x20, 0x20 if (steps or 99) > most and most < 99 else 0]
 
 
 # Several vCPUs, several domains.

@@ -8,7 +8,7 @@ import pytest
 from tests.transparency.compare import describe
 from tests.transparency.simulated import judge_seed
 
-PROGRAMS, AT_ONCE = 100, 25
+PROGRAMS, AT_ONCE = 300, 25
 
 
 @pytest.mark.parametrize("first", range(0, PROGRAMS, AT_ONCE))

@@ -184,6 +184,8 @@ class Engine:
         self._raised: BaseException | None = None
         self._interrupt: int | None = None
         self._no_code: tuple[int, BaseException] | None = None
+        self._limit = 0
+        """How many instructions the run that is on may execute, where it counts."""
         self._counts = 0
         """As many instructions as anything takes, where the last run counted."""
         self.reads_ahead = True
@@ -215,6 +217,8 @@ class Engine:
     def _fill(self, _uc: Any, address: int, access: int, entry: Any, _data: Any) -> bool:
         if self._resolve is None or self._raised is not None or self._no_code:
             return self._anything(address, access, entry)
+        if _KINDS[access] == "x" and self._limit and self._counter.value >= self._limit:
+            return self._anything(address, access, entry)  # it looks, and stops
         try:
             place = self._resolve(address, _KINDS[access], self._user)
         except BaseException as raised:  # noqa: BLE001 - C is between here and who handles it
@@ -338,14 +342,14 @@ class Engine:
             BaseException: What ``resolve`` raised; rip is that of the instruction.
         """
         self._resolve, self._raised, self._interrupt, self._no_code = resolve, None, None, None
-        self._counts = limit and 4 * _MOST_FORGOTTEN
+        self._limit, self._counts = limit, limit and 4 * _MOST_FORGOTTEN
         errno, self._broke_off = 0, False
         try:
             self.uc.emu_start(rip, 0, count=limit)
         except self._error as error:
             errno = error.errno
         finally:
-            self._resolve = None
+            self._resolve, self._limit = None, 0
             self._mend_pages()
         faulted = self._raised is not None or self._interrupt not in (None, DB)
         # It counts what it begins, also the one at which it stops after so many.

@@ -250,8 +250,12 @@ class MachineCode(Processor):
             raise _Denied(physical, kind, linear, wanted, flags)
         return found.mfn, rights
 
-    def _resolve(self, linear: int, kind: str, user: bool) -> Place:
-        """Find a page for the engine; a Fault or _Denied where it may not be used so."""
+    def _resolve(self, linear: int, kind: str, user: bool, *, ahead: bool = False) -> Place:
+        """Find a page for the engine; a Fault or _Denied where it may not be used so.
+
+        Raises:
+            ReadsAhead: It would be marked as accessed (SDM 3A, 4.8) before it is.
+        """
         frames = self.monitor.domain.machine.frames
         gfns = []
         entries = {}
@@ -265,6 +269,8 @@ class MachineCode(Processor):
             return int.from_bytes(value, "little")
 
         def store(physical: int, size: int, value: int) -> None:
+            if ahead:
+                raise ReadsAhead
             mfn, _ = self._check(physical, "w", linear, kind, _IN_WALK)
             at = physical % PAGE_SIZE
             marked = entries[mfn * PAGE_SIZE + at] = value.to_bytes(size, "little")
@@ -287,7 +293,8 @@ class MachineCode(Processor):
 
     def _resolve_to_run(self, linear: int, kind: str, user: bool) -> Place:
         """Find a page for the engine that runs on; WritesCode where it may not use it."""
-        place = self._resolve(linear, kind, user)
+        ahead = kind == "x" and linear // PAGE_SIZE != self.core.engine.linear_rip // PAGE_SIZE
+        place = self._resolve(linear, kind, user, ahead=ahead)
         if kind == "w" and self.core.has_code(place.mfn):
             if "x" not in place.rights:
                 raise WritesCode
