@@ -1759,6 +1759,23 @@ def test_fault_25_accessed_is_what_was_executed(
     assert marked == [0x20, 0x20 if (steps or 99) > most and most < 99 else 0]
 
 
+@pytest.mark.parametrize("code", ["40", "6648"])
+def test_fault_25_inc_needs_no_code_of_the_next_page(code: str) -> None:
+    """What looks like a prefix of PUSHF is INC or DEC (SDM 2A, INC: 40+ rd)."""
+    computer = Computer(NOP)
+    table, size = tables_of(computer, "32")
+    computer.describe()
+    start = bytes.fromhex(code) + b"\x9c" + STOP
+    at = OTHER + PAGE_SIZE
+    computer.write(at - len(start), start)
+    computer.write(table + size * (at >> 12), bytes(size))
+    computer.set(rip=at - len(start), rax=1)
+    computer.run()
+    assert computer.vector is None
+    assert computer.register("rip") == at
+    assert computer.register("rax") == (2 if code == "40" else 0)
+
+
 # Several vCPUs, several domains.
 
 

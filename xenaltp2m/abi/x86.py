@@ -373,6 +373,12 @@ def _with_prefixes(page: bytes, at: int) -> Iterator[int]:
         yield before
 
 
+def is_inc_or_dec(code: bytes, long: bool) -> bool:
+    """Whether it is INC or DEC of a register, of one byte, that in 64-bit mode is a prefix."""
+    first = code.lstrip(bytes(_PREFIXES - {*range(0x40, 0x50)}))[:1]
+    return not long and b"\x40" <= first < b"\x50"
+
+
 class Decoded(NamedTuple):
     """An instruction among those that exit."""
 

@@ -53,6 +53,7 @@ from xenaltp2m.abi.x86 import (
     decode,
     doubled,
     has_error_code,
+    is_inc_or_dec,
     is_privileged,
     repeated,
     segment_of,
@@ -754,7 +755,7 @@ class MachineCode(Processor):
         room = PAGE_SIZE - linear % PAGE_SIZE
         code = self._fetch(linear)
         found = self._decode(code)
-        if found is None and room < LONGEST_INSTRUCTION:
+        if found is None and room < LONGEST_INSTRUCTION and not is_inc_or_dec(code, self.long):
             found = self._decode(code + self._fetch(linear + room))
         if found is None:
             return (yield from self._execute_alone())
