@@ -6,6 +6,7 @@ The same on the simulator and on Xen; the guests are those of examples/guest.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -676,6 +677,20 @@ OTHER_RETURN = b"\x8d\x44\x40\x02"
 """LEA 2(%eax, %eax, 2), %eax: of hit(), which adds 1."""
 
 
+def with_pauses(
+    monitor: xa.Monitor, breakpoints: Breakpoints
+) -> Callable[[xa.Event], xa.Response | None]:
+    """Answer, and have it looked at now and then what the guest has done: it never rests."""
+    events = itertools.count(1)
+
+    def answer(event: xa.Event) -> xa.Response | None:
+        if next(events) % 64 == 0:
+            monitor.stop()
+        return breakpoints(event)
+
+    return answer
+
+
 @pytest.mark.parametrize(("fast", "int3"), WAYS, ids=WAY_NAMES)
 def test_fault_28_a_patched_function_returns_another_value_each_time(
     racer: RunningGuest, fast: bool, int3: bool
@@ -726,14 +741,8 @@ def test_fault_28_the_checker_finds_no_patch(
         hits: list[int] = []
         for name in ("target", "patched", "target2") if beside else ():
             breakpoints.insert(checker.address(name), lambda hit: hits.append(1))
-        events = iter(range(1 << 30))
-
-        def answer(event: xa.Event) -> xa.Response | None:
-            if next(events) % 64 == 0:  # it never rests
-                monitor.stop()
-            return breakpoints(event)
-
         checker.start()
+        answer = with_pauses(monitor, breakpoints)
         serve(monitor, answer, lambda: checker.words("noticed", 6)[5] >= passes)
         with checker.dom.paused():
             counted = checker.words("counter", 2)
@@ -783,7 +792,8 @@ def test_fault_28_patched_code_uses_its_own_page(
             )
             hook = breakpoints.insert(at["own"] if beside else END + 0x800, lambda hit: None)
             guest.start()
-            serve(monitor, breakpoints, lambda: guest.dom.memory.read(END, 1) == b"\1")
+            answer = with_pauses(monitor, breakpoints)
+            serve(monitor, answer, lambda: guest.dom.memory.read(END, 1) == b"\1")
             patch.remove()
         wanted = bytearray(before)
         for place, value in (
