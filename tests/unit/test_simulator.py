@@ -701,6 +701,46 @@ def test_fault_21_syscall_is_undefined_without_sce_and_outside_64_bit_mode(wide:
     assert computer.register("rcx") == computer.register("r11") == 7
 
 
+@pytest.mark.parametrize(
+    "before", ["90", "ce", "0fa2", "0f06"], ids=["NOP", "INTO", "CPUID", "CLTS"]
+)
+def test_a_guest_reads_in_dr6_what_it_was_stopped_for(before: str) -> None:
+    """SDM 3B, 18.2.3; also where Xen or the simulator completes the instruction, not Unicorn."""
+    code = SET_TF + bytes.fromhex(before) + STOP
+    computer = Computer(code, rax=0)
+    computer.describe()
+    computer.write(HANDLERS + 16 * DB, b"\x0f\x21\xf0\xf4")  # mov %dr6, %eax; hlt
+    computer.run()
+    assert computer.register("rax") == 0xFFFF_4FF0
+
+
+def test_debug_registers_are_those_of_the_context() -> None:
+    """A guest clears DR6 and sets others; reserved bits read as they do (SDM 3B, 18.2)."""
+    code = b"\x31\xc0\x0f\x23\xf0"  # xor %eax, %eax; mov %eax, %dr6
+    code += b"\x48\x0f\x23\xc0\x0f\x23\xd8\x0f\x23\xf8"  # dec %eax; to dr0, dr3, dr7
+    code += b"\x0f\x21\xf9\x0f\x21\xe2" + STOP  # dr7 to %ecx; dr4, which is dr6, to %edx
+    computer = Computer(code, dr6=0xFFFF_4FF0)
+    computer.run()
+    assert computer.register("dr6") == computer.register("rdx") == 0xFFFF_0FF0
+    assert computer.register("dr0") == computer.register("dr3") == 0xFFFF_FFFF
+    assert computer.register("dr7") == computer.register("rcx") == 0xFFFF_27FF
+
+
+@pytest.mark.parametrize(
+    ("code", "vector"),
+    [("0f23f0", GP), ("0f23f8", GP), ("0f21e0", UD), ("440f21c0", UD)],
+    ids=["dr6 of 33 bits", "dr7 of 33 bits", "dr4 with CR4.DE", "dr8"],
+)
+def test_moves_to_debug_registers_that_fault(code: str, vector: int) -> None:
+    """SDM 2B, MOV to and from debug registers."""
+    computer = Computer(bytes.fromhex(code))
+    computer.go_long(cr4=1 << 3)
+    computer.describe()
+    computer.set(rax=1 << 32)
+    computer.handled()
+    assert computer.vector == vector
+
+
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("ring", [0, 3])
 def test_fault_21_sysenter(wide: bool, ring: int) -> None:
@@ -1554,6 +1594,34 @@ def test_fault_19_a_store_puts_what_exits_into_its_own_block() -> None:
     computer.host.run(computer.domid)
     assert computer.vcpu.halted
     assert computer.register("rbx") == 0x566E_6558  # "XenV"
+
+
+SUBTRACTED = {  # from 0 in AL; flags by SDM 1, 3.4.3.1
+    0x00: 0x46, 0x01: 0x97, 0x10: 0x87, 0x40: 0x87, 0x80: 0x883, 0x82: 0x17, 0xFF: 0x13,
+}  # fmt: skip
+STORE_4, INVERT = b"\xc7\x05", b"\xf6\x15"
+INTO_ITS_BLOCK = {
+    "ahead": (CODE, STORE_BYTE + int32(CODE + 14) + NOP),
+    "behind": (CODE, STORE_BYTE + int32(CODE + 1) + NOP),
+    "itself": (CODE, STORE_BYTE + int32(CODE + 7) + NOP),
+    "4 bytes": (CODE, STORE_4 + int32(CODE + 13) + NOP * 4),
+    "reads, too": (CODE, INVERT + int32(CODE + 1)),
+    "over the page's end": (CODE + 0xFF0, STORE_4 + int32(CODE + 0xFFE) + NOP * 4),
+}
+
+
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("subtracted", SUBTRACTED, ids=hex)
+@pytest.mark.parametrize(("start", "store"), INTO_ITS_BLOCK.values(), ids=INTO_ITS_BLOCK)
+def test_fault_19_a_store_into_its_own_block_leaves_the_flags(
+    start: int, store: bytes, subtracted: int, counted: bool
+) -> None:
+    code = b"\xb0\x00\x2c" + bytes([subtracted]) + store  # mov $0, %al; sub
+    code += NOP * 6 + b"\x9c\x58" + STOP  # pushf; pop %eax
+    computer = Computer(b"", {start: code}, rip=start)
+    computer.host.run(computer.domid, 1000 if counted else None)
+    assert computer.vcpu.halted
+    assert computer.register("rax") == SUBTRACTED[subtracted]
 
 
 @pytest.mark.parametrize("counted", [False, True])

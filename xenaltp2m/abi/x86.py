@@ -19,8 +19,9 @@ DB, BP, OF, UD, DF, NP, GP, PF, VE = 1, 3, 4, 6, 8, 11, 13, 14, 20
 NO_ERROR_CODE = 0xFFFF_FFFF
 """As Xen says that an exception has none (``X86_EVENT_NO_EC``)."""
 CR0_PE, CR0_ET, CR0_WP, CR0_PG = 1 << 0, 1 << 4, 1 << 16, 1 << 31
-CR4_TSD, CR4_PSE, CR4_PAE, CR4_LA57, CR4_SMEP, CR4_SMAP = (
+CR4_TSD, CR4_DE, CR4_PSE, CR4_PAE, CR4_LA57, CR4_SMEP, CR4_SMAP = (
     1 << 2,
+    1 << 3,
     1 << 4,
     1 << 5,
     1 << 12,

@@ -180,6 +180,9 @@ class Engine:
         self._pages_are_wrong = self._invalidates = False
         self.remembered: dict[int, Place] = {}
         """What Unicorn was told, by the address of the linear page."""
+        self._stores: dict[int, int] = {}
+        """Hooks, by the frames with code that may be written to."""
+        self._writes = const.UC_HOOK_MEM_WRITE
         self._resolve: Resolve | None = None
         self._raised: BaseException | None = None
         self._interrupt: int | None = None
@@ -197,7 +200,7 @@ class Engine:
         self.uc.hook_add(const.UC_HOOK_INTR, self._interrupted)
         self._value = ctypes.c_uint64()
         self._long_mode = self.uc.context_save()
-        self._counter = self._find_counter()
+        self._counter, self._most = self._find_counter()
         self.executed = 0
         """Instructions, or repetitions of one, of the last run that counted."""
         # Unicorn begins in long mode; a PC begins without.
@@ -229,13 +232,63 @@ class Engine:
                 return self._anything(address, access, entry)
             self._no_code = address, raised
             return False
+        page = address & -PAGE_SIZE
+        self.remembered[page] = place
         if self._counts and _KINDS[access] != "x":
-            self._now.settle_flags()
-            self.uc.context_restore(self._now.saved)
+            self._settle_flags()
+            if "w" in place.rights:
+                self._look_at_stores(page)
         entry.paddr = place.mfn * PAGE_SIZE
         entry.perms = sum(_PERMISSIONS[right] for right in place.rights)
-        self.remembered[address & -PAGE_SIZE] = place
         return True
+
+    def _settle_flags(self) -> None:
+        self._now.settle_flags()
+        self.uc.context_restore(self._now.saved)
+
+    def _look_at_stores(self, page: int) -> None:
+        """Have :meth:`_stored` told of stores to code, and of those that may reach over into it."""
+        for at in (page - PAGE_SIZE, page):
+            place = self.remembered.get(at)
+            if place is None or place.mfn in self._stores:
+                continue
+            if self._is_changing_code(at) or self._is_changing_code(at + PAGE_SIZE):
+                first = place.mfn * PAGE_SIZE
+                self._stores[place.mfn] = self.uc.hook_add(
+                    self._writes, self._stored, begin=first, end=first + PAGE_SIZE - 1
+                )
+        if self._is_changing_code(page):
+            self._leave_block()
+
+    def _is_changing_code(self, page: int) -> bool:
+        place = self.remembered.get(page)
+        return place is not None and "w" in place.rights and "x" in place.rights
+
+    def _stored(self, _uc: Any, _access: int, address: int, size: int, _v: int, _d: Any) -> None:
+        """Leave the block of code that is executed before a store may change it.
+
+        Unicorn would leave it within the store, and lose the arithmetic flags where it counts
+        (tb_invalidate_phys_page_range__locked, cpu_restore_state_from_tb; 2.1.4).
+        """
+        if not self._counts:
+            return
+        self.uc.context_update(self._now.saved)
+        self._settle_flags()
+        mfn, offset = divmod(address, PAGE_SIZE)
+        page = self._now.linear_rip & -PAGE_SIZE
+        here, behind = self.remembered.get(page), self.remembered.get(page + PAGE_SIZE)
+        if (
+            offset + size > PAGE_SIZE
+            or (here is not None and here.mfn == mfn)
+            or (behind is not None and behind.mfn == mfn and offset < LONGEST_INSTRUCTION)
+        ):
+            self._leave_block()
+
+    def _leave_block(self) -> None:
+        """End the run behind the instruction that is executed, and forget its translation."""
+        self.uc.ctl_flush_tb()  # not a part, which would have it look up pages amid the store
+        # Not emu_stop, which ends it within the instruction (check_exit_request).
+        self._limit = self._most.value = self._counter.value
 
     def _anything(self, address: int, access: int, entry: Any) -> bool:
         """Let Unicorn have what it asks for after the end.
@@ -268,6 +321,8 @@ class Engine:
         status = self._library.uc_ctl(self.uc._uch, self._flush_command)
         assert status == 0, status
         self.remembered.clear()
+        while self._stores:
+            self.uc.hook_del(self._stores.popitem()[1])
 
     def forget(self, pages: Collection[int]) -> None:
         """Ask again for some, if they are used."""
@@ -318,8 +373,11 @@ class Engine:
 
     # Execution.
 
-    def _find_counter(self) -> ctypes.c_uint64:
-        """Find where Unicorn counts instructions (``emu_counter``), by having it execute some."""
+    def _find_counter(self) -> tuple[ctypes.c_uint64, ctypes.c_uint64]:
+        """Find where Unicorn counts instructions, and how many it is to execute.
+
+        They are ``emu_counter`` and ``emu_count``; it executes some.
+        """
         code, limit = b"\x90\x90\x90\xf4", 0x1122_3344
         frame = self._frames.page(self._hidden)
         frame[: len(code)] = code
@@ -333,7 +391,10 @@ class Engine:
         at = ctypes.string_at(engine, _ENGINE_SIZE).find(struct.pack("<QQ", len(code), limit))
         if at < 0:
             raise _lost()
-        return ctypes.c_uint64.from_address(engine + at)
+        counter, most = (
+            ctypes.c_uint64.from_address(engine + at + 8 * number) for number in (0, 1)
+        )
+        return counter, most
 
     def run(self, rip: int, resolve: Resolve, limit: int) -> Fault | SoftwareInterrupt | None:
         """Execute up to ``limit`` instructions, or without a limit (0); None: nothing happened.
@@ -349,7 +410,8 @@ class Engine:
         except self._error as error:
             errno = error.errno
         finally:
-            self._resolve, self._limit = None, 0
+            limit, self._limit = self._limit, 0
+            self._resolve = None
             self._mend_pages()
         faulted = self._raised is not None or self._interrupt not in (None, DB)
         # It counts what it begins, also the one at which it stops after so many.

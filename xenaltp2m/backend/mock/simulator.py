@@ -21,6 +21,7 @@ from xenaltp2m.abi.x86 import (
     BP,
     CR0_PE,
     CR0_PG,
+    CR4_DE,
     CR4_TSD,
     DB,
     DF,
@@ -99,6 +100,8 @@ from xenaltp2m.backend.mock.processor import (
     pages,
 )
 from xenaltp2m.backend.mock.vcpu import (
+    DR6_DEFAULT,
+    DR7_DEFAULT,
     EFER,
     FLAT_CODE,
     FLAT_CODE_64,
@@ -123,6 +126,9 @@ _IRET, _EMULATED_PREFIXES = b"\xcf", b"\x48\x66"
 _PAGE_OF_32_BITS = _U32 & ~(PAGE_SIZE - 1)
 _LONG, _BIG = 1 << 9, 1 << 10
 _INT3, _INT_N, _INTO, _ICEBP = 0xCC, 0xCD, 0xCE, 0xF1
+_FROM_DEBUG, _TO_DEBUG = 0x0F21, 0x0F23
+_DEBUG_BITS = {"dr6": (0xE00F, DR6_DEFAULT), "dr7": (0xFFFF_23FF, DR7_DEFAULT)}
+"""Of a debug register that has reserved bits: those that can be set, and those that are set."""
 _RDMSR = 0x0F32
 _ERROR_WRITE = 1 << 1
 _DEBUG_PORT = 0xE9
@@ -794,6 +800,9 @@ class MachineCode(Processor):
             return (yield from self._read_msr_at_rip(length))
         if opcode in (SYSCALL, SYSENTER):
             return (yield from self._call_system(opcode, length))
+        if opcode in (_FROM_DEBUG, _TO_DEBUG):
+            self._move_debug_register(found)
+            return (yield from self._complete(length))
         effect = self._effect(found)
         if effect is None:
             return (yield from self._execute_alone())
@@ -935,6 +944,25 @@ class MachineCode(Processor):
         vcpu.set_registers({"cs_sel": code & 0xFFFC, "ss_sel": (code & 0xFFFC) + 8})
         vcpu.set_segment("cs", Segment(0, FLAT_LIMIT, FLAT_CODE_64 if long else FLAT_CODE))
         vcpu.set_segment("ss", Segment(0, FLAT_LIMIT, FLAT_DATA))
+
+    def _move_debug_register(self, found: Decoded) -> None:
+        """MOV from and to DR0 to DR7 (SDM 2B; 3B, 18.2); what they are set to stops nothing."""
+        vcpu, number = self.vcpu, found.modrm >> 3 & 7
+        if found.rex & 4 or (number in (4, 5) and vcpu.register("cr4") & CR4_DE):
+            raise Fault(UD)
+        debug = f"dr{number + 2 if number in (4, 5) else number}"
+        general = GENERAL_REGISTERS[(found.modrm & 7) + 8 * (found.rex & 1)]
+        mask = _U64 if self.long else _U32
+        if found.opcode == _FROM_DEBUG:
+            vcpu.set_register(general, vcpu.register(debug) & mask)
+            return
+        value = vcpu.register(general) & mask
+        if debug in _DEBUG_BITS:
+            if value > _U32:
+                raise Fault(GP, 0)
+            settable, fixed = _DEBUG_BITS[debug]
+            value = value & settable | fixed
+        vcpu.set_register(debug, value)
 
     def _check_overflow(self, length: int) -> Waits[Done]:
         """INTO."""
