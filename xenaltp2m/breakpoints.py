@@ -982,9 +982,9 @@ class Breakpoints(Handle):
                 self._writers.pop(int(event.vcpu), None)
             first = page.executed(offset, offset + 1)[0]
             again = self._repeated(page, offset, event) if first in _REPEATS else None
-            over: Response | None = REINJECT
-            if first != _INT3:
-                over = self._over(event, tell=again is not None)
+            # Also the guest's own int3: as often as its delivery leaves guest mode, for Xen to fill
+            # a view say, it comes again (hvm_event_needs_reinjection), then in another view.
+            over = self._over(event, tell=again is not None)
             if over is None:
                 return self._back
             return self._hit(page.hooks[offset], event, over, again)
@@ -1067,7 +1067,7 @@ class Breakpoints(Handle):
         patches = list(self._patches)
 
         def over_now() -> Response:
-            if patches == self._patches or over is REINJECT:
+            if patches == self._patches:
                 return over
             return self._over(event, waits=False) or over  # a callback has put one in, or out
 

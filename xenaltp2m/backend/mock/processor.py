@@ -19,15 +19,17 @@ from random import Random
 from typing import ClassVar, TypeAlias
 
 from xenaltp2m.abi.vm_event import Flag, Reason
-from xenaltp2m.abi.x86 import BP, CR0_ET, CR0_PE, CR0_PG, DB, GP, NO_ERROR_CODE, UD, VE
+from xenaltp2m.abi.x86 import BP, CR0_ET, CR0_PE, CR0_PG, DB, GP, NO_ERROR_CODE, OF, UD, VE
 from xenaltp2m.backend.mock.guest import Outcome, drive, vm_exit
 from xenaltp2m.backend.mock.machine import Livelock
 from xenaltp2m.backend.mock.monitor import CR0, CR3, CR4, XCR0, Monitor
 from xenaltp2m.backend.mock.p2m import Lookup, P2m, PageType
 from xenaltp2m.backend.mock.vcpu import (
     DR6_DEFAULT,
+    EXTERNAL_INTERRUPT,
     HARDWARE_EXCEPTION,
     MSR_REGISTERS,
+    NMI,
     SOFTWARE_EXCEPTION,
     Trap,
     Vcpu,
@@ -274,7 +276,8 @@ class Processor(ABC):
                 self._write_msr(*deferred.msr)
                 deferred.msr = None
         if vcpu.injected is not None:
-            vcpu.raise_trap(vcpu.injected)
+            if vcpu.pending is None:
+                vcpu.raise_trap(vcpu.injected)
             vcpu.injected = None
         trap = vcpu.pending
         if vcpu.deferred is not None and vcpu.next_interrupt and trap is not None:
@@ -699,6 +702,13 @@ def run(
             left -= max(count, 1)
         turns -= len(ready)
     return executed
+
+
+def needs_reinjection(trap: Trap) -> bool:
+    """``hvm_event_needs_reinjection``: not if an instruction raises it again."""
+    if trap.kind == HARDWARE_EXCEPTION:
+        return trap.vector not in (BP, OF)
+    return trap.kind in (EXTERNAL_INTERRUPT, NMI)
 
 
 def moves_itself(effect: Effect | None) -> bool:

@@ -97,6 +97,7 @@ from xenaltp2m.backend.mock.processor import (
     WriteControlRegister,
     WriteMsr,
     moves_itself,
+    needs_reinjection,
     pages,
 )
 from xenaltp2m.backend.mock.vcpu import (
@@ -600,14 +601,13 @@ class MachineCode(Processor):
 
     def _deliver(self, trap: Trap) -> Waits[bool]:
         vcpu = self.vcpu
-        first = trap
         while True:
             try:
                 self._through_gate(trap)
-            except _Denied as denied:
-                vcpu.pending = first
+            except _Denied as denied:  # vmx_idtv_reinject; other instructions come again
+                vcpu.pending = trap if needs_reinjection(trap) else None
                 outcome = yield from self._access(denied, denied.linear, trap)
-                if outcome is not Outcome.DONE:
+                if outcome is not Outcome.DONE or vcpu.pending is None:
                     return False
             except Fault as fault:
                 if trap.vector == DF:
