@@ -8,6 +8,7 @@ What is expected is from the SDM (volume 3A for exceptions, 3C for exits) and Xe
 from __future__ import annotations
 
 import gc
+import signal
 import struct
 import sys
 import weakref
@@ -21,6 +22,7 @@ from xenaltp2m.abi.vm_event import Flag, Reason
 from xenaltp2m.backend.mock import MockBackend
 from xenaltp2m.backend.mock.core import Core, Engine
 from xenaltp2m.backend.mock.machine import SHUTDOWN_POWEROFF, SHUTDOWN_REBOOT
+from xenaltp2m.backend.mock.simulator import MachineCode
 from xenaltp2m.errors import DomainNotFoundError, InvalidArgumentError
 from xenaltp2m.types import PAGE_SIZE, Altp2mMode
 
@@ -2241,3 +2243,32 @@ def test_flags_survive_a_store_to_a_page_that_was_not_used_before(counted: int |
     expected = 2 | 1 << 4
     assert (computer.register("rcx"), computer.register("rdi")) == (expected, expected)
     computer.close()
+
+
+class Alarm(Exception):
+    pass
+
+
+def test_fault_06_what_a_signals_handler_raises_waits_until_the_vcpu_has_had_its_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Unicorn calls back from C, where an exception is told to nobody."""
+    asked = MachineCode._resolve
+
+    def expire(*_: object) -> None:
+        raise Alarm
+
+    def pressed(self: MachineCode, *about: Any, **options: Any) -> Any:
+        signal.raise_signal(signal.SIGUSR1)
+        return asked(self, *about, **options)
+
+    computer = Computer(b"\xa1" + int32(DATA) + STOP, {DATA: int32(7)})  # mov DATA, %eax
+    monkeypatch.setattr(MachineCode, "_resolve", pressed)
+    before = signal.signal(signal.SIGUSR1, expire)
+    try:
+        with pytest.raises(Alarm):
+            computer.run()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert computer.register("rax") == 7
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())

@@ -17,13 +17,12 @@ import xenaltp2m as xa
 from xenaltp2m.capturing import restore
 from xenaltp2m.cli.console import Console
 from xenaltp2m.journal import find
-from xenaltp2m.signals import ENDING, guard
+from xenaltp2m.signals import ENDING
 from xenaltp2m.symbols import Image
 from xenaltp2m.view import Progress
 from xenaltp2m.viewstate import MAX_FILE, State
 
 if TYPE_CHECKING:
-    from xenaltp2m.backend import Backend
     from xenaltp2m.backend.mock import Instruction, MockBackend
 
 Script: TypeAlias = Callable[[int], "list[Instruction]"]
@@ -90,14 +89,14 @@ def connect(
         if script is not None and not executes:
             for vcpu in range(_MOCK_VCPUS):
                 backend.load(domid, script(memory // xa.PAGE_SIZE), vcpu, loop=True)
-        options.start_guest = partial(_unpause, backend, domid)  # no call of the agent's
+        options.start_guest = partial(backend.domain_unpause, domid)  # no call of the agent's
         if start or not executes:
             begin(options)
         try:
             yield xen
         finally:  # where the agent failed before it was ready
             if domid in backend.machine.domains and backend.domain(domid).pauses:
-                _unpause(backend, domid)
+                backend.domain_unpause(domid)
 
 
 def begin(options: argparse.Namespace) -> None:
@@ -109,11 +108,6 @@ def begin(options: argparse.Namespace) -> None:
     options.start_guest = None
     if start_guest is not None:
         start_guest()
-
-
-def _unpause(backend: Backend, domid: int) -> None:
-    with guard.holding_back():  # the simulator, which executes now, has C in between
-        backend.domain_unpause(domid)
 
 
 def _host(options: argparse.Namespace) -> xa.Xen:

@@ -10,7 +10,9 @@ Xen causes no monitor trap, its successor does; so it is on the CPU, too.
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import math
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +48,8 @@ _SLICE = 1000
 """Instructions of machine code in a turn, at most."""
 _NANOSECONDS = 1000
 """What an attempt to execute an instruction takes."""
+_OF_A_FAULT = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT}
+_SIGNALS = set(map(int, signal.valid_signals() - _OF_A_FAULT))
 
 _CR0_BITS = 0xE005003F
 """All but ``HVM_CR0_GUEST_RESERVED_BITS``."""
@@ -226,10 +230,15 @@ class Processor(ABC):
         vcpu = self.vcpu
         vcpu.cpu_time += _NANOSECONDS
         code, vcpu.waiting = vcpu.waiting, None
+        # A handler that raises would leave the vCPU half way; and Unicorn calls back from C, where
+        # what it raises is lost. signal's own function would make an enum of each.
+        blocked = _signal.pthread_sigmask(_signal.SIG_BLOCK, _SIGNALS)
         try:
             executed = drive(vcpu, self._step(limit) if code is None else code)
         except Livelock:
             return 0  # it faults for ever, and burns its time
+        finally:
+            _signal.pthread_sigmask(_signal.SIG_SETMASK, blocked)
         return executed if isinstance(executed, int) else 0
 
     def _step(self, limit: int) -> Waits[int]:
