@@ -952,15 +952,13 @@ class Monitor(Handle):
     def _inject(self, event: Event) -> None:
         assert isinstance(event, SoftwareBreakpoint | DebugException)
         vector = BP if isinstance(event, SoftwareBreakpoint) else DB
-        self._backend.hvm_inject_trap(
-            self._domid,
-            int(event.vcpu),
-            vector,
-            int(event.type),
-            NO_ERROR_CODE,
-            event.insn_length,
-            0,
-        )
+        vcpu, kind = int(event.vcpu), int(event.type)
+        # Busy: another one is still to be delivered, for hvm_do_resume put it off while a device
+        # model forgot a page, or another agent injected it. The instruction comes again after it.
+        with contextlib.suppress(BusyError):
+            self._backend.hvm_inject_trap(
+                self._domid, vcpu, vector, kind, NO_ERROR_CODE, event.insn_length, 0
+            )
 
     @property
     def _altp2m(self) -> Altp2m | None:

@@ -1275,7 +1275,7 @@ def test_fault_29_a_monitor_logs_that_it_is_there_and_what_it_could_not_do(
 
     class Unable(RingHost):
         def hvm_inject_trap(self, *_: object) -> None:
-            raise xa.BusyError("an event is pending already")
+            raise xa.XenError("it could not")
 
     unable = Unable()
     dom, monitor = started(unable, xa.MemAccess)
@@ -1293,6 +1293,6 @@ def test_fault_29_a_monitor_logs_that_it_is_there_and_what_it_could_not_do(
     ]
     attached, failed, damaged, detached = caplog.messages
     assert "attached" in attached
-    assert "an event is pending already" in failed
+    assert "it could not" in failed
     assert "damaged" in damaged
     assert "detached" in detached

@@ -1748,6 +1748,22 @@ def test_fault_23_a_trap_between_repetitions_has_rf(setter: str) -> None:
     assert computer.register("rcx") == 1
 
 
+def test_fault_23_a_trap_between_repetitions_has_rf_where_an_int3_was_executed() -> None:
+    """Which lies at the same address in another frame, as a breakpoint does in another view."""
+    computer = Computer(b"\x9d\xf3\xa4" + STOP, {OTHER + 1: INT3})
+    computer.go_long()
+    computer.describe()
+    computer.map(CODE, OTHER | PRESENT | WRITABLE)
+    computer.set(rip=CODE + 1)
+    computer.host.run(computer.domid, 1)
+    assert computer.register("rip") == HANDLERS + 16 * BP
+    computer.map(CODE, CODE | PRESENT | WRITABLE)
+    computer.write(STACK - 64, struct.pack("<Q", TF | 2))
+    computer.set(rip=CODE, rsp=STACK - 64, rsi=DATA, rdi=DATA + 16, rcx=2)
+    assert computer.handled()[:3] == [CODE + 1, KERNEL_CODE, RF | TF | 2]
+    assert computer.register("rcx") == 1
+
+
 def test_fault_23_cmpxchg8b_changes_zf_alone() -> None:
     """SDM 2A, CMPXCHG8B: CF, PF, AF, SF and OF are those of the ADD before it."""
     code = b"\x04\x01\x0f\xc7\x0d" + int32(DATA) + STOP  # ADD AL, 1: 0x80

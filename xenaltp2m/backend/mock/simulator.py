@@ -465,6 +465,20 @@ class MachineCode(Processor):
         self._executed += stopped is None or stopped == SoftwareInterrupt(DB)
         return stopped
 
+    def _step_natively(self, code: bytes) -> Fault | SoftwareInterrupt | None:
+        """Execute one instruction, ``code``, or one repetition, as the CPU itself does."""
+        rip, count = self.vcpu.register("rip"), self.vcpu.register("rcx")
+        stopped = self._step_once(code, self._resolve)
+        self._mark_repetition(rip, count, code)
+        return stopped
+
+    def _mark_repetition(self, rip: int, count: int, code: bytes) -> None:
+        """Set RF after any repetition but the last, as a fault does (SDM 3B, 18.3.1.1)."""
+        if self.vcpu.register("rip") == rip and self.vcpu.register("rcx") != count:
+            found = self._repeats(code)
+            if found and self.vcpu.register("rcx") & found.mask:
+                self._fault_like()
+
     def _execute(self, limit: int) -> Waits[tuple[Done, int]]:
         register = self.vcpu.register
         self._executed = 0
@@ -477,21 +491,18 @@ class MachineCode(Processor):
                 return (yield from self._execute_exiting())
             rip, count = register("rip"), register("rcx")
             if self.vcpu.monitor_trap_flag:
-                stopped = self._step_once(code, self._resolve)
+                stopped = self._step_natively(code)
             else:
                 try:
                     stopped = self._run_engine(limit)
+                    self._mark_repetition(rip, count, code)
                 except (ReadsAhead, WritesCode):
                     stopped = None
                     if not self.core.exits_at(self._linear_rip):  # now that its page is known
-                        stopped = self._step_once(self._fetch(self._linear_rip), self._resolve)
+                        stopped = self._step_natively(self._fetch(self._linear_rip))
                 stayed = register("rip") == rip and not self._executed and stopped is None
                 if stayed and self.core.exits_at(self._linear_rip):  # as its page is known now
                     return (yield from self._execute_exiting())
-            if register("rip") == rip and register("rcx") != count:
-                found = self._repeats(code)
-                if found and register("rcx") & found.mask:
-                    self._fault_like()  # as for any repetition but the last (SDM 3B, 18.3.1.1)
         except Fault as fault:
             stopped = fault
             if fault.vector == PF:
@@ -778,7 +789,7 @@ class MachineCode(Processor):
         return 4 if self.long or self.vcpu.register("cs_arbytes") & _BIG else 2
 
     def _execute_alone(self) -> Waits[Done]:
-        stopped = self._step_once(self._fetch(self._linear_rip), self._resolve)
+        stopped = self._step_natively(self._fetch(self._linear_rip))
         return Done.NATIVE if stopped is None else (yield from self._interrupted(stopped))
 
     def _dispatch(self, found: Decoded) -> Waits[Done]:
