@@ -74,7 +74,7 @@ from xenaltp2m.placement import check_placement
 from xenaltp2m.repetitions import Repetitions
 from xenaltp2m.responses import REINJECT, RESUME, STEP, Response
 from xenaltp2m.shadows import Shadows
-from xenaltp2m.signals import guard, uninterruptible
+from xenaltp2m.signals import uninterruptible
 from xenaltp2m.types import PAGE_SHIFT, PAGE_SIZE, Access, Gfn
 from xenaltp2m.view import check_gfn
 
@@ -385,9 +385,10 @@ class Breakpoints(Handle):
             raise
 
     def _destroy_view(self, view: View) -> None:
-        self._views.remove(view)
-        self._ids.discard(int(view.id))
         view.close()
+        with suppress(ValueError):
+            self._views.remove(view)
+        self._ids.discard(int(view.id))
 
     def __repr__(self) -> str:
         return f"<Breakpoints of domain {self._domid}>"
@@ -926,8 +927,8 @@ class Breakpoints(Handle):
             shadow_gfn, shadow = 0, memoryview(b"")
             if self._int3:
                 shadow_gfn, shadow = self._shadows.take()
-                undo.push("", partial(self._shadows.give_back, shadow_gfn))
-            undo.push("", partial(self._set_rights, [gfn]))
+                undo.push("", partial(self._shadows.give_back, shadow_gfn), needs_rest=True)
+            undo.push("", partial(self._set_rights, [gfn]), needs_rest=True)
             page = self._pages[gfn] = _Page(memory, shadow_gfn, shadow, unmap)
             undo.push("", partial(self._pages.__delitem__, gfn))
             if self._int3:
@@ -952,12 +953,12 @@ class Breakpoints(Handle):
         undo = UndoList()
         undo.push("", page.unmap)
         if page.shadow_gfn:
-            undo.push("", partial(self._shadows.give_back, page.shadow_gfn))
-        undo.push("", partial(self._set_rights, [gfn]))
+            undo.push("", partial(self._shadows.give_back, page.shadow_gfn), needs_rest=True)
+        undo.push("", partial(self._set_rights, [gfn]), needs_rest=True)
         if page.shadow_gfn:
-            undo.push("", partial(self.hooks.revert, gfn))
+            undo.push("", partial(self._shadows.show_page, self.hooks, gfn))
         del self._pages[gfn]
-        undo.unwind(f"removing the breakpoints of gfn {gfn:#x}")
+        undo.unwind(f"removing the breakpoints of gfn {gfn:#x}", heir=self._undo)
 
     # Answering.
 
@@ -1348,10 +1349,7 @@ class Breakpoints(Handle):
                 self._found_inside(page, gfn, covered)
             else:
                 if not self._is_being_written(gfn):
-                    with guard.holding_back():
-                        page.fill()
-                        page.planted = True
-                        self.hooks.set_access(gfn, Access.X)
+                    self._plant(gfn, page)
                 return RESUME
         found = page.hooks.get(offset) if event.offset == offset else None
         again = self._repeated(page, offset, event) if found is not None else None
@@ -1359,6 +1357,17 @@ class Breakpoints(Handle):
         if over is None:
             return self._back
         return over if found is None else self._hit(found, event, over, again)
+
+    @uninterruptible
+    def _plant(self, gfn: int, page: _Page) -> None:
+        """Have a page's shadow executed."""
+        page.fill()
+        page.planted = True
+        try:
+            self.hooks.set_access(gfn, Access.X)
+        except BaseException:
+            page.planted = False  # the next fetch tries again
+            raise
 
     def _knows_before(self, page: _Page, event: MemAccess) -> bool:
         """Learn by the page tables in use which page comes before one that is to be executed."""
@@ -1539,10 +1548,10 @@ class Breakpoints(Handle):
         assert page.copy is not None
         if gfn not in self._shown:
             undo = UndoList()
+            undo.push("", partial(self._set_rights, [gfn]), needs_rest=True)
             try:
                 self._shadows.show(used, gfn, page.copy.gfn, undo)
             except BaseException as error:
-                undo.push("", partial(self._set_rights, [gfn]))
                 self._roll_back(undo, error, heir=self._undo)
                 raise
             self._shown.add(gfn)
@@ -1562,10 +1571,10 @@ class Breakpoints(Handle):
         assert page.copy is not None
         used.set_access(gfn, Access.N)
         self._write_through(gfn)
-        used.revert(gfn)
+        self._shadows.show_page(used, gfn)
+        used.set_access(gfn, self._rights(gfn)[used])
         self._shown.discard(gfn)
         page.copy.empty()
-        used.set_access(gfn, self._rights(gfn)[used])
 
     @uninterruptible
     def _write_through(self, gfn: int) -> None:
@@ -1599,9 +1608,9 @@ class Breakpoints(Handle):
     def _take_back(self) -> None:
         """The vCPUs leave, then the views go, and only then the shadows: else Xen resets views."""
         doing = f"closing {self!r}"
-        undo = UndoList()
+        undo, what = UndoList(), f"shadows of domain {self._domid}"
         undo.push("", self._mapped.close)
-        undo.push("", lambda: self._added.unwind(doing))
+        undo.push(what, lambda: self._added.unwind(doing), needs_rest=True)
         undo.push("", self._destroy_views)
         undo.unwind(doing)
 
@@ -1610,7 +1619,7 @@ class Breakpoints(Handle):
         undo = UndoList()
         for kind in self._heard:
             what = f"events of {kind.__name__} of domain {self._domid}"
-            undo.push(what, partial(self._hear_no_more, kind))
+            undo.push(what, partial(self._hear_no_more, kind), needs_rest=True)
         for view in self._views:
             undo.push("", view.close)
         undo.push("", lambda: self._undo.unwind(doing))

@@ -495,7 +495,7 @@ class Domain(Handle):
         undo = UndoList()
         noted = Pages(first, count, raised, limit)
         self._journal.write(pages=(*self._journal.record.pages, noted))
-        undo.push("", partial(self._forget_pages, noted))
+        undo.push("", partial(self._forget_pages, noted), needs_rest=True)
         try:
             self._set_limit(limit + raised)
             undo.push(
@@ -586,11 +586,7 @@ class Domain(Handle):
 
     def _finish(self, undo: UndoList) -> None:
         """Take back what was needed for a while; what fails is for the close to try again."""
-        try:
-            undo.unwind(f"reading or writing the memory of {self!r}")
-        except LeftoverError:
-            self._undo.adopt(undo)
-            raise
+        undo.unwind(f"reading or writing the memory of {self!r}", heir=self._undo)
 
     def _check_nobody_was_killed(self, *, imported: bool = False) -> None:
         """Refuse to begin where a process was killed and has left something.

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 from xenaltp2m.errors import (
     ClosedError,
@@ -42,28 +42,37 @@ def check_callback(callback: object) -> None:
         )
 
 
+class _Step(NamedTuple):
+    """How to take something back."""
+
+    what: str
+    undo: Callable[[], object]
+    needs_rest: bool = False
+
+
 class UndoList:
     """Steps that take back what was done, last first.
 
-    A step that fails stays in the list, so that a second try does just what is left. Signals wait
-    while steps are taken.
+    A step that fails stays in the list, so that a second try does just what is left; so does one
+    that needs it. Signals wait while steps are taken.
     """
 
     def __init__(self) -> None:
-        self._steps: list[tuple[str, Callable[[], object]]] = []
+        self._steps: list[_Step] = []
 
     def __bool__(self) -> bool:
         return bool(self._steps)
 
-    def push(self, what: str, undo: Callable[[], None]) -> None:
+    def push(self, what: str, undo: Callable[[], None], *, needs_rest: bool = False) -> None:
         """Remember how to take something back.
 
         Args:
             what: What stays in place if ``undo`` fails, in words; empty where its LeftoverError
                 tells.
             undo: Takes it back; raises a XenError where it cannot.
+            needs_rest: Whether that is safe only once every later step has been taken.
         """
-        self._steps.append((what, undo))
+        self._steps.append(_Step(what, undo, needs_rest))
 
     def do(self, what: str, act: Callable[[], _T], undo: Callable[[_T], object]) -> _T:
         """Do something and remember how to take it back, with no signal between the two.
@@ -75,13 +84,13 @@ class UndoList:
         """
         with guard.holding_back():
             done = act()
-            self._steps.append((what, partial(undo, done)))
+            self._steps.append(_Step(what, partial(undo, done)))
         return done
 
     @property
     def left(self) -> list[str]:
         """What stays in place if no step is taken, in words."""
-        return [what for what, _ in reversed(self._steps) if what]
+        return [step.what for step in reversed(self._steps) if step.what]
 
     def drop(self) -> None:
         """Forget the latest step, because it has been taken already."""
@@ -97,34 +106,41 @@ class UndoList:
         self._steps.clear()
 
     @uninterruptible
-    def unwind(self, doing: str) -> None:
-        """Take every step, last first; one that fails does not stop the others.
+    def unwind(self, doing: str, heir: UndoList | None = None) -> None:
+        """Take every step, last first; one that fails stops just those that need it.
 
         Args:
             doing: What this is part of, for the message.
+            heir: Gets the steps that are left, to try again later.
 
         Raises:
             LeftoverError: Some failed; the first failure is its cause.
         """
-        failed: list[tuple[str, Callable[[], object]]] = []
+        failed: list[_Step] = []
         failures: list[XenError] = []
         left: list[str] = []
+        inside: tuple[str, ...]
         differs: ReplayError | None = None
         try:
             while self._steps:
-                what, undo = self._steps[-1]
+                step, inside = self._steps[-1], ()
+                waits = bool(failed) and step.needs_rest
                 try:
-                    undo()
+                    if not waits:
+                        step.undo()
                 except ReplayError as error:
                     differs = differs or error  # nothing behind the others is left to be undone
                 except XenError as error:
-                    failed.append((what, undo))
+                    waits, inside = True, error.left if isinstance(error, LeftoverError) else ()
                     failures.append(error)
-                    left += [what] if what else []
-                    left += error.left if isinstance(error, LeftoverError) else ()
+                if waits:
+                    failed.append(step)
+                    left += [*filter(None, [step.what]), *inside]
                 self._steps.pop()
         finally:
             self._steps += reversed(failed)
+            if heir is not None:
+                heir.adopt(self)
         if differs is not None:
             raise differs
         if failures:

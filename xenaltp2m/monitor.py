@@ -326,7 +326,7 @@ class Monitor(Handle):
         required = partial(self._backend.domain_set_access_required, self._domid)
         journal = self.domain._journal
         journal.write(access_required=True)
-        self._undo.push("", partial(journal.undone, access_required=False))
+        self._undo.push("", partial(journal.undone, access_required=False), needs_rest=True)
         self._undo.push(f"access_required of domain {self._domid}", partial(required, False))
         required(True)
 
@@ -968,8 +968,11 @@ class Monitor(Handle):
 
     def _take_back(self) -> None:
         doing = f"closing {self!r}"
-        undo = UndoList()
-        undo.push("", lambda: self._undo.unwind(doing))
+        undo, own = UndoList(), UndoList()
+        what = f"monitor of domain {self._domid}"
+        own.push(what, lambda: self._undo.unwind(doing), needs_rest=True)
+        own.push(f"vCPUs of domain {self._domid} in views", self._leave_views)
+        undo.push("", lambda: own.unwind(doing))
         for child in self._children:
             undo.push("", child.close)
         undo.unwind(doing)
@@ -978,6 +981,7 @@ class Monitor(Handle):
     def _lay_down(self) -> None:
         """Give all back, to be set up again by :meth:`_take_up`; what it answers is laid down."""
         heard = self.subscriptions
+        self._leave_views()
         self._undo.unwind(f"laying down {self!r}")
         self._heard = heard
         guard.leave()
@@ -1007,8 +1011,7 @@ class Monitor(Handle):
         """
         if not self._enabled_in_xen:
             return
-        if self._deaf_without_us() and (altp2m := self._altp2m) is not None:
-            altp2m._switch_back()
+        self._leave_views()
         self._answer_all()
         self._await_vcpus()
         for attempt in range(_DISABLE_TRIES):
@@ -1045,8 +1048,12 @@ class Monitor(Handle):
         self._detach()
         self._own.unwind(f"closing {self!r}")
 
-    def _deaf_without_us(self) -> bool:
-        return self._switches_views or self._keeps_views_going
+    def _leave_views(self) -> None:
+        """Have the vCPUs leave views in which nobody would hear them."""
+        if self._switches_views or self._keeps_views_going:
+            altp2m = self._altp2m
+            if altp2m is not None:
+                altp2m._switch_back()
 
     def _answer_all(self) -> bool:
         """Let every vCPU go on; tell whether one has waited for an answer.

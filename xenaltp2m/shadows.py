@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from xenaltp2m.errors import XenError
+from xenaltp2m.errors import InvalidArgumentError, XenError
 from xenaltp2m.signals import uninterruptible
 from xenaltp2m.types import PAGE_SIZE, Access
 
@@ -51,6 +51,15 @@ class Shadows:
         self._memory[gfn][:] = NOTHING
         self._free.append(gfn)
 
+    @staticmethod
+    def show_page(view: View, gfn: int) -> None:
+        """Let a view show a page itself again, if it does not."""
+        try:
+            view.revert(gfn)
+        except InvalidArgumentError:
+            if gfn in view.remaps:
+                raise
+
     def show(self, view: View, gfn: int, shadow: int, undo: UndoList) -> None:
         """Let a view show a shadow instead of a page; nobody may use it yet.
 
@@ -61,7 +70,7 @@ class Shadows:
         view.revert(shadow)
         view.set_access(shadow, Access.N)
         view.remap(gfn, shadow, access=Access.N)
-        undo.push("", partial(view.revert, gfn))
+        undo.push("", partial(self.show_page, view, gfn))
         self.hide(view, shadow)
 
     def hide(self, view: View, gfn: int) -> None:

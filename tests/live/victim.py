@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An agent to be killed: three views of its own, fifty breakpoints, a busy ring, for ever."""
+"""An agent to be killed: three views of its own, breakpoints, a patch, a busy ring, for ever."""
 
 import json
 import random
@@ -37,7 +37,10 @@ def live(dom: xa.Domain, image: Image, chance: random.Random, fast: bool) -> Non
             if time.monotonic() > until:
                 monitor.stop()
 
-        breakpoints.insert(image.physical(image.symbol("hit")), churn)
+        target = image.physical(image.symbol("hit"))
+        lea = target + 4, 4
+        breakpoints.insert(target, churn)
+        breakpoints.patch(lea[0], dom.memory.read(*lea))
         breakpoints.watch(image.physical(image.symbol("total")), 4, after=lambda touch: None)
         monitor.run(breakpoints, timeout=1.0)
 

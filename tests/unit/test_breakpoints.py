@@ -11,7 +11,7 @@ import struct
 import weakref
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from errno import EBUSY, EINVAL, ENOMEM, EPERM, ESRCH
 from typing import Any, TypeVar, get_type_hints
 
@@ -462,6 +462,113 @@ def test_nothing_is_left_whatever_fails(fast: bool, int3: bool) -> None:
         assert not host._mappings, number
         number += 1
     assert failures > calls // 2
+
+
+REVERT = (1 << 64) - 1
+"""The new gfn of a remap that is none (``p2m_change_altp2m_gfn``)."""
+
+
+def refuse(
+    guest: Hooked, monkeypatch: pytest.MonkeyPatch, op: str, which: Callable[..., bool]
+) -> None:
+    """Refuse some calls from now on."""
+    make_call = getattr(guest.host, op)
+
+    def refusing(*arguments: Any) -> Any:
+        if which(*arguments):
+            guest.host.fail(op, 1, EPERM)
+        return make_call(*arguments)
+
+    monkeypatch.setattr(guest.host, op, refusing)
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["breakpoint", "patch"])
+@pytest.mark.parametrize("inserting", [False, True], ids=["removed", "inserted"])
+def test_fault_28_a_shadow_that_is_shown_is_not_given_back(
+    make: Make, monkeypatch: pytest.MonkeyPatch, patched: bool, inserting: bool
+) -> None:
+    """The page that cannot be shown again stays closed, and no other page gets its shadow."""
+    guest = make(call(CODE, OTHER) + HALT, {OTHER: RET})
+    breakpoints, gfn = guest.breakpoints, OTHER >> 12
+    hooks = int(breakpoints.hooks.id)
+    breakpoints.insert(CODE, guest.note)  # now there are shadows
+
+    def put() -> Any:
+        return breakpoints.patch(OTHER, RET) if patched else breakpoints.insert(OTHER, guest.note)
+
+    def shows(_: int, view: int, old: int, new: int) -> bool:
+        is_hiding = inserting and old != gfn and new != REVERT
+        return view == hooks and (is_hiding or (old == gfn and new == REVERT))
+
+    undo = put if inserting else put().remove
+    with monkeypatch.context() as patching:
+        refuse(guest, patching, "altp2m_change_gfn", shows)
+        with pytest.raises(xa.LeftoverError):
+            undo()
+    breakpoints.insert(DATA, guest.note)
+    table = guest.computer.model.views[hooks].table
+    other, data = table.lookup(gfn), table.lookup(DATA >> 12)
+    assert other.mfn != data.mfn
+    assert other.access == 0
+    assert guest.go().halted
+    breakpoints.close()
+
+
+@WAYS
+def test_fault_28_what_fails_in_an_event_fails_once(fast: bool, int3: bool) -> None:
+    """The 1st, 2nd … last call while the guest runs; the guest goes on, and notices nothing."""
+    calls, number = 1 << 30, 0
+    while number <= calls:
+        with ExitStack() as stack:
+            host = Failing(memory_pages=1 << 13)
+            computer = Computer(SELF_MODIFYING, host=host)
+            computer.set(rax=0, rcx=0)
+            computer.describe()
+            xen = stack.enter_context(xa.connect(host))
+            dom = stack.enter_context(xen.domain(computer.domid))
+            altp2m = stack.enter_context(dom.altp2m())
+            monitor = stack.enter_context(dom.monitor())
+            breakpoints = stack.enter_context(Breakpoints(altp2m, monitor, fast=fast, int3=int3))
+            for place in (CODE, THERE):
+                breakpoints.insert(place, lambda hit: None)
+            breakpoints.patch(CODE + 7, SELF_MODIFYING[7:12])
+            breakpoints.watch(THERE, 1, after=lambda touch: None)
+            host.start({number: EPERM})
+            host.steps_at_once = 200
+            for _ in range(4):
+                with suppress(xa.XenError):
+                    monitor.run(breakpoints, timeout=0.01, seconds=5)
+            if not number:
+                calls = host.made
+            failed = host.failed
+            host.start({})
+            number += 1
+            if any(op.startswith("evtchn") for op in failed):
+                continue  # the event channel's own file
+            assert dom.info().shutdown, (number, failed)
+            assert computer.vector is None, number
+            assert (computer.register("rax"), computer.register("rcx")) == (1, 1), number
+    assert calls > 20
+
+
+@pytest.mark.parametrize("closing", ["breakpoints", "monitor"])
+def test_fault_28_int3_is_heard_of_until_vcpus_have_left(
+    make: Make, monkeypatch: pytest.MonkeyPatch, closing: str
+) -> None:
+    """Else the guest's handler would get it."""
+    guest = make(INC_EAX + b"\xeb\xfd")
+    guest.breakpoints.insert(CODE, guest.note)
+    guest.host.run(guest.domid, 1000)
+    monitor = guest.host._monitors[guest.domid]
+    with monkeypatch.context() as patching:
+        for op in ("altp2m_switch_to_view", "altp2m_destroy_view"):
+            refuse(guest, patching, op, lambda *_: True)
+        with pytest.raises(xa.LeftoverError):
+            getattr(guest, closing).close()
+        assert guest.computer.vcpu.view == int(guest.breakpoints.hooks.id)
+        assert "software_breakpoint" in monitor.switches
+    getattr(guest, closing).close()
+    assert "software_breakpoint" not in monitor.switches
 
 
 @STEPS

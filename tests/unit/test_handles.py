@@ -335,6 +335,22 @@ def test_undo_takes_the_last_step_first_and_keeps_what_fails(mock: MockBackend) 
     assert not undo
 
 
+def test_fault_28_what_needs_the_rest_waits_for_it(mock: MockBackend) -> None:
+    undo, heir, taken = UndoList(), UndoList(), []
+    undo.push("safe", lambda: taken.append("safe"))
+    undo.push("needs the rest", lambda: taken.append("needs the rest"), needs_rest=True)
+    undo.push("refused", lambda: mock.domain_unpause(1))
+    undo.push("needs nothing", lambda: taken.append("needs nothing"), needs_rest=True)
+    mock.fail("domain_unpause", 1, EINVAL)
+    with pytest.raises(LeftoverError) as caught:
+        undo.unwind("testing", heir)
+    assert taken == ["needs nothing", "safe"]
+    assert caught.value.left == ("refused", "needs the rest")
+    assert not undo
+    heir.unwind("testing")
+    assert taken == ["needs nothing", "safe", "needs the rest"]
+
+
 def test_undo_interrupted_goes_on_where_it_was() -> None:
     undo, taken = UndoList(), []
 

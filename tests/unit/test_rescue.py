@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from errno import ENOSPC
+from errno import ENOSPC, EPERM
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ from xenaltp2m.journal import Journal, Pages, Record, find
 from xenaltp2m.rescue import diagnose, rescue
 from xenaltp2m.view import existing_views
 
-from .machinecode import CODE, OTHER, Computer
+from .hooked import NOP, store_byte
+from .machinecode import CODE, DATA, OTHER, Computer
 from .test_breakpoints import SELF_MODIFYING, THERE
 
 
@@ -119,7 +120,7 @@ def handles(monkeypatch: pytest.MonkeyPatch) -> list[Handle]:
 
 
 def work(host: MockBackend, domid: int, journals: Path) -> None:
-    """Views, pages, a pause, breakpoints, a watch: all that leaves something."""
+    """Views, pages, a pause, breakpoints, a patch, a watch: all that leaves something."""
     xen = xa.connect(host, journal=journals)
     dom = xen.domain(domid)
     dom.pause()
@@ -130,6 +131,7 @@ def work(host: MockBackend, domid: int, journals: Path) -> None:
     breakpoints = Breakpoints(altp2m, monitor, fast=False)
     breakpoints.insert(CODE, lambda hit: None)
     breakpoints.insert(THERE, lambda hit: None)
+    breakpoints.patch(CODE, SELF_MODIFYING[:7])
     breakpoints.watch(OTHER, 4, after=lambda touch: None)
     dom.unpause()
     host.steps_at_once = 30_000
@@ -505,6 +507,32 @@ def test_a_long_life_makes_no_long_journal(tmp_path: Path) -> None:
     made.close()
 
 
+def test_fault_28_pages_and_settings_that_stay_are_in_the_journal(tmp_path: Path) -> None:
+    """What was not taken back is still to be rescued."""
+    host = MockBackend(memory_pages=1 << 12)
+    domid = host.add_domain(memory_kib=2048, max_kib=4096)
+    with xa.connect(host, journal=tmp_path / "j") as xen, xen.domain(domid) as dom:
+
+        def record() -> Record:
+            [found] = find(tmp_path / "j", domid, dom.uuid)
+            assert found.record is not None
+            return found.record
+
+        gfns, monitor = dom.add_pages(2), dom.monitor(access_required=True)
+        for nth in (1, 2):
+            host.fail("domain_decrease_reservation_exact", nth, EPERM)
+        with pytest.raises(xa.LeftoverError):
+            dom.remove_pages(gfns)
+        assert [(one.first, one.count) for one in record().pages] == [(gfns[0], 2)]
+        host.fail("domain_set_access_required", 1, EPERM)
+        with pytest.raises(xa.LeftoverError):
+            monitor.close()
+        assert record().access_required
+        monitor.close()
+        dom.remove_pages(gfns)
+        assert record() == Record()
+
+
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_killed_at_every_call(
     tmp_path: Path, journals: Path, handles: list[Handle], after: bool
@@ -538,6 +566,33 @@ def test_killed_at_every_call(
             frozen += is_rescued(host, computer, before, seen, number)
         number += 1
     assert frozen > calls // 3
+
+
+def patch(host: MockBackend, domid: int, journals: Path) -> None:
+    """Have other code executed, of a guest that does not run."""
+    xen = xa.connect(host, journal=journals)
+    dom = xen.domain(domid)
+    dom.pause()
+    breakpoints = Breakpoints(dom.altp2m(), dom.monitor())
+    breakpoints.patch(CODE, store_byte(THERE, NOP[0]))
+    breakpoints.patch(OTHER, NOP).remove()
+    dom.memory.write(DATA, b"changed")  # whose page is mapped when all else is there
+    xen.close()
+
+
+def test_fault_28_killed_with_a_patch_in_the_original_is_executed(
+    scene: Scene, handles: list[Handle]
+) -> None:
+    """At each call."""
+    call, died = 0, True
+    while died:
+        call += 1
+        scene.anew()
+        scene.journals.mkdir(mode=0o700, exist_ok=True)
+        died = scene.kill(partial(patch, scene.host, scene.domid, scene.journals), call)
+        is_rescued(scene.host, scene.computer, scene.before, scene.journals, call)
+        end_process(scene.host, handles)
+    assert call > 50
 
 
 def end_process(host: Mortal, handles: list[Handle]) -> None:
