@@ -671,6 +671,25 @@ def test_corners(host_name: str, fast: bool, int3: bool, place: str, times: int)
         assert guest.words("based_count") == guest.words("traps") == (rounds,)
 
 
+@pytest.mark.parametrize(("fast", "int3"), WAYS, ids=WAY_NAMES)
+def test_a_limit_what_is_behind_an_instruction_that_xen_completes_is_missed(
+    host_name: str, fast: bool, int3: bool, tmp_path: Path
+) -> None:
+    """SDM 3C, 26.5.2: the step of CPUID ends with the instruction after it."""
+    turns, program, path = 5, Instructions(), tmp_path / "pair.elf"
+    program.set(esi=turns)
+    first = program.here
+    program.code += b"\x0f\xa2\x90\x4e\x75\xfa"  # CPUID; NOP; DEC ESI; JNZ to it
+    write_image(path, BASE, program.image())
+    with running(host_name, str(path)) as guest:
+        with hooked(guest, fast=fast, int3=int3) as (monitor, breakpoints):
+            hooks = [breakpoints.insert(first + at, lambda hit: None) for at in (0, 2, 3)]
+            guest.start()
+            answer = with_pauses(monitor, breakpoints)
+            serve(monitor, answer, lambda: guest.dom.memory.read(END, 1) == b"\1")
+        assert [hook.hits for hook in hooks] == [turns, 0, turns]
+
+
 # Patches.
 
 OTHER_RETURN = b"\x8d\x44\x40\x02"

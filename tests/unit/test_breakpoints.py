@@ -1319,3 +1319,46 @@ def test_fault_28_names_of_registers_are_typed() -> None:
     """The others are type errors: ``type: ignore`` in these tests would be unused without."""
     assert set(get_type_hints(RegisterValues)) == SETTABLE_REGISTERS
     assert set(get_type_hints(VcpuRegisterValues)) == set(HVM_CPU.fields)
+
+
+# Their limits: "What it does not hide" and "What it misses" in docs/breakpoints.md.
+
+
+@STEPS
+def test_a_limit_the_guest_can_measure_a_hit(make: Make, fast: bool) -> None:
+    took = []
+    for hooked in (False, True):
+        guest = make(b"\x0f\x31\x89\xc3" + NOP * 4 + b"\x0f\x31\x29\xd8" + HALT, fast=fast)
+        if hooked:
+            guest.breakpoints.insert(CODE + 5, guest.note)
+        assert guest.go().halted
+        took.append(guest.register("rax"))
+    assert took[0] < took[1]
+
+
+def test_a_limit_shadows_are_above_all_other_gfns(make: Make) -> None:
+    """``XENMEM_maximum_gpfn`` tells the guest the same."""
+    guest = make(HALT)
+    before = guest.host.domain_maximum_gpfn(guest.domid)
+    guest.breakpoints.insert(CODE, guest.note)
+    assert guest.host.domain_maximum_gpfn(guest.domid) == before + 16
+
+
+@STEPS
+def test_a_limit_code_that_no_vcpu_writes_is_executed_once_the_guest_writes(
+    make: Make, fast: bool
+) -> None:
+    """As a device does: another INC is read at once, and executed after a write to the page."""
+    there = CODE + 0x100
+    first = NOP + call(CODE + 1, there)
+    code = first + call(CODE + 6, there) + store_byte(CODE + 0x200, 0)
+    code += call(CODE + len(code), there) + HALT
+    guest = make(code.ljust(0x100, NOP) + INC_EAX + RET, fast=fast, rax=0, rcx=0)
+
+    def write(hit: Hit) -> None:
+        guest.dom.memory.write(there, INC_ECX)
+
+    guest.breakpoints.insert(CODE + len(first), write)
+    assert guest.go().halted
+    assert guest.read(there, 1) == INC_ECX
+    assert (guest.register("rax"), guest.register("rcx")) == (2, 1)

@@ -529,3 +529,16 @@ def test_fault_28_another_vcpu_writes_to_what_patched_code_changes(at_once: int)
         monitor.run(breakpoints, timeout=0.01)
         now = number(dom.memory.read(place, 4))
     assert now - before == 3 * turns
+
+
+@WAYS
+def test_fault_28_a_limit_a_byte_that_it_is_patched_with_is_not_written(
+    make: Make, fast: bool, int3: bool
+) -> None:
+    """To the instruction's own first byte, which the patch has already: a CPU writes 0xc6."""
+    patch = store_byte(THERE, 0xC6)
+    main = call(CODE, THERE) + HALT
+    guest = make(with_function(main, NOP * len(patch) + RET), fast=fast, int3=int3)
+    guest.breakpoints.patch(THERE, patch)
+    assert guest.go().halted
+    assert guest.read(THERE, 1) == NOP

@@ -39,6 +39,7 @@ from .machinecode import (
     HOLE_32,
     IDT,
     IF,
+    IOPL,
     IST_STACK,
     KERNEL_CODE,
     KERNEL_DATA,
@@ -2288,3 +2289,122 @@ def test_fault_06_what_a_signals_handler_raises_waits_until_the_vcpu_has_had_its
         signal.signal(signal.SIGUSR1, before)
     assert computer.register("rax") == 7
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+# Its limits: "What is not" in docs/simulator.md. What the CPU does is in the comments.
+
+
+@pytest.mark.parametrize(
+    ("code", "where"),
+    [
+        ("0f2800", CODE + 3),  # MOVAPS of an address that is not aligned: #GP
+        ("0f32", CODE + 2),  # RDMSR of none: #GP
+        ("0fa2", CODE + 2),
+    ],
+    ids=["movaps", "rdmsr", "cpuid"],
+)
+def test_a_limit_no_exception_and_zeros(code: str, where: int) -> None:
+    computer = Computer(bytes.fromhex(code) + STOP, cr4=OSFXSR, rax=DATA + 1, rcx=0x12345)
+    computer.describe()
+    if code == "0fa2":
+        computer.set(rax=7, rcx=0)
+    computer.run()
+    assert computer.vcpu.delivered == []
+    assert computer.register("rip") == where + len(STOP)
+    if code != "0f2800":
+        assert (computer.register("rax"), computer.register("rdx")) == (0, 0)
+
+
+def test_a_limit_error_codes_of_bad_selectors_are_zero() -> None:
+    """A CPU pushes the selector (SDM 3A, 7.13)."""
+    computer = Computer(b"\xb8\x40\x00\x00\x00\x8e\xd8")
+    computer.describe()
+    assert computer.handled()[:2] == [0, CODE + 5]
+    assert computer.vector == GP
+
+
+@pytest.mark.parametrize("code", ["e410", "fa"], ids=["in", "cli"])
+def test_a_limit_iopl_allows_nothing(ring_3: Computer, code: str) -> None:
+    """With IOPL 3 a CPU executes them in ring 3."""
+    ring_3.write(CODE, bytes.fromhex(code) + FOREVER)
+    ring_3.set(rflags=2 | IOPL)
+    ring_3.handled()
+    assert ring_3.vector == GP
+
+
+def test_a_limit_a_task_gate_is_refused() -> None:
+    """A CPU switches tasks, or raises #TS or #NP; it pushes the vector, 0x20."""
+    computer = Computer(b"\xcd\x20")
+    computer.describe()
+    computer.write(IDT + 8 * 0x20, struct.pack("<HHHH", 0, 0x28, 0x8500, 0))
+    assert computer.handled()[0] == 0x20 * 8 + 2
+    assert computer.vector == GP
+
+
+def test_a_limit_iret_does_not_go_to_virtual_8086_mode() -> None:
+    computer = Computer(IRET)
+    computer.describe()
+    virtual_8086 = 1 << 17
+    frame = 0, 0x2000, virtual_8086 | 2, 0x1000, 0x3000, 0, 0, 0, 0
+    computer.write(STACK - 36, struct.pack("<9I", *frame))
+    computer.set(rsp=STACK - 36)
+    computer.handled()
+    assert computer.vector == GP
+
+
+def test_a_limit_a_jump_that_is_not_canonical_faults_at_its_target() -> None:
+    """A CPU of Intel's raises it at the jump."""
+    computer = Computer(b"\x48\xbb" + (1 << 63).to_bytes(8, "little") + b"\xff\xe3")
+    computer.go_long()
+    computer.describe()
+    assert computer.handled()[:2] == [0, 1 << 63]
+
+
+def test_a_limit_the_context_has_no_fpu_and_vector_registers() -> None:
+    """FLD1; CMPEQPS of a register with itself, which sets all its bits."""
+    store = b"\x0f\x11\x05" + int32(DATA)
+    computer = Computer(b"\xd9\xe8\x0f\xc2\xc0\x00" + store + STOP, cr4=OSFXSR)
+    computer.run()
+    assert computer.read(DATA, 16) == b"\xff" * 16
+    assert b"\xff" * 16 not in computer.vcpu.context
+
+
+def test_a_limit_descriptor_accesses_have_no_instruction_information() -> None:
+    computer = Computer(b"\x0f\x01\x0d" + int32(DATA) + STOP, listen=True)  # SIDT
+    computer.switch("descriptor_access", True)
+    request = heard(computer, Reason.DESCRIPTOR_ACCESS)
+    assert request["desc_access.arch.vmx.instr_info"] == 0
+
+
+def test_a_limit_the_time_counts_attempts() -> None:
+    """RDTSC twice, with what an agent has stepped over in between, and without."""
+    rdtsc = b"\x0f\x31"
+    took = []
+    for watched in (False, True):
+        code = rdtsc + b"\x89\xc3" + load_eax(OTHER) + rdtsc + b"\x29\xd8" + STOP
+        computer = Computer(code, views=True, listen=True)
+        view = computer.view((OTHER >> 12, X if watched else RWX))
+        computer.switch("singlestep", True)
+        computer.run()
+        for request in computer.take():
+            computer.answer(request, SWITCH | FAST, view=0, u__fast_singlestep__p2midx=view)
+        computer.run()
+        took.append(computer.register("rax"))
+    assert took[0] < took[1]
+
+
+@pytest.mark.parametrize("steps", ["agent", "guest"])
+@pytest.mark.parametrize("level", [0, 1, 31])
+@pytest.mark.parametrize("after", ["40", "a100000200", "eb00", "0fa2"])
+def test_fault_10_enter_is_a_step(after: str, level: int, steps: str) -> None:
+    """SDM 3C, 26.5.2, and 3B, 18.3.1.4: whatever its nesting level, with nothing behind it."""
+    enter = b"\xc8\x10\x00" + bytes([level])
+    computer = Computer(enter + bytes.fromhex(after) + STOP, listen=True, rbp=STACK - 0x200)
+    computer.describe()
+    if steps == "agent":
+        computer.switch("singlestep", True)
+        computer.vcpu.single_step = True
+        assert heard(computer, Reason.SINGLESTEP).register("rip") == CODE + len(enter)
+    else:
+        computer.set(rflags=TF | 2)
+        assert computer.handled()[0] == CODE + len(enter)
