@@ -7,6 +7,8 @@ A breakpoint at an address of another kernel is in the middle of something, and 
 from __future__ import annotations
 
 import struct
+from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeAlias
@@ -27,6 +29,8 @@ _MOST_BYTES = 4096
 _FEW_BYTES = 16
 """Of a label that nothing follows."""
 _MOST_SITES = 1 << 22
+_LONGEST_SITE = 255
+"""Bytes: a table has the number in one."""
 _SAMPLE = 64
 """So many entries of a section tell of which form all are."""
 _BANNER, _BANNER_SAYS = "linux_banner", b"Linux version "
@@ -84,7 +88,8 @@ def check(domain: Domain, symbols: Symbols, places: Iterable[str], registers: Re
 
 def compare(symbols: Symbols, read: Read, places: Iterable[str]) -> None:
     """As :func:`check`, with what reads the guest's memory."""
-    rest = [place for place in places if not _has_same_code(symbols, read, place)]
+    sites = Sites(symbols) if isinstance(symbols, Image) else None
+    rest = [place for place in places if sites is None or not _has_same_code(sites, read, place)]
     if not rest:
         return
     told = _has_same_build(symbols, read) if isinstance(symbols, Image) else _fits(symbols, read)
@@ -117,48 +122,43 @@ def reader(domain: Domain, symbols: Symbols, registers: Registers) -> Read:
     return read
 
 
-def _has_same_code(symbols: Symbols, read: Read, place: str) -> bool:
+def _has_same_code(sites: Sites, read: Read, place: str) -> bool:
     """Whether a function is in memory as in the image; False where that cannot be told.
 
     Raises:
         SymbolError: It is not.
     """
-    address = symbols.address(place)
-    if not isinstance(symbols, Image):
-        return False
-    start, size = symbols.extent(address, _FEW_BYTES, _MOST_BYTES)
-    expected = symbols.content(start - symbols.slide, size)
+    image = sites.image
+    start, size = image.extent(image.address(place), _FEW_BYTES, _MOST_BYTES)
+    expected = image.content(start - image.slide, size)
     if expected is None:
         return False
     try:
         found = read(start, size)
     except NotMappedError:
         return False
-    at = _difference(symbols, start, expected, found)
+    at = difference(sites, start, expected, found)
     if at is not None:
         raise SymbolError(
-            f"{symbols.name} is not of what the guest runs: at {place}, {start + at:#x}, it has "
+            f"{image.name} is not of what the guest runs: at {place}, {start + at:#x}, it has "
             f"{expected[at : at + 8].hex(' ')}, and the guest {found[at : at + 8].hex(' ')}",
             hint=(*_WRONG, f"the guest has changed its code there, and {_TRUST}"),
         )
     return True
 
 
-def _difference(image: Image, start: int, expected: bytes, found: bytes) -> int | None:
+def difference(sites: Sites, start: int, expected: bytes, found: bytes) -> int | None:
     """Where code differs, but for what a kernel changes itself."""
     if expected == found:
         return None
-    changed = {
-        at
-        for site, size in _sites(image, start - image.slide, len(expected))
-        for at in range(site, site + size)
-    }
+    slide = sites.image.slide
+    changed = sites.within(start - slide, len(expected))
     at = 0
     while at < len(expected):
-        if expected[at] == found[at] or start - image.slide + at in changed:
+        if expected[at] == found[at] or start - slide + at in changed:
             at += 1
             continue
-        end = _relocated(image.slide, expected, found, at)
+        end = _relocated(slide, expected, found, at)
         if end is None:
             return at
         at = end
@@ -179,8 +179,38 @@ def _relocated(slide: int, expected: bytes, found: bytes, at: int) -> int | None
     return None
 
 
-def _sites(image: Image, start: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield what Linux rewrites of a range: (address, bytes), by the sections that list it."""
+class Sites:
+    """The places of an image that Linux rewrites; their tables are read at the first question."""
+
+    def __init__(self, image: Image) -> None:
+        self.image = image
+        self._starts: array[int] | None = None
+        self._sizes = bytearray()
+
+    def within(self, start: int, size: int) -> set[int]:
+        """The addresses of a range, slide not included, whose bytes are rewritten."""
+        if self._starts is None:
+            self._starts = self._read()
+        found: set[int] = set()
+        for at in range(bisect_left(self._starts, start - _LONGEST_SITE), len(self._starts)):
+            site = self._starts[at]
+            if site >= start + size:
+                break
+            found.update(range(site, site + self._sizes[at]))
+        return found
+
+    def _read(self) -> array[int]:
+        starts, sizes = array("Q"), bytearray()
+        for site, bytes_there in _sites(self.image):
+            starts.append(site)
+            sizes.append(bytes_there)
+        order = sorted(range(len(starts)), key=starts.__getitem__)
+        self._sizes = bytearray(sizes[at] for at in order)
+        return array("Q", (starts[at] for at in order))
+
+
+def _sites(image: Image) -> Iterator[tuple[int, int]]:
+    """Yield what Linux rewrites: (address, bytes), by the sections that list it."""
     left = _MOST_SITES
     for name, forms, relative, length in _SITES:
         for table in _tables(image, name):
@@ -194,9 +224,8 @@ def _sites(image: Image, start: int, size: int) -> Iterator[tuple[int, int]]:
                         raise SymbolError(
                             f"{image.name} has more than {_MOST_SITES} places that change"
                         )
-                    bytes_there = told[0] if length is None else length
-                    if site < start + size and start < site + bytes_there:
-                        yield site, bytes_there
+                    if 0 <= site < 1 << 64:
+                        yield site, told[0] if length is None else length
                 break
 
 
