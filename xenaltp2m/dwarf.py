@@ -14,15 +14,16 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import elftools
-from elftools.dwarf.die import AttributeValue
-from elftools.dwarf.dwarfinfo import DebugSectionDescriptor, DwarfConfig, DWARFInfo
 
 from xenaltp2m.elf import ElfFile, opened
 from xenaltp2m.errors import SymbolError
 from xenaltp2m.symbols import Meter
+
+if TYPE_CHECKING:
+    from elftools.dwarf.dwarfinfo import DebugSectionDescriptor, DWARFInfo
 
 _SECTIONS = frozenset(
     f"debug_{name}"
@@ -66,6 +67,9 @@ def load(
     Raises:
         SymbolError: A section is damaged, or compressed in a way that cannot be read.
     """
+    # Not before: each start of a program that reads no DWARF would take a tenth longer.
+    from elftools.dwarf.dwarfinfo import DebugSectionDescriptor, DwarfConfig, DWARFInfo
+
     found: dict[str, DebugSectionDescriptor | None] = {}
     for parameter in inspect.signature(DWARFInfo).parameters:
         name = parameter.removesuffix("_sec")
@@ -201,6 +205,8 @@ def _prepare(unit: Any, skeleton: Any) -> None:
     Each ``.dwo`` file has one contribution to its tables, so that their bases go without saying
     (DWARF 5, 7.3.2.2); pyelftools wants to read them.
     """
+    from elftools.dwarf.die import AttributeValue
+
     is_5, is_64 = unit["version"] >= 5, unit.structs.dwarf_format == 64
     if not is_5:
         _as_dwarf_5(unit)

@@ -12,9 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
-from elftools.dwarf.dwarf_expr import DWARFExprParser
-from elftools.dwarf.ranges import BaseAddressEntry
-
 if TYPE_CHECKING:
     from xenaltp2m.events import Registers
 
@@ -112,6 +109,8 @@ class Locator:
         self._unit, self._low = unit, low
         self._names = _DWARF_64 if is_64_bit else _DWARF_32
         self._width = 8 if is_64_bit else 4
+        from elftools.dwarf.dwarf_expr import DWARFExprParser  # as in dwarf.load
+
         self._parser = DWARFExprParser(unit.structs)
         base = function.attributes.get("DW_AT_frame_base")
         self._frame = self._frame_base([] if base is None else base.value)
@@ -146,7 +145,7 @@ class Locator:
         base = self._unit.get_top_DIE().attributes.get("DW_AT_low_pc")
         start = 0 if base is None else base.value
         for span in lists.get_location_list_at_offset(offset, parameter):
-            if isinstance(span, BaseAddressEntry) or not hasattr(span, "loc_expr"):
+            if not hasattr(span, "loc_expr"):
                 start = span.base_address
                 continue
             begin = 0 if getattr(span, "is_absolute", False) else start

@@ -8,7 +8,6 @@ The way of an event: the request's bytes are copied out of the ring, wrapped in 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
@@ -616,6 +615,8 @@ class Monitor(Handle):
 
         Other tasks of the loop get their turn at least every millisecond, between two events.
         """
+        import asyncio  # not before: it loads ssl, and most programs have no use for it
+
         loop, clock = asyncio.get_running_loop(), self._clock
         ready = asyncio.Event()
         with self._iteration():

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Self, TypeVar
 
-from elftools.dwarf.ranges import BaseAddressEntry
-
 from xenaltp2m.dwarf import (
     check_unit,
     find_type,
@@ -301,7 +299,7 @@ class Prototypes:
         base = _number(top, "DW_AT_low_pc") or 0
         for span in lists.get_range_list_at_offset(offset, cu=unit):
             self._take(span)
-            if isinstance(span, BaseAddressEntry):
+            if hasattr(span, "base_address"):
                 base = span.base_address
                 continue
             begin = 0 if getattr(span, "is_absolute", False) else base
