@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 import subprocess
@@ -81,16 +80,11 @@ class RunningGuest:
             for gfn in range(segment.address >> 12, (segment.address + segment.size - 1 >> 12) + 1)
         }
 
-    def sums(self) -> dict[int, str]:
-        """A checksum of each page of the guest's own memory."""
-        first, pages = 0, MEMORY_KIB // 4
-        whole = self.dom.memory.read(first, pages * xa.PAGE_SIZE)
-        return {
-            gfn: hashlib.sha1(
-                whole[gfn * 4096 : (gfn + 1) * 4096], usedforsecurity=False
-            ).hexdigest()
-            for gfn in range(pages)
-        }
+    def contents(self) -> dict[int, bytes]:
+        """Each page of the guest's own memory."""
+        pages = MEMORY_KIB // 4
+        whole = self.dom.memory.read(0, pages * xa.PAGE_SIZE)
+        return {gfn: whole[gfn * 4096 : (gfn + 1) * 4096] for gfn in range(pages)}
 
 
 def serve(

@@ -50,7 +50,7 @@ def test_killed_at_random_moments(fast: bool) -> None:
     left: Counter[str] = Counter()
     with running("xen", "racer", 4) as guest, xa.Xen(guest.xen.backend, DIRECTORY) as xen:
         domid = int(guest.dom.domid)
-        before, limit = guest.sums(), guest.dom.info().max_pages
+        before, limit = guest.contents(), guest.dom.info().max_pages
         counts = {guest.dom.info().pages}
         guest.start()
         for number in range(KILLS):
@@ -80,7 +80,7 @@ def test_killed_at_random_moments(fast: bool) -> None:
             assert not list(DIRECTORY.glob(f"{domid}-*"))
         assert max(counts) - min(counts) <= 1  # the ring's page is there or not; shadows are 16
         with guest.dom.paused():
-            after = guest.sums()
+            after = guest.contents()
         assert {gfn for gfn in after if after[gfn] != before[gfn]} <= guest.writable_gfns()
         assert guest.lines("noticed") == [0] * 4
         xen._undo.forget()  # the backend is the guest's

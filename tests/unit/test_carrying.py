@@ -78,13 +78,13 @@ def test_it_comes_back_with_all_there_was(agent: Agent) -> None:
     dom, domid = agent.dom, agent.dom.domid
     agent.mock.domain_unpause(domid)
     agent.go(50)
-    before, number = agent.guest.sums(), agent.view.id
+    before, number = agent.guest.contents(), agent.view.id
     with dom.carried() as carried:
         assert not dom._backend.altp2m_get_domain_state(domid)
         assert dom.info().pages == agent.pages - 1  # which was the ring
         new = agent.mock.carry(domid)
     assert dom.domid == new != domid
-    assert agent.guest.sums().keys() == before.keys()
+    assert agent.guest.contents().keys() == before.keys()
     assert not agent.view.closed
     assert agent.view.verify() == []
     assert (agent.view.id, agent.view.label, agent.view.visible) == (number, "own", False)

@@ -276,9 +276,9 @@ def test_all_of_it_or_nothing() -> None:
     assert calls > 20
 
 
-def test_a_million_gfns() -> None:
-    """Each with an access of its own: within a second and 200 MB."""
-    count = 1 << 20
+def test_a_quarter_million_gfns() -> None:
+    """Each with an access of its own: within a second and 50 MB."""
+    count = 1 << 18
     with ExitStack() as stack:
         host = Host(stack, pages=count)
         view = host.altp2m.create_view()
@@ -302,7 +302,7 @@ def test_a_million_gfns() -> None:
             f"captured and written in {captured:.2f} s, compared in {compared:.2f} s, "
             f"{len(data)} bytes, {grown >> 10} MiB"
         )
-        assert grown >> 10 < 200
+        assert grown >> 10 < 50
         assert State.from_bytes(data) == state
 
 
