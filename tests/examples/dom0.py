@@ -29,6 +29,8 @@ from xenaltp2m.viewstate import State
 GUESTS = Path(__file__).parents[2] / "examples" / "guest"
 ENDLESS, END = {"watch", "trace"}, ("--count", "3")
 CR3 = 1
+SMALLEST = 16 << 20
+"""Bytes of a guest."""
 IMAGES = {
     "linux": "paged",
     "hello": "hello",
@@ -42,9 +44,11 @@ CREATED_PAUSED = {"checker", "racer"}
 def host(arguments: list[str]) -> MockBackend:
     """Make the mock host."""
     mock = MockBackend()
-    win10 = mock.add_domain("win10", memory_kib=1 << 20)
-    gfns = [int(text, 0) for text in re.findall(r"0x[0-9a-f]+", " ".join(arguments))]
+    words = [Path(arguments[1]).read_text() if "--script" in arguments[:1] else "", *arguments]
+    gfns = [int(text, 0) for text in re.findall(r"0x[0-9a-f]+", " ".join(words))]
     pages = [gfn * PAGE_SIZE for gfn in gfns if gfn * PAGE_SIZE < 1 << 30]
+    memory = max([SMALLEST, *(page + PAGE_SIZE for page in pages)])  # each page takes its time
+    win10 = mock.add_domain("win10", memory_kib=memory >> 10)
     touches = [Instruction(0x1000 + at, 4, [("w", page)]) for at, page in enumerate(pages)]
     switches = [Instruction(0x2000, 3, effect=WriteControlRegister(CR3, root)) for root in (1, 2)]
     mock.load(win10, [*touches, *switches], loop=True)

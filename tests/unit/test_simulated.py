@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import xenaltp2m as xa
-from xenaltp2m.backend.mock import MockBackend
+from xenaltp2m.backend.mock import Instruction, MockBackend
 from xenaltp2m.symbols import Image
 
 CHECKER = Path(__file__).parents[2] / "examples" / "guest" / "checker.elf"
@@ -184,3 +184,12 @@ def test_a_recording_ends() -> None:
             again.__enter__()
     with mock.recording(domid, file):
         pass
+
+
+def test_a_script_goes_on_no_further_beside_a_guest_of_machine_code() -> None:
+    mock = MockBackend()
+    mock.boot(mock.add_domain("racer"), RACER)
+    scripted = mock.add_domain("scripted")
+    mock.load(scripted, [Instruction(at, 1) for at in range(0x1000, 0x2000)])
+    mock.domain_unpause(scripted)
+    assert mock.domain(scripted).vcpus[0].register("rip") - 0x1000 in (255, 256)

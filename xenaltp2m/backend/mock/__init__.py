@@ -68,8 +68,8 @@ class MockBackend(ModelBackend):
         machine: The modelled host, with its domains; tests may look and reach into it.
         calls: The calls made so far, oldest first; the oldest fall out past 100 000.
         steps_at_once: How many instructions a domain's vCPUs execute at most, together, when a
-            call lets them go on: 256, or 250 000 once a domain executes machine code, unless it
-            was set, in 256 turns; None: until they cannot, see :meth:`run`.
+            call lets them go on: 256, or 250 000 of a domain that executes machine code, unless
+            another number was set, in 256 turns; None: until they cannot, see :meth:`run`.
     """
 
     def __init__(

@@ -813,17 +813,18 @@ class ModelBackend:
     def _go_on(self, domid: int) -> None:
         """Let the vCPUs run for a while, now that something let them."""
         processors = self._processors_of(domid)
-        is_bounded = self.steps_at_once is not None and self._simulates(domid)
-        turns = _TURNS_AT_ONCE if is_bounded else math.inf
-        run(processors, self.steps_at_once, self._chance, turns)
+        steps, turns = self.steps_at_once, math.inf
+        if steps is not None and self._simulates(domid):
+            turns = _TURNS_AT_ONCE
+            if steps == _STEPS_AT_ONCE:
+                steps = _STEPS_OF_CODE_AT_ONCE
+        run(processors, steps, self._chance, turns)
         if self._simulates(domid) and any(one.ready for one in processors):
             self._monitor_of(domid).wake()  # so that it goes on when the agent looks
 
     def _simulate(self, domid: int, processors: list[Processor]) -> None:
         """Have a domain's vCPUs execute machine code."""
         self._processors[domid] = processors
-        if self.steps_at_once == _STEPS_AT_ONCE:
-            self.steps_at_once = _STEPS_OF_CODE_AT_ONCE
 
     def _simulates(self, domid: int) -> bool:
         """Whether a domain executes machine code."""
