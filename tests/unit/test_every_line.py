@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import random
 import signal
@@ -336,8 +337,12 @@ class Outcome:
 
 
 @pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """Handles whose end was skipped warn: their domain has closed them."""
+def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Handles whose end was skipped warn: their domain has closed them.
+
+    Nothing is logged, for what is kept of that holds a view, and with it a connection.
+    """
+    caplog.set_level(logging.CRITICAL + 1, "xenaltp2m")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
