@@ -154,14 +154,18 @@ class UndoList:
                 **first.context(),
             ) from first
 
-    def roll_back(self, cause: BaseException) -> None:
+    def roll_back(self, cause: BaseException, heir: UndoList | None = None) -> None:
         """Take every step because ``cause`` happened half-way; the caller then re-raises it.
+
+        Args:
+            cause: What happened.
+            heir: Gets the steps that are left, to try again later.
 
         Raises:
             LeftoverError: Some step failed; its cause is ``cause``.
         """
         try:
-            self.unwind(in_words(cause))
+            self.unwind(in_words(cause), heir)
         except LeftoverError as failure:
             raise failure from cause
 

@@ -9,12 +9,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from xenaltp2m.errors import InvalidArgumentError, XenError
+from xenaltp2m.handle import UndoList
 from xenaltp2m.signals import uninterruptible
 from xenaltp2m.types import PAGE_SIZE, Access
 
 if TYPE_CHECKING:
     from xenaltp2m.domain import Domain
-    from xenaltp2m.handle import UndoList
     from xenaltp2m.view import View
 
 _AT_ONCE = 16
@@ -114,24 +114,43 @@ class Shadows:
 
     def _grow(self) -> None:
         """Add some. The domain stands still, for until they are hidden they can be seen."""
+        with self._domain.paused():
+            pages = self._add()
+            shadows = list(pages)
+            sink = self._sink or shadows[0]
+            if not self._sink:
+                del shadows[0]
+            for view in self._views:
+                view.set_access(sink, Access.R)
+                for gfn in shadows:
+                    view.remap(gfn, sink, access=Access.R)
+            self._sink = sink
+            self._free += reversed(shadows)
+
+    def _add(self) -> dict[int, memoryview]:
+        """Add pages that no view lets a guest touch; what fails after that leaves them so.
+
+        They cannot be taken back any more once one is remapped: Xen would reset the view.
+        """
         domain, backend, domid = self._domain, self._backend, int(self._domain.domid)
-        with domain.paused():
+        undo = UndoList()
+        try:
             gfns = domain.add_pages(_AT_ONCE)
-            self._undo.push("", partial(self._remove, gfns))
+            undo.push("", partial(self._remove, gfns))
             pages = backend.foreignmemory_map(domid, True, gfns)
             self._maps.append(pages)
-            self._undo.push(
+            undo.push(
                 f"mapping of gfns {gfns.start:#x}..{gfns.stop - 1:#x} of domain {domid}",
                 partial(self._unmap, pages),
             )
-            for gfn, page in zip(gfns, pages, strict=True):
+            for page in pages:
                 page[:] = NOTHING
-                self._memory[gfn] = page
-            shadows = gfns
-            if not self._sink:
-                self._sink, shadows = gfns[0], gfns[1:]
             for view in self._views:
-                view.set_access(self._sink, Access.R)
-                for gfn in shadows:
-                    self.hide(view, gfn)
-            self._free += reversed(shadows)
+                view.set_access(gfns, Access.N)
+        except BaseException as error:
+            undo.roll_back(error, self._undo)
+            raise
+        self._undo.adopt(undo)
+        added = dict(zip(gfns, pages, strict=True))
+        self._memory.update(added)
+        return added

@@ -514,6 +514,37 @@ def test_fault_28_a_shadow_that_is_shown_is_not_given_back(
     breakpoints.close()
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_fault_28_shadows_that_cannot_be_hidden_cannot_be_touched(fast: bool) -> None:
+    """Else a guest that looks would find them; or they are taken back at once."""
+    calls, number = 1 << 30, 0
+    while number <= calls:
+        with ExitStack() as stack:
+            host = Failing(memory_pages=1 << 13)
+            computer = Computer(call(CODE, OTHER) + HALT, {OTHER: RET}, host=host)
+            xen = stack.enter_context(xa.connect(host))
+            dom = stack.enter_context(xen.domain(computer.domid))
+            altp2m = stack.enter_context(dom.altp2m())
+            monitor = stack.enter_context(dom.monitor())
+            breakpoints = stack.enter_context(Breakpoints(altp2m, monitor, fast=fast))
+            before = dom.info().pages
+            host.start({number: EPERM})
+            with suppress(xa.XenError):
+                breakpoints.insert(OTHER, lambda hit: None)
+            if not number:
+                calls = host.made
+            failed = host.failed
+            host.start({})
+            number += 1
+            shadows, pages = breakpoints._shadows._memory, dom.info().pages - before
+            assert pages == len(shadows), (number, failed)
+            rights = {view.access(gfn) for view in breakpoints._views for gfn in shadows}
+            assert rights <= {xa.Access.N, xa.Access.R}, (number, failed)
+            breakpoints.insert(OTHER, lambda hit: None)
+            altp2m.verify()
+    assert calls > 20
+
+
 @WAYS
 def test_fault_28_what_fails_in_an_event_fails_once(fast: bool, int3: bool) -> None:
     """The 1st, 2nd … last call while the guest runs; the guest goes on, and notices nothing."""

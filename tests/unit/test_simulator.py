@@ -55,6 +55,7 @@ from .machinecode import (
     STOP,
     TABLES,
     TF,
+    TSS,
     USER,
     USER_CODE,
     USER_DATA,
@@ -2330,6 +2331,47 @@ def test_a_limit_iopl_allows_nothing(ring_3: Computer, code: str) -> None:
     ring_3.set(rflags=2 | IOPL)
     ring_3.handled()
     assert ring_3.vector == GP
+
+
+def test_a_limit_the_io_bitmap_allows_nothing(ring_3: Computer) -> None:
+    """A CPU executes IN at a port whose bit is clear (SDM 1, 19.5.2)."""
+    bitmap = 0x68
+    ring_3.write(TSS + 0x66, struct.pack("<H", bitmap) + bytes(16))
+    ring_3.set(tr_limit=bitmap + 16)
+    ring_3.write(CODE, b"\xe4\x10" + FOREVER)
+    ring_3.handled()
+    assert ring_3.vector == GP
+
+
+def test_a_limit_a_gate_s_selector_is_one_of_the_gdt() -> None:
+    """A CPU looks for this one in the LDT, of which there is none, and raises #GP."""
+    computer = Computer(b"\xcd\x20")
+    computer.describe()
+    entry = bytearray(computer.read(IDT + 8 * 0x20, 8))
+    entry[2] |= 4
+    computer.write(IDT + 8 * 0x20, bytes(entry))
+    computer.handled()
+    assert computer.vector == 0x20
+
+
+def test_a_limit_a_16_bit_task_state_is_read_as_one_of_32_bits(ring_3: Computer) -> None:
+    """Its SP0 is at 2 and SS0 at 4 (SDM 3A, figure 9-10)."""
+    ring_3.set(tr_arbytes=0x83)
+    ring_3.write(TSS, struct.pack("<HHHH", 0, OTHER & 0xFFFF, STACK & 0xFFFF, STACK >> 16))
+    ring_3.write(CODE, UD2)
+    ring_3.handled()
+    assert (ring_3.vector, ring_3.register("rsp")) == (UD, STACK - 20)
+
+
+def test_a_limit_breakpoints_of_debug_registers_stop_nothing() -> None:
+    """DR0 has the NOP's address, and DR7 enables it."""
+    code = b"\xb8" + int32(CODE + 16) + b"\x0f\x23\xc0"  # mov to %eax; to %dr0
+    code += b"\xb8" + int32(0x402) + b"\x0f\x23\xf8" + NOP + STOP
+    computer = Computer(code)
+    computer.describe()
+    computer.run()
+    assert computer.vcpu.halted
+    assert computer.vcpu.delivered == []
 
 
 def test_a_limit_a_task_gate_is_refused() -> None:

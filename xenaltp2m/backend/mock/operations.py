@@ -32,7 +32,7 @@ from xenaltp2m.abi import layouts, releases
 from xenaltp2m.abi.releases import Release
 from xenaltp2m.abi.x86 import CR0_ET, CR0_PE, CR0_PG
 from xenaltp2m.backend import Bytes, Gfns, PortCalls, arguments
-from xenaltp2m.backend.clock import CLOCK
+from xenaltp2m.backend.clock import CLOCK, Clock
 from xenaltp2m.backend.mapping import Mapping
 from xenaltp2m.backend.mock.evtchn import Channel, Port
 from xenaltp2m.backend.mock.machine import Domain, Machine, Refused
@@ -130,7 +130,7 @@ class ModelBackend:
     """A modelled host behind the Protocol. See :class:`xenaltp2m.backend.Backend`."""
 
     name = "mock"
-    clock = CLOCK
+    clock: Clock = CLOCK
 
     def __init__(self, machine: Machine, seed: int) -> None:
         """Answer for a host; ``seed`` is that of how vCPUs take turns."""
