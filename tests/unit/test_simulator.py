@@ -2354,13 +2354,14 @@ def test_a_limit_a_gate_s_selector_is_one_of_the_gdt() -> None:
     assert computer.vector == 0x20
 
 
-def test_a_limit_a_16_bit_task_state_is_read_as_one_of_32_bits(ring_3: Computer) -> None:
+def test_a_limit_a_16_bit_task_state_is_read_as_one_of_32_bits() -> None:
     """Its SP0 is at 2 and SS0 at 4 (SDM 3A, figure 9-10)."""
-    ring_3.set(tr_arbytes=0x83)
-    ring_3.write(TSS, struct.pack("<HHHH", 0, OTHER & 0xFFFF, STACK & 0xFFFF, STACK >> 16))
-    ring_3.write(CODE, UD2)
-    ring_3.handled()
-    assert (ring_3.vector, ring_3.register("rsp")) == (UD, STACK - 20)
+    computer = Computer(UD2)
+    computer.describe(ring=3)
+    computer.set(tr_arbytes=0x83)
+    computer.write(TSS + 2, struct.pack("<H", OTHER & 0xFFFF))
+    computer.handled()
+    assert (computer.vector, computer.register("rsp")) == (UD, STACK - 20)
 
 
 def test_a_limit_breakpoints_of_debug_registers_stop_nothing() -> None:
