@@ -20,7 +20,8 @@ class Patched:
 
     def executed(self, start: int, stop: int) -> bytes:
         """Return some of its bytes as they are executed."""
-        return self.patched(self.memory[start:stop], start)
+        # A copy: what a frame of a traceback holds of a mapping would keep it from being unmapped.
+        return self.patched(bytes(self.memory[start:stop]), start)
 
     def patched(self, content: bytes | bytearray | memoryview, start: int) -> bytes:
         """Put patches into what some of its bytes may be."""
