@@ -32,8 +32,8 @@ from xenaltp2m.journal import Journal, Pages, Record, find
 from xenaltp2m.rescue import diagnose, rescue
 from xenaltp2m.view import existing_views
 
-from .hooked import NOP, store_byte
-from .machinecode import CODE, DATA, OTHER, Computer
+from .hooked import INC_ECX, NOP, RET, call, store_byte
+from .machinecode import CODE, DATA, HALT, OTHER, Computer
 from .test_breakpoints import SELF_MODIFYING, THERE
 
 
@@ -595,6 +595,42 @@ def test_fault_28_killed_with_a_patch_in_the_original_is_executed(
     assert call > 50
 
 
+def test_a_limit_a_kill_within_a_patched_step_loses_what_it_writes(scene: Scene) -> None:
+    """The patch adds 1 to a number in its own page, the code below it 2: killed at each call."""
+    place = CODE + 0x200
+    code = call(CODE, CODE + 0x100) + INC_ECX + HALT
+    below, patched = (b"\x83\x05" + place.to_bytes(4, "little") + bytes([n]) for n in (2, 1))
+    during: list[int] = []
+
+    def work() -> None:
+        dom = xa.connect(scene.host, journal=scene.journals).domain(scene.domid)
+        monitor = dom.monitor()
+        breakpoints = Breakpoints(dom.altp2m(), monitor)
+        breakpoints.patch(CODE + 0x100, patched)
+        during.append(scene.host.made)
+        scene.host.steps_at_once = 1
+        monitor.run(breakpoints, timeout=0.01)
+        during.append(scene.host.made)
+
+    def added(number: int) -> int:
+        scene.host = Mortal(memory_pages=1 << 13)
+        scene.computer = Computer(code.ljust(0x100, NOP) + below + RET, host=scene.host)
+        scene.computer.set(rcx=0)
+        scene.domid = scene.computer.domid
+        before = scene.computer.read(place, 1)[0]
+        scene.journals.mkdir(mode=0o700, exist_ok=True)
+        scene.kill(work, number)
+        with xa.Xen(scene.host, scene.journals) as xen:
+            rescue(xen, scene.domid)
+        scene.host.run(scene.domid, 1000)
+        assert scene.computer.register("rcx") == 1, number
+        return scene.computer.read(place, 1)[0] - before
+
+    never = 1 << 30
+    assert added(never) == 1
+    assert {added(number) for number in range(*during[:2])} == {0, 1, 2}
+
+
 def end_process(host: Mortal, handles: list[Handle]) -> None:
     """Its end of rings and event channels goes with a process, and its mappings."""
     while handles:
@@ -669,12 +705,12 @@ def test_fault_09_a_domain_that_goes_away_while_it_is_rescued(
 ) -> None:
     """Before each call: what was to be undone went with it, or the error says that it is gone."""
     ways = set()
-    for call in range(1, 1000):
-        if call > 1:
+    for number in range(1, 1000):
+        if number > 1:
             scene.anew()
         scene.kill()
         host = scene.host
-        host.made, host.vanishes_at = 0, call
+        host.made, host.vanishes_at = 0, number
         xen = xa.Xen(host, scene.journals)
         try:
             outcome = rescue(xen, scene.domid)
@@ -684,14 +720,14 @@ def test_fault_09_a_domain_that_goes_away_while_it_is_rescued(
             ways.add("while steps were taken")
             assert outcome.failed == ()
             assert list(scene.journals.glob("*.journal")) == []
-        vanished = host.made >= call
+        vanished = host.made >= number
         host.vanishes_at = 0
         end_process(host, [*handles, xen])
         for path in scene.journals.iterdir():
             path.unlink()
         if not vanished:
             break
-    assert call > 20
+    assert number > 20
     assert ways == {"while it was diagnosed", "while steps were taken"}
 
 

@@ -41,6 +41,7 @@ from .machinecode import (
 AT = DATA + 0x100
 MOVSB, STOSB = b"\xa4", b"\xaa"
 ACCESSED, DIRTY, OSFXSR = 1 << 5, 1 << 6, 1 << 9
+PAGE_FAULT = 14
 
 
 def address(where: int) -> bytes:
@@ -749,6 +750,38 @@ def test_fault_10_a_vcpu_that_never_ends_its_step(
         assert told == [0, 1]
         assert other.register("rip") == CODE + 7
         assert dom.memory.read(AT, 1) == b"\1"
+
+
+@STEPS
+def test_a_limit_an_instruction_that_faults_half_way_is_told_again(make: Make, fast: bool) -> None:
+    """MOVSB reads, and has nowhere to write to; the handler gives it another place."""
+    guest = make(MOVSB + HALT, {AT: b"\x5a"}, fast=fast, rsi=AT, rdi=OTHER)
+    guest.computer.go_long()
+    guest.computer.describe()
+    guest.computer.map(OTHER, 0)
+    elsewhere = b"\x48\x83\xc4\x08\xbf" + address(DATA + 0x900) + b"\x48\xcf"  # the error code
+    guest.computer.write(HANDLERS + 16 * PAGE_FAULT, elsewhere)
+    notes = Notes()
+    guest.breakpoints.watch(AT, 1, notes, reads=True)
+    assert guest.go().halted
+    assert guest.read(DATA + 0x900, 1) == b"\x5a"
+    assert [(touch.registers.rip, touch.registers.rdi) for touch in notes.touches] == [
+        (CODE, OTHER),
+        (CODE, DATA + 0x900),
+    ]
+
+
+@STEPS
+def test_a_limit_reads_of_one_table_after_the_first(make: Make, fast: bool) -> None:
+    """What leads to the code and what leads to its data lie in one page: the first is told."""
+    guest = make(b"\xa1" + number(AT, 8) + HALT, fast=fast)
+    guest.computer.go_long(PRESENT | WRITABLE | ACCESSED | DIRTY)
+    notes = {page: Notes() for page in (CODE, DATA)}
+    for page, note in notes.items():
+        guest.breakpoints.watch(TABLES + 3 * PAGE_SIZE + (page >> 12) * 8, 8, note, reads=True)
+    assert guest.go().halted
+    assert notes[CODE].touches[0].registers.rip == CODE
+    assert notes[DATA].touches == []
 
 
 # Repeated string instructions.
