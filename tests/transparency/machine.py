@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import xenaltp2m as xa
+from xenaltp2m.abi.x86 import repeated
 from xenaltp2m.symbols import Image
 from xenaltp2m.types import PAGE_SIZE
 
@@ -261,7 +262,8 @@ def executions(program: Program, stepped: Outcome, image: Image) -> Counter[int]
     """Count how often each instruction was executed: a repeated one once, not each iteration.
 
     A step ends before the single-step trap that its instruction has raised (SDM 3A, table 7-2):
-    where the trap is delivered next, the instruction it will return to was not executed yet.
+    where the trap is delivered next, the instruction it will return to was not executed yet. It
+    is delivered between two iterations, too, and the execution continues after it.
     """
     found: Counter[int] = Counter()
     trap = image.address("vectors64" if program.mode.is_long else "vectors32") + 16
@@ -271,13 +273,24 @@ def executions(program: Program, stepped: Outcome, image: Image) -> Counter[int]
             for vector, _, ip, _, _, _, dr6, _ in log_of(stepped.memory, vcpu)
             if vector == 1 and dr6 & _DR6_BS
         }
-        last = None
+        last = continues = None
         for step, after in zip(steps, [*steps[1:], 0], strict=True):
             is_trap = after == trap and step in returns
-            if step != last and not is_trap:
+            if is_trap and step == last and _is_repeated(program, stepped, step):
+                continues = step
+            elif step == continues and not is_trap:
+                continues = None
+            elif step != last and not is_trap:
                 found[_physical(program, step)] += 1
             last = None if is_trap else step
     return found
+
+
+def _is_repeated(program: Program, stepped: Outcome, linear: int) -> bool:
+    """Tell whether a repeated string instruction is somewhere."""
+    code = stepped.memory[_physical(program, linear) - FIRST :][:15]
+    size = 2 if program.mode is Mode.BASED_16 else 4
+    return repeated(code, program.mode.is_long, size) is not None
 
 
 def _physical(program: Program, linear: int) -> int:

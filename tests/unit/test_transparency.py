@@ -19,3 +19,9 @@ def test_random_programs_do_the_same(first: int) -> None:
         hits += verdict.hits
         assert not verdict.differences, describe(verdict)
     assert hits > AT_ONCE
+
+
+def test_a_trap_between_two_iterations_ends_no_execution() -> None:
+    """This program has the trap flag set at REP LODSD, and a breakpoint there."""
+    verdict = judge_seed(11088)
+    assert not verdict.differences, describe(verdict)
