@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import struct
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,14 +268,14 @@ def executions(program: Program, stepped: Outcome, image: Image) -> Counter[int]
     found: Counter[int] = Counter()
     trap = image.address("vectors64" if program.mode.is_long else "vectors32") + 16
     for vcpu, steps in stepped.trace.items():
-        returns = {
-            ip + program.code_base & 0xFFFFFFFF
+        returns = deque(
+            ip + program.code_base & 0xFFFFFFFF if dr6 & _DR6_BS else None
             for vector, _, ip, _, _, _, dr6, _ in log_of(stepped.memory, vcpu)
-            if vector == 1 and dr6 & _DR6_BS
-        }
+            if vector == 1
+        )
         last = continues = None
         for step, after in zip(steps, [*steps[1:], 0], strict=True):
-            is_trap = after == trap and step in returns
+            is_trap = after == trap and bool(returns) and returns.popleft() == step
             if is_trap and step == last and _is_repeated(program, stepped, step):
                 continues = step
             elif step == continues and not is_trap:

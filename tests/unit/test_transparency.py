@@ -21,7 +21,8 @@ def test_random_programs_do_the_same(first: int) -> None:
     assert hits > AT_ONCE
 
 
-def test_a_trap_between_two_iterations_ends_no_execution() -> None:
-    """This program has the trap flag set at REP LODSD, and a breakpoint there."""
-    verdict = judge_seed(11088)
+@pytest.mark.parametrize("seed", [11088, 15732])
+def test_hits_are_counted_with_the_trap_flag_set(seed: int) -> None:
+    """At REP LODSD, whose traps end no execution, and at IN, which has one on either side."""
+    verdict = judge_seed(seed)
     assert not verdict.differences, describe(verdict)
