@@ -1133,6 +1133,8 @@ class Breakpoints(Handle):
             self._writers.pop(vcpu, None)
             if page is not None and flags & _X and not flags & _W:
                 return self._fetched(page, event)
+        elif event.view not in self._ids:
+            return None  # of somebody else's view
         elif self._is_lost(event):
             return RESUME
         if watches or self._is_in_used(event) or self._patched_in(event):

@@ -1149,6 +1149,29 @@ def test_fault_11_another_vcpu_goes_on(make: Make, ring: int) -> None:
     assert hit(1, 9) == (4 if ring else 3)
 
 
+@WAYS
+def test_a_violation_in_somebody_else_s_view_is_not_answered(
+    make: Make, fast: bool, int3: bool
+) -> None:
+    """Of a page with a breakpoint: its owner answers, here by moving the vCPU to ``hooks``."""
+    guest = make(NOP * 2 + HALT, fast=fast, int3=int3)
+    guest.breakpoints.insert(CODE + 1, guest.note)
+    own = guest.altp2m.create_view()
+    own.set_access(CODE >> 12, xa.Access.R)
+    guest.altp2m.switch_to_view(own)
+    answers: list[xa.Response | None] = []
+
+    def answer(event: xa.Event) -> xa.Response:
+        answers.append(guest.breakpoints(event))
+        return answers[-1] or xa.Response.resume(guest.breakpoints.hooks)
+
+    guest.host.steps_at_once = 200
+    guest.monitor.run(answer, timeout=0.01)
+    assert answers[0] is None
+    assert guest.seen == [CODE + 1]
+    assert guest.halted
+
+
 # A breakpoint where no instruction begins.
 
 
