@@ -187,11 +187,26 @@ guard = SignalGuard()
 
 
 def uninterruptible(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let no signal handler run within a function: they run when it has ended."""
+    """Let no signal handler run within a function: they run when it has ended.
+
+    What a handler raises while the others are being exchanged is raised then, too: a second Ctrl-C
+    must not keep a parent from closing what the first one kept a child from closing.
+    """
 
     @functools.wraps(function)
     def whole(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with guard.holding_back():
+        try:
+            block = guard.holding_back()
+            block.__enter__()
+        except BaseException as error:  # noqa: BLE001 - it is raised once the function has ended
+            with guard.holding_back():
+                try:
+                    function(*args, **kwargs)
+                finally:
+                    raise error
+        try:
             return function(*args, **kwargs)
+        finally:
+            block.__exit__(None, None, None)
 
     return whole

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import signal
 import sys
@@ -13,10 +14,13 @@ from collections.abc import Iterator
 
 import pytest
 
+import xenaltp2m as xa
 from xenaltp2m import signals
+from xenaltp2m.backend.mock import MockBackend
 from xenaltp2m.errors import InvalidArgumentError, LeftoverError
 from xenaltp2m.handle import UndoList
 from xenaltp2m.signals import guard, uninterruptible
+from xenaltp2m.testing import footprint, left_behind
 
 from .interrupts import SENDING, Lines
 
@@ -271,3 +275,68 @@ def test_fault_06_steps_are_taken_to_the_end_whatever_signals_come() -> None:
     assert taken == ["third", "first"]
     assert undo.left == ["second"]
     assert isinstance(caught.value.__context__, LeftoverError)
+
+
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("where", ["_in_main_thread", "_get"])
+def test_fault_06_what_comes_before_handlers_are_held_back_does_not_keep_a_function_from_running(
+    where: str, raises: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    real = getattr(signals, where)
+
+    def interrupted(*args: int) -> object:
+        if not called:
+            called.append("interrupted")
+            signal.raise_signal(SIGINT)
+        return real(*args)
+
+    @uninterruptible
+    def act() -> None:
+        called.append("acted")
+        if raises:
+            raise Alarm
+
+    monkeypatch.setattr(signals, where, interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        act()
+    assert called == ["interrupted", "acted"]
+    assert isinstance(caught.value.__context__, Alarm) is raises
+    assert signal.getsignal(SIGINT) is signal.default_int_handler
+    assert not guard._depth
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # a handle's end was skipped
+def test_fault_06_two_signals_cannot_keep_a_child_and_its_parent_from_closing(
+    mock: MockBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each pair of places where handlers are about to be exchanged."""
+    real = signals._in_main_thread
+    at: set[int] = set()
+    count = 0
+
+    def interrupted() -> bool:
+        nonlocal count
+        count += 1
+        if count in at:
+            signal.raise_signal(SIGINT)
+        return real()
+
+    def session() -> None:
+        with xa.connect(mock) as xen, xen.domain(1) as dom:
+            dom.pause()
+            dom.add_pages(2)
+
+    monkeypatch.setattr(mock, "close", lambda: None)
+    monkeypatch.setattr(signals, "_in_main_thread", interrupted)
+    before = footprint(mock)
+    session()
+    total = count
+    for pair in itertools.combinations(range(1, total + 1), 2):
+        at.clear()
+        at.update(pair)
+        count = 0
+        with pytest.raises(KeyboardInterrupt):
+            session()
+        assert left_behind(before, footprint(mock)) == [], pair
+    gc.collect()  # here, where a handle may warn
