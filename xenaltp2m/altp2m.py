@@ -388,6 +388,7 @@ class Altp2m(Handle):
         self._notified = notified
         super().abandon()
 
+    @uninterruptible  # half of it could not be closed: it would be open, with an old domid
     def _take_up(self, gfns: Mapping[int, int]) -> None:
         """Make all again, where the domain is now, with other gfns in place of some."""
         super().__init__()

@@ -8,7 +8,7 @@ import gc
 import signal
 import sys
 from collections.abc import Collection
-from types import FrameType, TracebackType
+from types import CodeType, FrameType, TracebackType
 from typing import Any, Self
 
 
@@ -26,7 +26,7 @@ class Lines:
     """Counts the lines that are executed in some files, and sends SIGINT at some of them.
 
     Attributes:
-        count: How many lines were executed.
+        executed: The lines that were executed, in order.
         places: Where SIGINT was sent.
     """
 
@@ -48,7 +48,7 @@ class Lines:
         self._folders = tuple(name for name in inside if name.endswith("/"))
         self._outside, self._beneath = outside, False
         self._known: dict[str, bool] = {}
-        self.count = 0
+        self.executed: list[tuple[CodeType, int]] = []
         self.places: list[str] = []
 
     def __enter__(self) -> Self:
@@ -86,9 +86,9 @@ class Lines:
 
     def _executed(self, frame: FrameType, event: str, _: object) -> Any:
         if event == "line":
-            self.count += 1
+            self.executed.append((frame.f_code, frame.f_lineno))
             sent = len(self.places)
-            if sent < len(self._at) and self.count >= self._at[sent]:
+            if sent < len(self._at) and len(self.executed) >= self._at[sent]:
                 self.places.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
                 if self._strict:
                     signal.raise_signal(signal.SIGINT)
