@@ -32,9 +32,10 @@ help: ## list the targets
 demo: $(READY) ## trace a function of a guest that checks itself, in the simulator
 	$(VENV)/bin/xenaltp2m demo
 
-test: $(READY) headers ## run every test that needs no Xen
-	$(RUN) -m pytest -rfEs --numprocesses=auto --dist=loadfile $(PYTEST)
-	$(MAKE) test-example
+test: $(READY) headers ## run every test that needs no Xen; T=unit: those of tests/unit; THOROUGH=1: repeat more
+	XENALTP2M_THOROUGH=$(THOROUGH) $(RUN) -m pytest -rfEs --numprocesses=auto --dist=worksteal \
+		$(if $(T),$(T:%=tests/%),tests --ignore=tests/site) $(PYTEST)
+	$(if $(T),,$(MAKE) test-example)
 
 test-example: $(READY) ## the example agent's tests, with the wheel in an empty environment without Xen
 	@set -e; rm -rf build; scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
@@ -45,11 +46,12 @@ test-example: $(READY) ## the example agent's tests, with the wheel in an empty 
 	cp -r examples/agent examples/guest "$$scratch"; cd "$$scratch/agent"; \
 	XENALTP2M_LIBXENCTRL=/no/such/library "$$scratch/venv/bin/python" -m pytest -q -rs
 
-check: lint types ffi-check test ## what CI runs: linters, types, the generated module, tests
+check: lint types ffi-check test docs ## what CI runs: linters, types, the generated module, tests, docs
 
-lint: $(READY) ## ruff: rules and format
+lint: $(READY) ## ruff: rules and format; words and phrases that have to be read twice
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) tests/lint/prose.py
 
 format: $(READY) ## let ruff format and sort
 	$(RUN) -m ruff check --fix --select I .
@@ -58,9 +60,10 @@ format: $(READY) ## let ruff format and sort
 types: $(READY) ## mypy --strict
 	$(RUN) -m mypy
 
-docs: $(READY) ## build the documentation as a site, in build/docs/html
+docs: $(READY) ## build the documentation as a site, in build/docs/html, and check it
 	$(RUN) docs/site/errors_page.py
-	$(RUN) docs/site/build.py
+	$(RUN) -m pytest -q -n0 tests/site
+	@echo build/docs/html/index.html
 
 ffi: $(READY) ## write xenaltp2m/abi/_ffi.py anew from cdefs/
 	$(RUN) cdefs/build.py
@@ -141,6 +144,7 @@ manual: $(READY) ## write the manual page and the shells' completions anew, from
 
 pictures: $(READY) ## draw the pictures in docs/pictures/ anew, from real runs
 	$(RUN) docs/pictures/make.py
+	$(RUN) docs/pictures/layers.py
 
 demo-xen: ## the same script, the same guest and the same table on real Xen in the lab
 	$(PYTHON) tests/lab/run.py --install --xen $(firstword $(XEN)) --put xenaltp2m \

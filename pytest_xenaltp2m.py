@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """pytest fixtures for agents that use xenaltp2m: a modelled host, its guests, and live domains.
 
-A module of its own, for pytest imports it in every run: nothing of the package is imported before
-a test asks for a fixture. docs/testing.md describes them.
+It is a separate module because pytest imports it in every run: it imports nothing of the package
+until a test requests a fixture. docs/testing.md describes the fixtures.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _before = pytest.StashKey[dict[str, object]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the options."""
+    """Add the command-line options."""
     group = parser.getgroup("xenaltp2m", "agents of Xen's altp2m")
     group.addoption(
         "--xen-release",
@@ -40,26 +40,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--xen-domain",
         metavar="NAME",
-        help="a domain of the Xen this runs on, for the tests marked xen_live: name, domid or uuid",
+        help="domain of this Xen host for tests marked xen_live: a name, domid or uuid",
     )
     group.addoption(
         "--xen-recordings",
         metavar="DIR",
-        help="where the recorded sessions of tests that fail are kept (default: with tmp_path)",
+        help="directory for the recorded sessions of failed tests (default: beside tmp_path)",
     )
     parser.addini("xen_releases", "releases of the modelled host, as --xen-release", type="args")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Declare the marker."""
+    """Register the marker xen_live."""
     config.addinivalue_line(
         "markers",
-        "xen_live: runs on the domain that --xen-domain names, and is skipped without one",
+        "xen_live: run on the domain of --xen-domain; skip if there is none",
     )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run what uses the modelled host once for each release."""
+    """Parametrize tests that use the modelled host by release."""
     own = any(
         "xen_release" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")
     )
@@ -79,7 +79,7 @@ def _releases(config: pytest.Config) -> list[tuple[int, int]]:
     for name in names:
         if name not in known:
             raise pytest.UsageError(
-                f"{name!r} is no release of the modelled host: {', '.join(known)}"
+                f"{name!r} is not a release of the modelled host: {', '.join(known)}"
             )
     return [known[name] for name in dict.fromkeys(names)]
 
@@ -89,26 +89,26 @@ def _is_live(node: pytest.Item | Any) -> bool:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs a live domain where there is none."""
+    """Skip tests that need a live domain if there is none."""
     if _is_live(item) and not item.config.getoption("xen_domain"):
         pytest.skip("it needs a live domain: run pytest as root in dom0 with --xen-domain NAME")
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
-    """Say where the session of a test that failed is recorded."""
+    """Add the path of the recorded session to the report of a failed test."""
     report = (yield).get_result()
     path = item.stash.get(_recording, None)
     if path is not None and report.failed:
         item.stash[_failed] = True
         report.sections.append(
-            ("Xen session", f'recorded in {path}\nagain: xenaltp2m.connect("replay:{path}")')
+            ("Xen session", f'recorded in {path}\nreplay: xenaltp2m.connect("replay:{path}")')
         )
 
 
 @pytest.fixture
 def xen_release() -> tuple[int, int]:
-    """The host's release: a test runs once for each that was chosen, or on what is there."""
+    """The host's release: each selected release of the modelled host, or the live host's."""
     import xenaltp2m
 
     with xenaltp2m.connect("libxc") as xen:  # a live test: all others are parametrized
@@ -119,8 +119,8 @@ def xen_release() -> tuple[int, int]:
 def xen_host(xen_release: tuple[int, int]) -> Failing:
     """A modelled host with a domain called ``guest``: 2 vCPUs, 16 MiB, paused.
 
-    A :class:`xenaltp2m.testing.Failing`: a :class:`xenaltp2m.backend.mock.MockBackend`, whose calls
-    can be made to fail.
+    It is a :class:`xenaltp2m.testing.Failing`, which is a
+    :class:`xenaltp2m.backend.mock.MockBackend` with fault injection.
     """
     return _make_host(xen_release)
 
@@ -139,15 +139,16 @@ def xen_session(
     xen_release: tuple[int, int],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Xen]:
-    """A connection to the modelled host, or, of a test marked xen_live, to the Xen this runs on.
+    """A connection to the modelled host or, in a test marked xen_live, to this Xen host.
 
-    The session is recorded; where the test fails, the file is kept and its path is shown. After the
-    test everything opened through the connection is closed; a modelled host must then be as it was.
+    The session is recorded; if the test fails, the file is kept and its path is shown. After the
+    test, everything opened through the connection is closed; a modelled host must then be as it
+    was before.
     """
     import xenaltp2m
     from xenaltp2m.testing import footprint, left_behind
 
-    del xen_release  # named for the sake of who is parametrized
+    del xen_release  # requested so that the test is parametrized
     item = request.node
     host = None if _is_live(item) else request.getfixturevalue("xen_host")
     if host is not None:
@@ -165,7 +166,7 @@ def xen_session(
         left = left_behind(item.stash[_before], footprint(host))
         left = [what for what in left if ": pauses " not in what]  # the test itself starts guests
         if left:
-            pytest.fail("\n  ".join(["the test has left behind:", *left]), pytrace=False)
+            pytest.fail("\n  ".join(["the test has left in place:", *left]), pytrace=False)
     if not item.stash.get(_failed, False):
         path.unlink()
 
@@ -184,7 +185,7 @@ def _path_of(item: pytest.Item, factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def xen_domain(request: pytest.FixtureRequest, xen_session: Xen) -> Domain:
-    """The domain ``guest`` of the modelled host, or the one that --xen-domain names."""
+    """The domain ``guest`` of the modelled host, or the domain of --xen-domain."""
     live = _is_live(request.node)
     return xen_session.domain(request.config.getoption("xen_domain") if live else _GUEST)
 
@@ -193,10 +194,10 @@ def xen_domain(request: pytest.FixtureRequest, xen_session: Xen) -> Domain:
 def xen_boot(
     request: pytest.FixtureRequest, xen_host: Failing, xen_session: Xen
 ) -> Callable[..., Domain]:
-    """Makes simulated guests: ``xen_boot(image, vcpus=1, memory_kib=16384, name="simulated")``.
+    """Boot a simulated guest: ``xen_boot(image, vcpus=1, memory_kib=16384, name="simulated")``.
 
-    They execute a PVH guest's image, and stand before its first instruction:
-    ``xen_host.domain_unpause(int(domain.domid))`` starts one. Needs the extra ``sim``.
+    It executes the image of a PVH guest, and is paused at the first instruction:
+    ``xen_host.domain_unpause(int(domain.domid))`` starts it. Needs the extra ``sim``.
     """
     from xenaltp2m.testing import footprint
 
@@ -217,10 +218,10 @@ def xen_boot(
 
 @pytest.fixture
 def xen_fail_each_call(xen_release: tuple[int, int]) -> Callable[..., int]:
-    """Runs an agent with each of its calls failing: ``xen_fail_each_call(agent, prepare=None)``.
+    """Run an agent once for each failing call: ``xen_fail_each_call(agent, prepare=None)``.
 
-    Each time on a host as ``xen_host`` makes it, upon which ``prepare(host)`` is called first. See
-    :func:`xenaltp2m.testing.fail_each_call`, which says what must hold afterwards.
+    Each run has a new host like that of ``xen_host``, for which ``prepare(host)`` is called first.
+    :func:`xenaltp2m.testing.fail_each_call` describes what must hold afterwards.
     """
     from xenaltp2m.testing import fail_each_call
 

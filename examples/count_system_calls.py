@@ -12,8 +12,8 @@ from pathlib import Path
 
 import xenaltp2m as xa
 from xenaltp2m.backend.mock import MockBackend
-from xenaltp2m.symbols import Symbols
-from xenaltp2m.tracing import Call, Return
+from xenaltp2m.tools.symbols import Symbols
+from xenaltp2m.tools.tracing import Call, Return
 
 PAGED = Path(__file__).parent / "guest" / "paged.elf"
 
@@ -42,8 +42,8 @@ def main() -> None:
     with (
         xa.connect(backend) as xen,
         xen.domain(options.domain) as domain,
-        domain.trace(
-            options.entry, symbols=Symbols.open(options.symbols), arguments=words
+        xa.Trace(
+            domain, options.entry, symbols=Symbols.open(options.symbols), arguments=words
         ) as trace,
     ):
         if isinstance(backend, MockBackend):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import xenaltp2m as xa
 from xenaltp2m.backend.mock import MockBackend
-from xenaltp2m.symbols import Image, Symbol
+from xenaltp2m.tools.symbols import Image, Symbol
 
 CHECKER = Path(__file__).parent / "guest" / "checker.elf"
 REGISTERS = "rip", "rsp", "rbx", "rdi", "rsi", "rdx"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import xenaltp2m as xa
 from xenaltp2m.backend.mock import MockBackend
-from xenaltp2m.symbols import Symbols
-from xenaltp2m.tracing import Call, Trace
+from xenaltp2m.tools.symbols import Symbols
+from xenaltp2m.tools.tracing import Call, Trace
 
 RACER = Path(__file__).parent / "guest" / "racer.elf"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import xenaltp2m as xa
 from xenaltp2m.backend.mock import MockBackend
-from xenaltp2m.symbols import Image
+from xenaltp2m.tools.symbols import Image
 
 RACER = Path(__file__).parent / "guest" / "racer.elf"
 
@@ -38,11 +38,11 @@ def main() -> None:
         xa.Breakpoints(altp2m, monitor) as breakpoints,
     ):
 
-        def written(touch: xa.Touch) -> None:
-            value = int.from_bytes(touch.watch.read(), "little")
+        def written(touch: xa.WatchpointHit) -> None:
+            value = int.from_bytes(touch.watchpoint.read(), "little")
             place = image.locate(touch.registers.rip)
             print(f"vCPU {touch.vcpu} has made it {value}, before {place}")
-            if touch.watch.hits == options.count:
+            if touch.watchpoint.hits == options.count:
                 monitor.stop()
 
         where = image.physical_of(image.address(options.variable))

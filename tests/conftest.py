@@ -14,7 +14,7 @@ from hypothesis import settings
 from xenaltp2m import Altp2m, Domain, View, Xen, connect
 from xenaltp2m.backend.mock import MockBackend
 from xenaltp2m.backend.mock import machine as model
-from xenaltp2m.handle import Handle
+from xenaltp2m.handles.base import Handle
 
 HOST_PAGES = 1 << 14
 """Memory of a modelled host for tests, for several guests."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One tree of errors, each with what was asked, what Xen said, and the likely cause and cure.
+"""The exceptions of this package: each has the operation, Xen's errno, and likely causes and cures.
 
-Xen reuses few errnos for many causes ("no view left" is EINVAL, "no such view" may be EBUSY), so
-an errno alone does not tell a user what to do: :data:`HINTS` lists the causes by operation.
+Xen uses few errnos for many causes ("no view left" is EINVAL, "no such view" may be EBUSY), so an
+errno alone does not say what to do: :data:`HINTS` lists the causes by operation.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any
 
 
 class XenError(OSError):
-    """Something was refused. Root of every error this package raises on purpose.
+    """The base class of every error that this package raises on purpose.
 
-    Only :class:`ReplayError` is none, for a reason.
+    The exception to this is :class:`ReplayError`, which is not a XenError.
 
     Attributes:
         op: The backend operation (the C name without ``xc_``) or the handle method.
-        errno: Xen's errno as Linux numbers it, or None where no call was made.
-        domid: The domain it was about, where it was about one.
-        view: The view, likewise.
-        gfn: The gfn.
-        vcpu: The vCPU.
-        hint: The likely causes in order, each with its cure; may be empty.
+        errno: Xen's errno as Linux numbers it, or None if no call was made.
+        domid: The domain that the error concerns, or None.
+        view: The view that it concerns, or None.
+        gfn: The gfn that it concerns, or None.
+        vcpu: The vCPU that it concerns, or None.
+        hint: The likely causes, likeliest first, each with its cure; may be empty.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class XenError(OSError):
         return partial(type(self), self.message, errno=self.errno), (), vars(self)
 
     def context(self) -> dict[str, Any]:
-        """What the error is about: op, errno, domid, view, gfn and vcpu, as keyword arguments."""
+        """Return op, errno, domid, view, gfn and vcpu, as keyword arguments for another error."""
         return {
             "op": self.op,
             "errno": self.errno,
@@ -75,27 +75,27 @@ class XenError(OSError):
 
 
 class AccessDeniedError(XenError, PermissionError):
-    """Not allowed: EPERM from a policy, or EACCES from a library of another release."""
+    """Permission denied: EPERM from a policy, or EACCES because the library's release differs."""
 
 
 class DomainNotFoundError(XenError, ProcessLookupError):
-    """No domain with that number, name or uuid."""
+    """There is no domain with that domid, name or uuid."""
 
 
 class NotMappedError(XenError, LookupError):
-    """The gfn has no entry of the kind the call needs, or the domain has gone (ESRCH)."""
+    """The gfn has no entry of the kind that the call needs, or the domain is gone (ESRCH)."""
 
 
 class InvalidArgumentError(XenError, ValueError):
-    """An argument out of range, or one that Xen refused (EINVAL)."""
+    """An argument is out of range, or Xen refused it (EINVAL)."""
 
 
 class BusyError(XenError):
-    """In use (EBUSY)."""
+    """The domain, view, monitor or resource is in use (EBUSY)."""
 
 
 class AlreadyError(XenError, FileExistsError):
-    """Already in the requested state, or settable only once (EEXIST)."""
+    """The requested state is set already, or can be set only once (EEXIST)."""
 
 
 class OutOfMemoryError(XenError):
@@ -103,34 +103,34 @@ class OutOfMemoryError(XenError):
 
 
 class UnsupportedError(XenError, NotImplementedError):
-    """The host, the library or the domain cannot do this (EOPNOTSUPP, ENOSYS, absent symbol)."""
+    """The host, library or domain does not support this (EOPNOTSUPP, ENOSYS, absent symbol)."""
 
 
 class ClosedError(XenError, ValueError):
-    """The handle is closed, its parent is, or the process forked since it was opened."""
+    """The handle or its parent is closed, or the process has forked since it was opened."""
 
 
 class LibraryError(XenError):
-    """No usable Xen library; lists every candidate and why it failed."""
+    """No usable Xen library was found; the message lists every candidate and why it failed."""
 
 
 class SymbolError(XenError, ValueError):
-    """An image cannot be used: it is unreadable, damaged, or has no such symbol."""
+    """An image cannot be used: it is unreadable or damaged, or lacks the symbol."""
 
 
 class JournalError(XenError):
-    """A journal cannot be written or trusted; the change it was for has not been made."""
+    """A journal cannot be written or trusted; the change to be recorded was not made."""
 
 
 class StateError(XenError, ValueError):
-    """A saved state of views cannot be used: it is damaged, or of a version not known."""
+    """A saved state of views cannot be used: it is damaged, or its version is unknown."""
 
 
 class HazardError(XenError):
-    """Something undermines the views that were to be made, and nobody has accepted it.
+    """altp2m was not opened because of hazards to its views that were not accepted.
 
     Attributes:
-        hazards: The names of what was found, each a section of ``docs/hazards.md``.
+        hazards: The hazards' names, each with a section in ``docs/hazards.md``.
     """
 
     def __init__(self, message: str, *, hazards: Sequence[str] = (), **keywords: Any) -> None:
@@ -139,18 +139,18 @@ class HazardError(XenError):
 
 
 class RecordingError(XenError, ValueError):
-    """A recording cannot be made or read: it is there already, damaged, or not known."""
+    """A recording cannot be written or read: the file exists, is damaged, or is not a recording."""
 
 
 class ReplayError(AssertionError):
-    """A replayed session does what the recorded one did not.
+    """A replayed session makes another call than the recorded one.
 
-    No :class:`XenError`: who copes with a refusal by Xen must not take this for one.
+    It is not a :class:`XenError`, so that code which handles Xen's refusals does not catch it.
 
     Attributes:
-        line: Of the recording.
-        expected: What is recorded there, in words; None where the recording has ended.
-        came: What came instead, in words.
+        line: The line of the recording.
+        expected: The recorded call, in words; None at the end of the recording.
+        came: The call that was made instead, in words.
     """
 
     def __init__(self, message: str, *, line: int, expected: str | None, came: str) -> None:
@@ -165,14 +165,14 @@ class ReplayError(AssertionError):
 
 
 class RingError(XenError):
-    """A monitor's ring holds what neither Xen nor this package can have put there."""
+    """A monitor's ring contains something that neither Xen nor this package writes."""
 
 
 class LeftoverError(XenError):
-    """An operation failed and so did undoing it.
+    """Undoing or closing failed in part: some changes are still in place.
 
     Attributes:
-        left: What is still in place, in words, one entry for each thing.
+        left: The changes that are still in place, in words.
     """
 
     def __init__(self, message: str, *, left: Sequence[str] = (), **keywords: Any) -> None:
@@ -185,17 +185,17 @@ class LeftoverError(XenError):
 
 
 def add_failure(error: BaseException, failure: XenError) -> None:
-    """Note on an error that taking back what was done failed on top of it."""
+    """Add to an exception the note that undoing has failed, too."""
     error.add_note(str(failure))
     if isinstance(failure, LeftoverError):
         vars(error)["left"] = (*(left_in_place(error) or ()), *failure.left)
 
 
 def left_in_place(error: BaseException) -> tuple[str, ...] | None:
-    """Return what could not be undone, in words; None where everything was.
+    """Return the changes that could not be undone, in words; None if an error left nothing.
 
-    It is told by a :class:`LeftoverError`, and by any other error that ended a ``with`` block whose
-    handle could not be closed then.
+    A :class:`LeftoverError` lists them, and so does any other exception that ended a ``with`` block
+    whose handle could not be closed.
     """
     left: tuple[str, ...] | None = vars(error).get("left")
     return left
@@ -206,7 +206,7 @@ class PlacementWarning(UserWarning):
 
 
 class LibraryMismatchWarning(UserWarning):
-    """The library and the running hypervisor are of different releases."""
+    """The library's release is not the running hypervisor's."""
 
 
 _CLASSES: dict[int, type[XenError]] = {
@@ -227,37 +227,37 @@ _HOST_OFF = (
 _INACTIVE = "altp2m is not active on this domain: enable it first (domain.altp2m())"
 _NOT_HVM = "the domain is PV: only HVM and PVH guests have views"
 _MODE_OFF = (
-    'the domain was created without altp2m: add altp2m="external" to its xl.cfg and create it anew'
+    'the domain was created without altp2m: add altp2m="external" to its xl.cfg and recreate it'
 )
 _MODE_FIXED = (
-    "altp2m is set when a domain is created (read-only from Xen 4.19, once before): "
-    'altp2m="external" in its xl.cfg'
+    "altp2m is set when a domain is created (read-only from Xen 4.19, settable once before): "
+    'set altp2m="external" in its xl.cfg'
 )
 _NO_COUNT = "the domain has no views (Xen 4.21 and later): add altp2m_count=10 to its xl.cfg"
 _PRIVILEGE = "the caller may not control this domain: run as root in dom0"
 _POLICY = (
-    "the domain's mode or the XSM policy forbids it: external mode serves the control domain only"
+    "the domain's mode or the XSM policy forbids it: external mode allows the control domain only"
 )
 _SKEW = (
-    "the library's release is not the hypervisor's: install the one that matches, "
+    "the library's release is not the hypervisor's: install the matching library, "
     "or name it in XENALTP2M_LIBXENCTRL"
 )
-_NO_DOMAIN = "the domain has gone: it was destroyed or shut down"
+_NO_DOMAIN = "the domain is gone: it was destroyed or shut down"
 _BAD_VIEW = "no such view: it was destroyed, never created, or altp2m was switched off since"
-_BAD_ACCESS = "an access this release does not know: r_pw needs Xen 4.20"
+_BAD_ACCESS = "an access that this release does not support: r_pw needs Xen 4.20"
 _NO_POOL = "the domain's p2m pool is exhausted: raise shadow_memory in its xl.cfg, or destroy views"
 _NO_RING = "no monitor is enabled on the domain: open one first (domain.monitor())"
 _HOLE = (
-    "the gfn is not ordinary RAM in the host p2m: a hole, MMIO, log-dirty (a watched screen), "
-    "or shared"
+    "the gfn is not ordinary RAM in the host p2m: a hole, MMIO, log-dirty (video memory that a "
+    "viewer displays), or shared"
 )
-_LAZY = "the view has no entry of its own for the gfn yet: it fills from the host p2m on first use"
+_LAZY = "the view has no own entry for the gfn yet: Xen copies it from the host p2m on first use"
 _OLD_XEN = "this Xen is older than the operation"
 _NO_VM_EVENT = "the hypervisor was built without CONFIG_VM_EVENT (Xen 4.22)"
 _NO_VCPU = "no such vCPU"
 _NO_XEN = (
     "this kernel is not running as a Xen control domain (no /dev/xen/privcmd): boot Xen, or use "
-    'the mock backend, connect("mock"); xenaltp2m doctor tells more'
+    'the mock backend, connect("mock"); xenaltp2m doctor gives details'
 )
 
 HINTS: dict[tuple[str, int], tuple[str, ...]] = {
@@ -283,8 +283,8 @@ HINTS: dict[tuple[str, int], tuple[str, ...]] = {
     ),
     ("altp2m_create_view", _errno.ENOMEM): ("Xen has no memory for the view's log-dirty ranges",),
     ("altp2m_destroy_view", _errno.EBUSY): (
-        "a vCPU is in the view: switch every vCPU to another first",
-        "no such view (Xen says EBUSY for that too)",
+        "a vCPU is in the view: switch every vCPU to another view first",
+        "no such view (Xen returns EBUSY for that, too)",
         "view 0 cannot be destroyed: switch altp2m off instead",
     ),
     ("altp2m_destroy_view", _errno.EINVAL): (_MODE_OFF,),
@@ -302,7 +302,7 @@ HINTS: dict[tuple[str, int], tuple[str, ...]] = {
     ("altp2m_set_mem_access", _errno.EOPNOTSUPP): (_HOST_OFF, _INACTIVE, _NOT_HVM, _NO_VM_EVENT),
     ("altp2m_set_mem_access_multi", _errno.EINVAL): (
         _BAD_VIEW,
-        "an access this release does not know; the gfns before it were changed",
+        "an access that this release does not support; the gfns before it were changed",
         "a gfn is 2^36 or more; the gfns before it were changed",
         _MODE_OFF,
     ),
@@ -359,16 +359,16 @@ HINTS: dict[tuple[str, int], tuple[str, ...]] = {
     ),
     ("hvm_param_set", _errno.EEXIST): (_MODE_FIXED,),
     ("hvm_param_set", _errno.EINVAL): (
-        "a value or parameter Xen does not know, or the domain has nested virtualisation",
+        "an unknown value or parameter, or the domain has nested virtualisation",
         _NOT_HVM,
     ),
     ("hvm_get_mem_type", _errno.EINVAL): (_NOT_HVM,),
     ("domain_get_pod_target", _errno.EINVAL): (_NOT_HVM,),
     ("domain_get_pod_target", _errno.EPERM): (
-        "the domain has gone (Xen 4.16 and older say EPERM for that, too)",
+        "the domain is gone (Xen 4.16 and older return EPERM for that, too)",
         _PRIVILEGE,
     ),
-    ("hvm_param_get", _errno.EINVAL): ("a parameter Xen does not know", _NOT_HVM),
+    ("hvm_param_get", _errno.EINVAL): ("an unknown parameter", _NOT_HVM),
     ("monitor_enable", _errno.EBUSY): (
         "a monitor is, or was, active: another agent, or one that was killed",
         "the ring's page is gone and the domain is at its memory limit (domain_setmaxmem)",
@@ -380,10 +380,10 @@ HINTS: dict[tuple[str, int], tuple[str, ...]] = {
     ("monitor_enable", _errno.EINVAL): ("the domain is the caller's own, or is not HVM or PVH",),
     ("monitor_disable", _errno.EINVAL): ("no monitor is enabled on the domain",),
     ("monitor_disable", _errno.EBUSY): (
-        "vCPUs wait for room in the ring: answer the requests in it first",
+        "vCPUs wait for a free slot in the ring: answer its requests first",
     ),
     ("monitor_resume", _errno.ENODEV): (_NO_RING,),
-    ("monitor", _errno.EEXIST): ("the event is already switched that way",),
+    ("monitor", _errno.EEXIST): ("the event is already enabled, or already disabled",),
     ("monitor", _errno.EOPNOTSUPP): (
         "this CPU or this Xen cannot send the event",
         "the domain is PV: only HVM and PVH guests can be monitored",
@@ -398,19 +398,25 @@ HINTS: dict[tuple[str, int], tuple[str, ...]] = {
     ("monitor_write_ctrlreg", _errno.EINVAL): ("the index is not 0 (CR0), 1 (CR3), 2 or 3",),
     ("monitor_emulate_each_rep", _errno.EINVAL): (_NO_RING,),
     ("monitor_control_registers", _errno.EACCES): (
-        "this Xen is newer than this package knows: domctls have another version",
+        "this Xen is too new for this package: its domctl interface version is another",
         _PRIVILEGE,
     ),
     ("monitor_control_registers", _errno.EOPNOTSUPP): (_NO_VM_EVENT,),
     ("set_mem_access", _errno.ENODEV): (_NO_RING,),
     ("set_mem_access", _errno.EINVAL): (
-        "no gfns, gfns beyond the domain's maximum gfn, or an access this release does not know",
+        (
+            "no gfns, gfns beyond the domain's maximum gfn, or an access that this release does "
+            "not support"
+        ),
         _NOT_HVM,
     ),
     ("set_mem_access", _errno.ENOSYS): (_NO_VM_EVENT,),
     ("set_mem_access_multi", _errno.ENODEV): (_NO_RING,),
     ("set_mem_access_multi", _errno.EINVAL): (
-        "an access this release does not know, or a gfn of 2^36 or more; those before it were set",
+        (
+            "an access that this release does not support, or a gfn of 2^36 or more; those before "
+            "it were set"
+        ),
         _NOT_HVM,
     ),
     ("set_mem_access_multi", _errno.ENOSYS): (_NO_VM_EVENT,),
@@ -425,28 +431,28 @@ HINTS: dict[tuple[str, int], tuple[str, ...]] = {
         _NO_DOMAIN,
     ),
     ("domain_decrease_reservation_exact", _errno.EINVAL): (
-        "a gfn is a hole, or direct MMIO; those before it were taken back",
+        "a gfn is a hole, or direct MMIO; the gfns before it were removed",
         _NO_DOMAIN,
     ),
-    ("domain_unpause", _errno.EINVAL): ("the domain is not paused, or not by a toolstack",),
+    ("domain_unpause", _errno.EINVAL): ("the domain is not paused, or not by the toolstack",),
     ("domain_debug_control", _errno.EINVAL): (_NO_VCPU, _NOT_HVM),
     ("vcpu_getinfo", _errno.EINVAL): (_NO_VCPU,),
     ("vcpu_getinfo", _errno.ENOENT): (_NO_VCPU,),
     ("hvm_inject_trap", _errno.EINVAL): (
         _NO_VCPU,
-        "the domain is PV: only HVM and PVH guests can be injected into",
+        "the domain is PV: traps can be injected into HVM and PVH guests only",
     ),
     ("hvm_inject_trap", _errno.EBUSY): (
-        "another event waits for the vCPU to run: let it run, then inject again",
+        "another event is pending for the vCPU: let the vCPU run, then inject again",
     ),
     ("domain_hvm_getcontext", _errno.EINVAL): (_NOT_HVM,),
     ("domain_hvm_getcontext_partial", _errno.EINVAL): ("Xen saves no such record", _NOT_HVM),
     ("domain_hvm_getcontext_partial", _errno.ENOENT): (_NO_VCPU,),
     ("domain_hvm_setcontext", _errno.EINVAL): (
-        "a record that Xen does not know, or of the wrong size, or for a vCPU that is not there",
+        "an unknown record, or one of the wrong size, or for a vCPU that does not exist",
         _NOT_HVM,
     ),
-    ("domain_hvm_setcontext", _errno.ENODATA): ("the stream is cut short",),
+    ("domain_hvm_setcontext", _errno.ENODATA): ("the stream is truncated",),
     ("set_paging_mempool_size", _errno.EINVAL): ("the size is not a whole number of pages",),
     ("foreignmemory_map", _errno.EINVAL): ("a gfn is a hole in the host p2m, or MMIO",),
     ("evtchn_bind_interdomain", _errno.EINVAL): (
@@ -459,25 +465,26 @@ HINTS: dict[tuple[str, int], tuple[str, ...]] = {
     ("*", _errno.EPERM): (_PRIVILEGE,),
     ("*", _errno.ENOMEM): ("the host has no memory left",),
     ("*", _errno.EMFILE): (
-        "this process has as many files open as it may: close some, or raise `ulimit -n`",
+        "this process has too many open files: close some, or raise `ulimit -n`",
     ),
 }
-"""Causes, likeliest first, by (operation, errno); then by family (``altp2m``, ``monitor``), then
-``*``. Checked against the hypervisor's own refusals in ``tests/unit/test_errors.py``."""
+"""Causes, likeliest first, by (operation, errno), with fallbacks by family (``altp2m``,
+``monitor``) and ``*``. ``tests/unit/test_errors.py`` compares them with the hypervisor's own
+refusals."""
 
 
 def missing_symbol(op: str, symbol: str, since: tuple[int, int]) -> UnsupportedError:
-    """Make the error for a C function that the loaded library does not have."""
+    """Return the exception for a C function that the loaded library lacks."""
     release = f"{since[0]}.{since[1]}"
     return UnsupportedError(
-        f"{op}: the loaded library has no {symbol}, which came with Xen {release}",
+        f"{op}: the loaded library has no {symbol}, which needs Xen {release}",
         op=op,
-        hint=(f"the library is older than Xen {release}: install the hypervisor's own",),
+        hint=(f"the library is older than Xen {release}: install the hypervisor's own library",),
     )
 
 
 def hint(op: str, errno: int) -> tuple[str, ...]:
-    """Return the likely causes of an operation's errno, likeliest first; empty if none is known."""
+    """Return the likely causes of an errno of an operation, likeliest first; empty if unknown."""
     for key in (op, op.partition("_")[0], "*"):
         if (causes := HINTS.get((key, errno))) is not None:
             return causes
@@ -485,9 +492,9 @@ def hint(op: str, errno: int) -> tuple[str, ...]:
 
 
 def not_known(what: str, number: int, op: str, domid: int | None = None) -> UnsupportedError:
-    """Make the error for a number that a newer Xen has a meaning for."""
+    """Return the exception for a number that only a newer xenaltp2m may know."""
     return UnsupportedError(
-        f"{op}: Xen says that {what} is {number}, which this version of xenaltp2m does not know",
+        f"{op}: Xen reports {what} as {number}, which this version of xenaltp2m does not know",
         op=op,
         domid=domid,
         hint=("this Xen is newer: a newer xenaltp2m may know it",),
@@ -503,7 +510,7 @@ def from_errno(
     gfn: int | None = None,
     vcpu: int | None = None,
 ) -> XenError:
-    """Make the error for a call that failed: the one place that chooses its class."""
+    """Return the exception for a failed call; only this function chooses its class."""
     kind = _CLASSES.get(errno, XenError)
     if errno == _errno.ESRCH:
         kind = DomainNotFoundError if gfn is None else NotMappedError
@@ -519,7 +526,7 @@ def from_errno(
     ]
     where = f" ({', '.join(about)})" if about else ""
     name = _errno.errorcode.get(errno, str(errno))
-    if name == "ENOTSUP":  # errorcode knows one name for the number; Xen's is the other
+    if name == "ENOTSUP":  # the number has two names; Xen uses the other
         name = "EOPNOTSUPP"
     return kind(
         f"{op}{where}: {name}, {os.strerror(errno)}",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What tests of agents need: a modelled host whose calls fail by plan, and what was left behind.
+"""Tools to test agents: a modelled host with fault injection, and a check for leftovers.
 
-The fixtures of the pytest plugin are made of this; it needs no pytest itself.
+The fixtures of the pytest plugin use this module, which does not need pytest itself.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from contextlib import suppress
 from typing import TypeAlias
 
 from xenaltp2m.backend.mock import MockBackend
-from xenaltp2m.backend.mock.machine import Refused
+from xenaltp2m.backend.mock.machine import HypercallError
 from xenaltp2m.errors import LeftoverError, XenError
-from xenaltp2m.xen import Xen, connect
+from xenaltp2m.handles.xen import Xen, connect
 
 __all__ = ["ERRNOS", "Agent", "Failing", "Plan", "fail_each_call", "footprint", "left_behind"]
 
 Plan: TypeAlias = dict[int, int]
-"""Which calls fail, counted from 1, and with which errno."""
+"""The errno of each call that fails, by the call's number, from 1."""
 
 Agent: TypeAlias = Callable[[Xen], object]
-"""What is tested: it gets a connection, and closes what it opens."""
+"""The agent under test: it takes a connection, and closes everything that it opens."""
 
 ERRNOS = (_errno.EINVAL, _errno.EBUSY, _errno.ENOMEM, _errno.ESRCH, _errno.EPERM)
-"""What Xen most often refuses with."""
+"""The errnos that Xen returns most often."""
 
 _OPEN = "open"
 _ANSWERS = {
@@ -33,15 +33,15 @@ _ANSWERS = {
     ("altp2m_get_suppress_ve", _errno.ESRCH),
     ("altp2m_set_suppress_ve", _errno.ESRCH),
 }
-"""What is no failure: Xen says so that there is no entry, or no RAM to make one of."""
+"""Errnos that are no failures: Xen returns them if a gfn has no entry, or is not RAM."""
 
 
 class Failing(MockBackend):
-    """A modelled host whose calls fail by plan.
+    """A modelled host whose calls fail by a plan.
 
     Attributes:
-        plan: Which fail; nothing is done by those.
-        made: How many calls were made since :meth:`start`.
+        plan: The calls that fail; a call that fails changes nothing.
+        made: The number of calls since :meth:`start`.
         failed: The operations that have failed since then, in order.
     """
 
@@ -50,7 +50,7 @@ class Failing(MockBackend):
     failed: tuple[str, ...] = ()
 
     def start(self, plan: Plan) -> None:
-        """Count calls from here on, and have them fail by a plan; ``{}``: none."""
+        """Restart the count of calls, and set the plan; with ``{}`` no call fails."""
         self.plan, self.made, self.failed = plan, 0, ()
 
     def _inject(self, op: str) -> None:
@@ -59,13 +59,13 @@ class Failing(MockBackend):
         errno = self.plan.get(self.made)
         if errno and (op, errno) not in _ANSWERS:
             self.failed += (op,)
-            raise Refused(errno)
+            raise HypercallError(errno)
 
 
 def footprint(host: MockBackend) -> dict[str, object]:
-    """Return all that an agent should leave as it was, by its name.
+    """Return everything that an agent must leave as it was, by name.
 
-    A page that was given to a ring is not among it: Xen takes it from the guest for good.
+    It does not include the page of a ring, which Xen removes from the guest permanently.
     """
     found: dict[str, object] = dict.fromkeys(host.open_resources(), _OPEN)
     for domid, domain in sorted(host.machine.domains.items()):
@@ -84,9 +84,9 @@ def footprint(host: MockBackend) -> dict[str, object]:
 
 
 def left_behind(before: dict[str, object], after: dict[str, object]) -> list[str]:
-    """Say in what a footprint differs from an earlier one, a line for each thing.
+    """List how a footprint differs from an earlier one, in words.
 
-    Domains that are only in one of them do not count.
+    Domains that are in only one of them are not compared.
     """
     return [f"{what} is open" for what in after if what not in before and after[what] == _OPEN] + [
         f"{what} is {after[what]}, and was {before[what]}"
@@ -100,22 +100,23 @@ def fail_each_call(
     make_host: Callable[[], Failing],
     errnos: Iterable[int] = ERRNOS,
 ) -> int:
-    """Run an agent on one host after the other, on each with another of its calls failing.
+    """Run an agent once for each of its calls, and make that call fail.
 
-    On the first host its first call fails, on the second its second, and so on with each errno. It
-    may raise a :class:`~xenaltp2m.errors.XenError` then, or cope. Whatever it does, once all is
-    closed its host must be as it was before.
+    Each run has a new host. In the first run the first call fails, in the second run the second
+    call, and so on, for each errno. The agent may handle the failure, or raise a
+    :class:`~xenaltp2m.errors.XenError`. In both cases, after everything is closed, its host must be
+    as it was before.
 
     Args:
-        agent: Gets a connection.
-        make_host: Makes hosts, all alike.
-        errnos: What calls fail with.
+        agent: Takes a connection.
+        make_host: Makes a host; all hosts must be alike.
+        errnos: The errnos to fail with.
 
     Returns:
-        How many calls have failed, each on a host of its own.
+        The number of calls that have failed.
 
     Raises:
-        AssertionError: Something is left behind; it names the call and what is left.
+        AssertionError: A run left changes in place; the message names the call and the changes.
     """
     failures = 0
     for errno in errnos:
@@ -130,7 +131,7 @@ def fail_each_call(
                 with suppress(XenError):
                     agent(xen)
             except BaseException as error:
-                error.add_note(_told(host, number, errno))
+                error.add_note(_failed_call(host, number, errno))
                 raise
             finally:
                 with suppress(LeftoverError):
@@ -139,14 +140,14 @@ def fail_each_call(
                 host.plan = {}
                 xen.close()
             if left := left_behind(before, footprint(host)):
-                raise AssertionError("\n  ".join([_told(host, number, errno), *left]))
+                raise AssertionError("\n  ".join([_failed_call(host, number, errno), *left]))
             failures += len(failed)
             if made < number:
                 break
     return failures
 
 
-def _told(host: Failing, number: int, errno: int) -> str:
+def _failed_call(host: Failing, number: int, errno: int) -> str:
     if not host.failed:
-        return "no call has failed, and yet:"
+        return "no call has failed, but:"
     return f"call {number}, {host.failed[0]}, has failed with {_errno.errorcode[errno]}:"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The words of the field as Python types: access rights, modes, numbers, domain facts.
+"""The basic types: access rights, altp2m modes, numbers, information about domains and vCPUs.
 
-Imports nothing of ours, needs no library, and touches no hypervisor.
+This module imports nothing of this package, needs no Xen library, and makes no hypercall.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
 
 ALL_GFNS = (1 << 64) - 1
-"""``~0`` as Xen reads it in a gfn argument: "the default" or "revert", depending on the call."""
+"""``~0`` as a gfn argument: for Xen "the default" or "revert", depending on the call."""
 
 GFN_LIMIT = 1 << 36
-"""Gfns are below this: four levels of tables of 512 entries (``ept_set_entry``)."""
+"""Every gfn is below this: four levels of tables of 512 entries (``ept_set_entry``)."""
 
 HVM_PARAM_ALTP2M = 35
-"""``public/hvm/params.h``: a domain's :class:`Altp2mMode`."""
+"""The HVM parameter with a domain's :class:`Altp2mMode` (``public/hvm/params.h``)."""
 
 SINGLE_STEP_OFF = 0
 """``XEN_DOMCTL_DEBUG_OP_SINGLE_STEP_OFF`` (public/domctl.h)."""
@@ -43,11 +43,11 @@ HOST_VIEW = ViewId(0)
 
 
 class Access(enum.Flag):
-    """What a guest may do with a page in a view.
+    """The access rights of a page in a view.
 
-    Plain rights combine with ``|`` (``Access.R | Access.X is Access.RX``). The members below
-    ``RWX`` are Xen's modes that change by themselves or take a default; they do not combine.
-    The number Xen wants for each differs by release: see :func:`xenaltp2m.abi.releases.release`.
+    Plain rights combine with ``|`` (``Access.R | Access.X is Access.RX``). The members after
+    ``RWX`` are Xen's modes that change by themselves or stand for a default; they do not combine.
+    Xen's number for each depends on the release: see :func:`xenaltp2m.abi.releases.release`.
     """
 
     N = 0
@@ -59,9 +59,9 @@ class Access(enum.Flag):
     WX = W | X
     RWX = R | W | X
     RX2RW = 8
-    """Readable and executable until the first write, which silently makes it ``RW``."""
+    """Readable and executable; the first write makes it ``RW`` without an event."""
     N2RWX = 16
-    """No access; the first access sends an event without pausing and makes it ``RWX``."""
+    """No access; the first access makes it ``RWX`` and sends an event without pausing the vCPU."""
     R_PW = 32
     """As ``R``, but the CPU's page walk may set accessed and dirty bits (Xen 4.20 and later)."""
     DEFAULT = 64
@@ -93,12 +93,12 @@ class Altp2mMode(enum.IntEnum):
     EXTERNAL = 2
     """The control domain only."""
     LIMITED = 3
-    """The control domain; the guest may only name its #VE information page."""
+    """The control domain; the guest may only set its #VE information page."""
 
 
 @dataclass(frozen=True, slots=True)
 class DomainInfo:
-    """What ``xc_domain_getinfolist`` says of a domain. Memory is counted in 4 KiB pages."""
+    """Information about a domain (``xc_domain_getinfolist``). Memory is counted in 4 KiB pages."""
 
     domid: DomId
     uuid: UUID
@@ -108,67 +108,67 @@ class DomainInfo:
     dying: bool
     shutdown: bool
     shutdown_reason: int
-    """Xen's ``SHUTDOWN_*`` number; means something only where ``shutdown`` is true."""
+    """Xen's ``SHUTDOWN_*`` number; valid only if ``shutdown`` is true."""
     pages: int
     max_pages: int
     vcpus: int
-    """vCPUs that are up; in a PVH guest that never ran, only the first."""
+    """The number of online vCPUs; in a PVH guest that has never run, only the first is online."""
     max_vcpu_id: int
     shared_pages: int = 0
     """Pages that are shared with other domains (``XENMEM_sharing_op``)."""
     paged_pages: int = 0
-    """Pages that were written to disk (``XENMEM_paging_op``)."""
+    """Pages that are paged out to disk (``XENMEM_paging_op``)."""
 
 
 @dataclass(frozen=True, slots=True)
 class PodTarget:
-    """What ``xc_domain_get_pod_target`` says of a domain, in 4 KiB pages."""
+    """A domain's populate-on-demand state (``xc_domain_get_pod_target``), in 4 KiB pages."""
 
     pages: int
     cached: int
-    """Pages that wait to be given to a gfn that is populated on demand."""
+    """Pages in the cache, from which gfns are populated."""
     entries: int
-    """Gfns that are yet to be populated on demand."""
+    """Gfns that are not populated yet."""
 
 
 class MemoryType(enum.IntEnum):
-    """What a gfn is in the host p2m, as ``HVMOP_get_mem_type`` tells it (``HVMMEM_*``)."""
+    """The type of a gfn in the host p2m (``HVMMEM_*``, ``HVMOP_get_mem_type``)."""
 
     RAM = 0
-    """Also a gfn that is yet to be populated on demand."""
+    """RAM, or a gfn that is not populated on demand yet."""
     READ_ONLY = 1
-    """A ROM; or RAM that is log-dirty or shared, to which a write is seen by Xen first."""
+    """A ROM, or RAM that is log-dirty or shared, to which writes trap to Xen."""
     EMULATED = 2
-    """MMIO, of a device or of nothing; and any hole."""
+    """MMIO, even without a device, or a hole."""
     IOREQ_SERVER = 4
 
 
 @dataclass(frozen=True, slots=True)
 class VcpuInfo:
-    """What ``xc_vcpu_getinfo`` says of a vCPU."""
+    """Information about a vCPU (``xc_vcpu_getinfo``)."""
 
     online: bool
     blocked: bool
-    """It waits for an event, such as an interrupt after HLT."""
+    """Whether it waits for an event, such as an interrupt after HLT."""
     running: bool
     cpu_time: int
-    """How long it has run, in nanoseconds."""
+    """The time that it has run, in nanoseconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class ViewInfo:
-    """What Xen tells of a view, whoever made it."""
+    """Information about a view, whoever made it."""
 
     id: ViewId
     default_access: Access
-    """What pages get that the view copies on first use; of view 0 the host p2m's."""
+    """The access of pages that Xen copies on first use; for view 0 the host p2m's default."""
     vcpus: tuple[VcpuId, ...]
-    """The vCPUs that are in it."""
+    """The vCPUs that are in the view."""
 
 
 @dataclass(frozen=True, slots=True)
 class SuppressVeFailure:
-    """The first gfn a bulk suppress-#VE call could not change, and why."""
+    """The first gfn that a bulk suppress-#VE call could not change, and the errno."""
 
     gfn: Gfn
     errno: int

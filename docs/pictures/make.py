@@ -20,9 +20,9 @@ from rich.text import Text
 
 import xenaltp2m as xa
 from xenaltp2m.backend.mock import MockBackend
-from xenaltp2m.symbols import Image
-from xenaltp2m.viewpicture import svg
-from xenaltp2m.viewstate import State
+from xenaltp2m.tools.state.svg import svg
+from xenaltp2m.tools.symbols import Image
+from xenaltp2m.values.state import State
 
 HERE = Path(__file__).parent
 TREE = HERE.parents[1]
@@ -73,7 +73,7 @@ def state() -> State:
         data.set_visibility(False)
         mock.domain_unpause(domid)
         monitor.run(breakpoints)
-        return altp2m.capture(verify=True)
+        return xa.capture(altp2m, verify=True)
 
 
 def typed(command: str) -> Iterator[bytes]:

@@ -13,7 +13,6 @@ import enum
 import importlib
 import inspect
 import os
-import pkgutil
 import re
 import shutil
 import sys
@@ -44,37 +43,59 @@ CONTENTS = {
         "performance-report",
         "security",
         "comparison",
+        "architecture",
     ),
 }
 """The pages of docs/ under each heading, in order, of those that are there; others follow them."""
 ROOT_PAGES = ("README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")
 
-INTERNAL = (
-    "__main__",
-    "abi",
-    "arguments",
-    "cli",
-    "dwarf",
-    "elf",
-    "executions",
-    "fingerprint",
-    "jsontext",
-    "libxc",
-    "loader",
-    "locations",
-    "mapping",
-    "patches",
-    "placement",
-    "repetitions",
-    "runs",
-    "session",
-    "signals",
+PUBLIC = (
+    "backend",
+    "backend.mock",
+    "backend.protocol",
+    "errors",
+    "handles.altp2m",
+    "handles.base",
+    "handles.domain",
+    "handles.hazards",
+    "handles.journal",
+    "handles.memory",
+    "handles.monitor.monitor",
+    "handles.pages",
+    "handles.vcpu",
+    "handles.view",
+    "handles.view_resets",
+    "handles.xen",
+    "testing",
+    "tools.breakpoints.hooks",
+    "tools.breakpoints.manager",
+    "tools.doctor",
+    "tools.doctor.finding",
+    "tools.migration",
+    "tools.rescue",
+    "tools.state.capture",
+    "tools.state.layout",
+    "tools.state.svg",
+    "tools.state.terminal",
+    "tools.symbols.prototypes",
+    "tools.symbols.symbol",
+    "tools.symbols.tables",
+    "tools.tracing.calls",
+    "tools.tracing.options",
+    "tools.tracing.trace",
+    "types",
+    "values.events.base",
+    "values.events.kinds",
+    "values.registers",
+    "values.responses",
+    "values.state",
+    "values.view_model",
 )
-"""Modules, and packages with all that is in them, that are nobody's but this package's."""
-EXPORTED_ONLY = ("altp2m", "domain", "view", "vm_event", "xen")
+"""The modules of the reference; the others are internal."""
+EXPORTED_ONLY = ("altp2m", "domain", "pages", "vm_event", "view", "xen")
 """Modules of which ``xenaltp2m.__all__`` is all that is public, but for type aliases."""
-SHOWN = ("xenaltp2m.abi.releases", "xenaltp2m.abi.vm_event")
-"""Internal modules that public names lead to."""
+SHOWN = ("abi.releases", "abi.vm_event")
+"""Internal modules that public names refer to."""
 
 LANGUAGES = {".py": "python", ".c": "c", ".S": "text", ".cfg": "python"}
 
@@ -191,11 +212,8 @@ def examples(target: Path) -> None:
 
 def modules() -> Iterator[str]:
     """Name the modules that the reference has."""
-    for module in pkgutil.walk_packages(xenaltp2m.__path__, "xenaltp2m."):
-        parts = module.name.split(".")[1:]
-        if not set(parts) & set(INTERNAL) and "mock" not in parts[:-1]:
-            yield module.name
-    yield from SHOWN
+    for name in sorted((*PUBLIC, *SHOWN)):
+        yield f"xenaltp2m.{name}"
 
 
 def public_names(name: str) -> tuple[list[str], list[str]]:

@@ -67,15 +67,18 @@ def readable_defaults(
 
 
 @functools.cache
-def imports(module: str) -> dict[str, str]:
-    """Tell what names in a module stand for, those imported for type checkers alone, too."""
+def names_of(module: str) -> dict[str, str]:
+    """Map the names in a module to the places that define them, imports for types included."""
     source = Path(importlib.import_module(module).__file__ or "").read_text(encoding="utf-8")
-    return {
+    tree = ast.parse(source)
+    imported = {
         name.asname or name.name: f"{node.module}.{name.name}"
-        for node in ast.walk(ast.parse(source))
+        for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom)
         for name in node.names
     }
+    own = [node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+    return imported | {name: f"{module}.{name}" for name in own}
 
 
 def spell_out(app: Sphinx, tree: nodes.document) -> None:
@@ -90,12 +93,13 @@ def spell_out(app: Sphinx, tree: nodes.document) -> None:
     module = page.removeprefix("api/")
     for node in list(tree.findall(pending_xref)):
         head, dot, rest = node.get("reftarget", "").partition(".")
-        parts = (imports(module).get(head, head) + dot + rest).split(".")
-        if parts[0] == "xenaltp2m":
-            exported = [at for at, part in enumerate(parts) if part in xenaltp2m.__all__]
-            del parts[1 : exported[0] if exported else 1]
-        modules = [".".join(parts[:end]) for end in range(2, len(parts))]
-        shown = all(f"api/{name}" in app.env.found_docs for name in modules if name in sys.modules)
+        parts = (names_of(module).get(head, head) + dot + rest).split(".")
+        prefixes = [".".join(parts[:end]) for end in range(1, len(parts))]
+        modules = [name for name in prefixes if name in sys.modules]
+        if parts[0] == "xenaltp2m" and parts[len(modules)] in xenaltp2m.__all__:
+            del parts[1 : len(modules)]
+            modules = modules[:1]
+        shown = all(f"api/{name}" in app.env.found_docs for name in modules[-1:] if "." in name)
         if parts[0] in STANDARD or not shown or any(part.startswith("_") for part in parts):
             node.replace_self(node.children)
             continue

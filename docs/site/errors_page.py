@@ -33,8 +33,8 @@ HEAD = """# Errors
 
 Written by `make docs` from `xenaltp2m/errors.py`; do not edit.
 
-Every error this package raises on purpose is a `XenError`, and an `OSError`. It says what was
-asked, what Xen said, and the likely causes, each with its cure:
+Every error that this package raises on purpose is a `XenError`, and an `OSError`. Its message gives
+the operation, Xen's errno, and the likely causes, each with its cure:
 
 ```python
 import xenaltp2m as xa
@@ -51,21 +51,21 @@ with xa.connect("mock") as xen, xen.domain("guest") as dom, dom.altp2m() as altp
 altp2m_create_view (domain 1): EINVAL, Invalid argument
   likely causes:
     1. no view is left: 10 with view 0 up to Xen 4.20, then altp2m_count in xl.cfg
-    2. an access this release does not know: r_pw needs Xen 4.20
-    3. the domain was created without altp2m: add altp2m="external" to its xl.cfg and create it anew
+    2. an access that this release does not support: r_pw needs Xen 4.20
+    3. the domain was created without altp2m: add altp2m="external" to its xl.cfg and recreate it
 ```
 
 `error.op` is the operation, `error.errno` Xen's number, `error.hint` the causes; `error.domid`,
-`error.view`, `error.gfn` and `error.vcpu` are what it was about. The command line prints the same.
+`error.view`, `error.gfn` and `error.vcpu` identify its object. The command line prints the same.
 
 """
 BY_OPERATION = """## By operation
 
-Xen has few errnos for many causes, so that the number alone does not tell. Causes are in order, the
-likeliest first. The operation is the C name without `xc_`; what each goes through before anything
-else is in [semantics.md](semantics.md#before-anything-else). The last column names releases of real
-Xen that were recorded refusing so, in answer to random calls
-([support.md](support.md#the-mock-against-real-xen)); the mock refuses all of these alike.
+Xen uses one errno for several causes. The causes are listed with the likeliest first. The operation
+is the C name without `xc_`. The checks common to all calls are in
+[semantics.md](semantics.md#checks-common-to-all-calls). The last column names the releases of real
+Xen that returned this errno in recorded random calls
+([support.md](support.md#the-mock-against-real-xen)); the mock returns the same errno.
 
 """
 
@@ -96,7 +96,7 @@ def classes() -> str:
             builtin = ", ".join(f"`{base.__name__}`" for base in kind.__bases__[1:]) or "`OSError`"
             what = inspect.cleandoc(kind.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
             rows.append([f"`{name}`", builtin, ", ".join(numbers[kind]), what])
-    head = ["error", "also caught as", "errno", "what it means"]
+    head = ["error", "also caught as", "errno", "meaning"]
     return f"## By class\n\n{table(head, rows)}"
 
 

@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 import xenaltp2m as xa  # noqa: E402 - found by the line above
 from tests.fakexc import fake as fakexc  # noqa: E402
 from xenaltp2m.backend.mock import MockBackend  # noqa: E402
-from xenaltp2m.backend.recording import record  # noqa: E402
-from xenaltp2m.symbols import Image  # noqa: E402
+from xenaltp2m.backend.session.recording import record  # noqa: E402
+from xenaltp2m.tools.symbols import Image  # noqa: E402
 
 CALLS = 2000
 HITS = 2000

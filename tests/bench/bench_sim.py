@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 import xenaltp2m as xa  # noqa: E402 - found by the line above
 from xenaltp2m.backend.mock import MockBackend  # noqa: E402
-from xenaltp2m.symbols import Image  # noqa: E402
+from xenaltp2m.tools.symbols import Image  # noqa: E402
 
 GUESTS = ROOT / "examples" / "guest"
 IN_A_PASS = 10_000

@@ -197,8 +197,8 @@ HEAD = """\
 Written by `make bench-report`. Each ratio says how fast something is, compared with something else
 in the same run: 2 is twice as fast, and more is better. It is the median of several runs; the
 spread is from the lowest of them to the highest. What is compared, and why:
-[performance.md](performance.md), [breakpoints.md](breakpoints.md#what-a-hit-costs),
-[simulator.md](simulator.md#how-fast-it-is).
+[performance.md](performance.md), [breakpoints.md](breakpoints.md#cost-of-a-hit),
+[simulator.md](simulator.md#speed).
 
 ![The ratios below, each with its spread](pictures/performance-report.svg)
 

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 
 import xenaltp2m as xa
-from xenaltp2m.symbols import Image
+from xenaltp2m.tools.symbols import Image
 
 ACCESSES = [xa.Access.RW, xa.Access.R, xa.Access.N, xa.Access.RX, xa.Access.X, xa.Access.RWX]
 EPISODE = 60

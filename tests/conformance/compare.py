@@ -20,7 +20,7 @@ import xenaltp2m as xa
 from tests.conformance import agent
 from xenaltp2m.abi.vm_event import layout
 from xenaltp2m.backend.mock import MockBackend
-from xenaltp2m.symbols import Image
+from xenaltp2m.tools.symbols import Image
 
 GUESTS = Path(__file__).resolve().parents[2] / "examples" / "guest"
 UNCOMPARED = ("data.regs.x86.vmtrace_pos", "data.regs.x86.npt_base")

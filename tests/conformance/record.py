@@ -15,7 +15,7 @@ from pathlib import Path
 
 import xenaltp2m as xa
 from tests.conformance import agent
-from xenaltp2m.symbols import Image
+from xenaltp2m.tools.symbols import Image
 
 GUESTS = Path("examples/guest")
 

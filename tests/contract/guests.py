@@ -12,15 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import xenaltp2m as xa
+from tests.thorough import THOROUGH
 from xenaltp2m.backend import open_backend
 from xenaltp2m.backend.mock import MockBackend
-from xenaltp2m.breakpoints import Breakpoints
-from xenaltp2m.symbols import Image
+from xenaltp2m.tools.breakpoints.manager import Breakpoints
+from xenaltp2m.tools.symbols import Image
 
 GUESTS = Path(__file__).resolve().parents[2] / "examples" / "guest"
 MEMORY_KIB = 16 << 10
 LINE = 64
-CALLS = int(os.environ.get("XENALTP2M_CALLS", "300"))
+ON_XEN = os.environ.get("XENALTP2M_LIVE") == "1"
+CALLS = int(os.environ.get("XENALTP2M_CALLS", "300" if ON_XEN or THOROUGH else "100"))
 """How many calls of a function are counted."""
 PATIENCE = 60 + CALLS / 100
 """Seconds after which what is waited for does not come: the lab's machine is slow."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import xenaltp2m as xa
 from xenaltp2m.backend.mock import MockBackend
-from xenaltp2m.doctor import Machine
+from xenaltp2m.tools.doctor import Machine
 
 INTEL = "vendor_id\t: GenuineIntel\nvmx flags\t: vnmi ept vpid mtf vapic ept_violation_ve pml\n"
 

@@ -20,21 +20,23 @@ from pathlib import Path
 import pytest
 
 import xenaltp2m as xa
+from tests.thorough import THOROUGH
 from xenaltp2m.backend.mock import MockBackend
-from xenaltp2m.breakpoints import Breakpoints
-from xenaltp2m.hooks import Breakpoint, Hit, Touch
+from xenaltp2m.tools.breakpoints.hooks import Breakpoint, Hit, WatchpointHit
+from xenaltp2m.tools.breakpoints.manager import Breakpoints
 
 from .conftest import LIVE
 from .guests import CALLS, LINE, PATIENCE, RunningGuest, hooked, running, serve, write_image
 
-HOSTS = ["xen"] if LIVE else ["mock-4.14", "mock-4.20"]  # the oldest and the newest of the lab
+LAB = ["mock-4.14", "mock-4.17", "mock-4.20"]
+HOSTS = ["xen"] if LIVE else LAB if THOROUGH else [LAB[0], LAB[-1]]
 WAYS = [(True, True), (False, True), (True, False)]
 WAY_NAMES = ["fast", "toggle", "page"]
 ONE_EACH = [
     pytest.param(host, *way, id=f"{host}-{name}")
     for at, host in enumerate(HOSTS)
     for way, name in zip(WAYS, WAY_NAMES, strict=True)
-    if LIVE or name == WAY_NAMES[at]
+    if LIVE or THOROUGH or name == WAY_NAMES[at]
 ]
 """What takes long, and does the same on each release: on the mock each way on one of them."""
 CHECKS = ("checksum", "read", "scan", "modify", "calls")
@@ -124,10 +126,10 @@ def test_a_watched_variable(host_name: str, fast: bool, reads: bool) -> None:
         vcpus = set()
         with hooked(guest, fast=fast) as (monitor, breakpoints):
 
-            def note(touch: Touch) -> None:
+            def note(touch: WatchpointHit) -> None:
                 vcpus.add(touch.vcpu)
                 if touch.written:
-                    written.append(int.from_bytes(touch.watch.read(), "little"))
+                    written.append(int.from_bytes(touch.watchpoint.read(), "little"))
                 if written and written[-1] == calls:
                     monitor.stop()  # it goes on reading
 
@@ -258,17 +260,17 @@ def test_fault_10_each_kind_of_write_is_told_once(
         model: dict[int, bytes] = {}
         read = []
 
-        def note(touch: Touch) -> None:
+        def note(touch: WatchpointHit) -> None:
             assert touch.certain
             assert touch.new is not None
-            at = touch.watch.address
+            at = touch.watchpoint.address
             assert touch.written
-            assert touch.watch.read()[touch.start - at :][: len(touch.new)] == touch.new
+            assert touch.watchpoint.read()[touch.start - at :][: len(touch.new)] == touch.new
             assert touch.old == model.get(at, bytes(4))[touch.start - at :][: len(touch.old)]
-            model[at] = touch.watch.read()
-            written.append((at, touch.watch.read()))
+            model[at] = touch.watchpoint.read()
+            written.append((at, touch.watchpoint.read()))
 
-        def seen(touch: Touch) -> None:
+        def seen(touch: WatchpointHit) -> None:
             if touch.certain:
                 read.append(touch.address)
 
@@ -303,7 +305,11 @@ def instructions(name: str, count: int) -> list[int]:
     return random.Random(count).sample(places, count)
 
 
-@pytest.mark.parametrize("count", [10, 200])
+@pytest.mark.parametrize(
+    ("host_name", "count"),
+    [*((name, 10) for name in HOSTS), *((name, 200) for name in HOSTS if LIVE or THOROUGH)],
+    indirect=["host_name"],
+)
 def test_the_checker_notices_none_of_many(host_name: str, count: int) -> None:
     chosen = instructions("checker", count)
     calls = max(CALLS // count, 20)
@@ -440,7 +446,7 @@ def reset_the_view(guest: RunningGuest, _gfn: int) -> None:
 
 
 def views(guest: RunningGuest) -> tuple[xa.View, ...]:
-    altp2m = guest.dom._open_altp2m
+    altp2m = guest.dom.open_altp2m
     assert altp2m is not None
     return altp2m.views
 
@@ -474,17 +480,18 @@ def test_what_the_host_changes_is_found_and_mended(
     host_name: str, fast: bool, change: Callable[[RunningGuest, int], None]
 ) -> None:
     """While the guest runs, with other breakpoints, and a watch, in other pages."""
+    hits = 40 if LIVE or THOROUGH else 10
     with running(host_name, "racer", 4) as guest:
         with hooked(guest, fast=fast) as (monitor, breakpoints):
-            told: list[xa.Lost] = []
-            breakpoints._altp2m.on_lost(told.append)
-            hook = breakpoints.insert(guest.address("hit"), stop_after(monitor, 40))
+            told: list[xa.ViewReset] = []
+            breakpoints._altp2m.on_view_reset(told.append)
+            hook = breakpoints.insert(guest.address("hit"), stop_after(monitor, hits))
             watch = breakpoints.watch(guest.address("made"), 4)
             unused = [breakpoints.insert(gfn << 12, lambda hit: None) for gfn in UNUSED[:-1]]
             changed = UNUSED[0] if change is populate_anew else hook.address >> 12
             guest.start()
             for turn in range(1, 4):
-                count_to(monitor, breakpoints, hook, 40 * turn)
+                count_to(monitor, breakpoints, hook, hits * turn)
                 assert breakpoints.verify() == []
                 change(guest, changed)
                 found = breakpoints.verify()
@@ -496,13 +503,13 @@ def test_what_the_host_changes_is_found_and_mended(
                 assert {lost.view.label for lost in told} >= {"hooks"}
                 told.clear()
                 before = hook.hits, watch.hits, guest.words("total")[0], guest.lines("made")[0]
-                count_to(monitor, breakpoints, hook, hook.hits + 40)
+                count_to(monitor, breakpoints, hook, hook.hits + hits)
                 after = hook.hits, watch.hits, guest.words("total")[0], guest.lines("made")[0]
-                hits, touches, calls, made = (
+                new, touches, calls, made = (
                     now - was for now, was in zip(after, before, strict=True)
                 )
                 # Not one was lost since: those in flight are not done yet.
-                assert 0 <= hits - calls <= 8
+                assert 0 <= new - calls <= 8
                 assert 0 <= touches - made <= 2
         assert guest.lines("noticed") == [0] * 4
 
@@ -511,8 +518,8 @@ def test_a_page_with_breakpoints_that_is_given_back(host_name: str) -> None:
     """It is told of; once they are removed, the others are mended."""
     with running(host_name, "racer", 4) as guest:
         with hooked(guest) as (monitor, breakpoints):
-            told: list[xa.Lost] = []
-            breakpoints._altp2m.on_lost(told.append)
+            told: list[xa.ViewReset] = []
+            breakpoints._altp2m.on_view_reset(told.append)
             hook = breakpoints.insert(guest.address("hit"), stop_after(monitor, 40))
             gone = breakpoints.insert(UNUSED[0] << 12, lambda hit: None)
             guest.start()
@@ -549,7 +556,7 @@ def test_a_page_that_comes_and_goes(host_name: str, fast: bool) -> None:
             def begin(hit: Hit) -> None:
                 hit.breakpoint.remove()
                 space = guest.dom.memory.address_space(hit.registers)
-                hooks.append(breakpoints.insert_linear(space, lazy, lambda hit: None))
+                hooks.append(breakpoints.insert_va(space, lazy, lambda hit: None))
                 # Heard of each time user_main() has run, which is once in a pass.
                 breakpoints.insert(guest.address("user_target"), look)
 
@@ -583,7 +590,7 @@ def end_in_a_callback(guest: RunningGuest, fast: bool, int3: bool, chance: rando
     left = chance.randrange(1, 30)
     with hooked(guest, fast=fast, int3=int3) as (monitor, breakpoints):
 
-        def count(_: Hit | Touch) -> None:
+        def count(_: Hit | WatchpointHit) -> None:
             nonlocal left
             left -= 1
             if left > 0:
@@ -622,7 +629,7 @@ def test_ending_in_every_state(racer: RunningGuest, fast: bool, int3: bool) -> N
     chance = random.Random(f"{racer.vcpus} {fast} {int3}")
     before, pages = racer.contents(), None
     if isinstance(racer.xen.backend, MockBackend):
-        racer.xen.backend.steps_at_once = 100_000  # it runs at each call, and nobody waits for it
+        racer.xen.backend.steps_at_once = 20_000  # it runs at each call, and nobody waits for it
     racer.start()
     for _ in range(ENDINGS):
         with suppress(Ended):

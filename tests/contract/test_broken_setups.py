@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 
 import xenaltp2m as xa
-from xenaltp2m.backend.loader import Loader
+from xenaltp2m.backend.libxc.loader import Loader
 from xenaltp2m.backend.mock import MockBackend
-from xenaltp2m.doctor import Finding, Grade, Machine, examine, examine_xen, healthy
-from xenaltp2m.rescue import rescue
+from xenaltp2m.handles.hazards import Severity
+from xenaltp2m.tools.doctor import Finding, Machine, examine, examine_xen, healthy
+from xenaltp2m.tools.rescue import rescue
 from xenaltp2m.types import Altp2mMode
 
 from .hosts import Host, XenHost
@@ -37,7 +38,7 @@ def xen(host: Host, tmp_path: Path) -> Iterator[xa.Xen]:
 
 def problem(found: list[Finding], check: str) -> Finding:
     """The one problem, which must be of a check, with cause, cure and link."""
-    [finding] = (finding for finding in found if finding.severity is Grade.PROBLEM)
+    [finding] = (finding for finding in found if finding.severity is Severity.PROBLEM)
     assert finding.check == check
     assert finding.cause
     assert finding.cure
@@ -94,13 +95,13 @@ def test_views_exhausted(host: Host, xen: xa.Xen) -> None:
             altp2m.create_view()
         assert "no view is left" in refused.value.hint[0]
         [finding] = (one for one in examine_xen(xen, domid) if one.check == "views")
-        assert finding.severity is Grade.PROBLEM
+        assert finding.severity is Severity.PROBLEM
         assert "all 10 views" in finding.evidence
         assert "rescue" in finding.cure
         altp2m.views[0].close()
         [finding] = (one for one in examine_xen(xen, domid) if one.check == "views")
-        assert finding.severity is Grade.OK
-        assert "9 views are made of 10" in finding.evidence
+        assert finding.severity is Severity.OK
+        assert "9 of 10 views exist" in finding.evidence
 
 
 AGENT = """
@@ -108,7 +109,7 @@ import sys, time
 from pathlib import Path
 from uuid import UUID
 import xenaltp2m as xa
-from xenaltp2m.journal import Journal
+from xenaltp2m.handles.journal import Journal
 
 kind, directory, domid, uuid = sys.argv[1:]
 if kind == "xen":

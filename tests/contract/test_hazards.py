@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import pytest
 
 import xenaltp2m as xa
-from xenaltp2m.hazards import Severity
+from xenaltp2m.handles.hazards import Severity
 from xenaltp2m.types import Altp2mMode, MemoryType, PodTarget
 
 from .hosts import Host
@@ -77,14 +77,14 @@ def test_the_pool_in_mib(host: Host, answer: Answer) -> None:
 
 def test_an_ordinary_guest_has_nothing_that_is_refused(host: Host, xen: xa.Xen) -> None:
     with xen.domain(host.shared_domain()) as dom:
-        assert not any(hazard.severity is Severity.REFUSED for hazard in dom.hazards())
+        assert not any(hazard.severity is Severity.PROBLEM for hazard in dom.hazards())
         with dom.altp2m() as altp2m:
             altp2m.create_view()
 
 
 def test_mode_mixed_is_refused_and_can_be_accepted(host: Host, xen: xa.Xen) -> None:
     with xen.domain(host.shared_domain(Altp2mMode.MIXED)) as dom:
-        [hazard] = (hazard for hazard in dom.hazards() if hazard.severity is Severity.REFUSED)
+        [hazard] = (hazard for hazard in dom.hazards() if hazard.severity is Severity.PROBLEM)
         assert hazard.name == "mixed"
         with pytest.raises(xa.HazardError) as refused:
             dom.altp2m()

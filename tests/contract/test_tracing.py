@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 import xenaltp2m as xa
-from xenaltp2m.tracing import Call, Return, Trace
+from xenaltp2m.tools.tracing import Call, Return, Trace
 
 from .guests import PATIENCE, RunningGuest, running
 from .test_breakpoints import HOSTS
@@ -133,6 +133,6 @@ def test_in_an_event_loop(racer: RunningGuest) -> None:
 def test_what_cannot_be_traced(racer: RunningGuest) -> None:
     with pytest.raises(xa.SymbolError, match="has no symbol 'hot'"):
         Trace(racer.dom, "hot", symbols=racer.image)
-    with pytest.raises(xa.InvalidArgumentError, match="which functions"):
+    with pytest.raises(xa.InvalidArgumentError, match="at least one function"):
         Trace(racer.dom, symbols=racer.image)
     assert not racer.dom.altp2m_active

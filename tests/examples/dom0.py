@@ -18,13 +18,14 @@ import tempfile
 from pathlib import Path
 from unittest.mock import patch
 
-from xenaltp2m import cli, xen
+from xenaltp2m import cli
 from xenaltp2m.backend import Backend, open_backend
 from xenaltp2m.backend.mock import Instruction, MockBackend, WriteControlRegister
-from xenaltp2m.carrying import import_views
-from xenaltp2m.doctor import Finding, Machine, examine_xen
+from xenaltp2m.handles import xen
+from xenaltp2m.tools.doctor import Finding, Machine, examine_xen
+from xenaltp2m.tools.migration import import_views
 from xenaltp2m.types import PAGE_SIZE
-from xenaltp2m.viewstate import State
+from xenaltp2m.values.state import State
 
 GUESTS = Path(__file__).parents[2] / "examples" / "guest"
 ENDLESS, END = {"watch", "trace"}, ("--count", "3")
@@ -64,7 +65,7 @@ def host(arguments: list[str]) -> MockBackend:
 def prepare(mock: MockBackend, arguments: list[str]) -> None:
     """Have in the domain what commands before this one have left there, or somebody else."""
     mock.name = "libxc"  # so that there are journals
-    patch("xenaltp2m.xen.DIRECTORY", Path(tempfile.mkdtemp())).start()
+    patch("xenaltp2m.handles.xen.DIRECTORY", Path(tempfile.mkdtemp())).start()
     if "save" in arguments or "verify" in arguments:
         domid = int(mock.name_to_domid("DOMAIN") or 0)
         mock.altp2m_set_domain_state(domid, True)
@@ -93,7 +94,7 @@ def main() -> int:
             return examine_xen(connection, which)
 
     with (
-        patch("xenaltp2m.xen.open_backend", opened),
+        patch("xenaltp2m.handles.xen.open_backend", opened),
         patch("xenaltp2m.cli.doctor.examine", examined),  # but this machine, which is no dom0
     ):
         if arguments[:1] == ["--script"]:

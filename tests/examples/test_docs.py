@@ -164,7 +164,7 @@ def files_the_docs_speak_of(place: Path) -> None:
     with xa.connect("mock") as xen, xen.domain("guest") as dom, dom.altp2m() as altp2m:
         altp2m.create_view(label="hooks").set_access(0x100, xa.Access.R)
         for name in ("views.json", "other.json"):
-            (place / name).write_bytes(altp2m.capture().to_bytes())
+            (place / name).write_bytes(xa.capture(altp2m).to_bytes())
     names = "do_sys_openat2", "ksys_write"
     added = [f"--add-symbol={name}=.target:0,global,function" for name in names]
     for name in ("kallsyms", "vmlinux"):

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from xenaltp2m.symbols import Image
+from xenaltp2m.tools.symbols import Image
 from xenaltp2m.types import PAGE_SIZE
-from xenaltp2m.view import BATCH
+from xenaltp2m.values.gfns import BATCH
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"

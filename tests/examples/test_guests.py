@@ -13,7 +13,7 @@ import pytest
 from elftools.elf.elffile import ELFFile
 from elftools.elf.segments import NoteSegment
 
-from xenaltp2m.symbols import Image, Segment
+from xenaltp2m.tools.symbols import Image, Segment
 
 SOURCE = Path(__file__).parents[2] / "examples" / "guest"
 XEN_ELFNOTE_PHYS32_ENTRY = 18

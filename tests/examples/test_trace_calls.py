@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from xenaltp2m.symbols import Image
+from xenaltp2m.tools.symbols import Image
 
 from .test_examples import EXAMPLES, run
 

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 from xenaltp2m.abi._ffi import ffi
 from xenaltp2m.backend.libxc import LibxcBackend
-from xenaltp2m.backend.loader import ENVIRONMENT, Loader
+from xenaltp2m.backend.libxc.loader import ENVIRONMENT, Loader
 
 SOURCE: Final = Path(__file__).with_name("fakexc.c")
 COMPILE: Final = ("gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC")

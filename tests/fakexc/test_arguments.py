@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.rows import Rows
 from xenaltp2m.backend import Backend
 from xenaltp2m.backend.libxc import LibxcBackend
 from xenaltp2m.errors import InvalidArgumentError
@@ -125,36 +126,41 @@ def test_all_numbers_of_the_protocol_are_known() -> None:
     assert {name for _, name in NUMBERS} == set(BOUNDS)
 
 
-@pytest.mark.parametrize(("method", "name"), NUMBERS)
 @pytest.mark.parametrize("beyond", [-1, 0, 1 << 16, 1 << 64, -(1 << 63)])
-def test_out_of_range(method: str, name: str, beyond: int, ready: LibxcBackend, fake: Fake) -> None:
-    bound = bound_of(method, name)
-    value = beyond if beyond < 0 else bound + beyond
-    with pytest.raises(InvalidArgumentError) as caught:
-        call_with(ready, method, name, value)
-    text = str(caught.value)
-    assert text.startswith(f"{method}: {name} is {value:#x}")
-    assert f"0..{bound - 1:#x}" in text
-    assert caught.value.op == method
-    assert fake.names() == []
+def test_out_of_range(beyond: int, ready: LibxcBackend, fake: Fake) -> None:
+    rows = Rows()
+    for method, name in rows.each(NUMBERS):
+        bound = bound_of(method, name)
+        value = beyond if beyond < 0 else bound + beyond
+        with rows.row(f"{method}, {name}"):
+            with pytest.raises(InvalidArgumentError) as caught:
+                call_with(ready, method, name, value)
+            text = str(caught.value)
+            assert text.startswith(f"{method}: {name} is {value:#x}")
+            assert f"0..{bound - 1:#x}" in text
+            assert caught.value.op == method
+            assert fake.names() == []
 
 
-@pytest.mark.parametrize(("method", "name"), NUMBERS)
 @pytest.mark.parametrize("value", [None, 1.0, "1", b"1", True, [1]], ids=repr)
-def test_not_an_integer(
-    method: str, name: str, value: object, ready: LibxcBackend, fake: Fake
-) -> None:
-    with pytest.raises(InvalidArgumentError, match=rf"^{method}: {name} must be an integer, not "):
-        call_with(ready, method, name, value)
-    assert fake.names() == []
+def test_not_an_integer(value: object, ready: LibxcBackend, fake: Fake) -> None:
+    rows = Rows()
+    for method, name in rows.each(NUMBERS):
+        wanted = rf"^{method}: {name} must be an integer, not "
+        with rows.row(f"{method}, {name}"):
+            with pytest.raises(InvalidArgumentError, match=wanted):
+                call_with(ready, method, name, value)
+            assert fake.names() == []
 
 
-@pytest.mark.parametrize(("method", "name"), FLAGS)
 @pytest.mark.parametrize("value", [None, 0, 1, 2, "yes"], ids=repr)
-def test_not_a_flag(method: str, name: str, value: object, ready: LibxcBackend, fake: Fake) -> None:
-    with pytest.raises(InvalidArgumentError, match=rf"^{method}: {name} must be a bool, not "):
-        call_with(ready, method, name, value)
-    assert fake.names() == []
+def test_not_a_flag(value: object, ready: LibxcBackend, fake: Fake) -> None:
+    rows = Rows()
+    for method, name in rows.each(FLAGS):
+        with rows.row(f"{method}, {name}"):
+            with pytest.raises(InvalidArgumentError, match=rf"^{method}: {name} must be a bool, "):
+                call_with(ready, method, name, value)
+            assert fake.names() == []
 
 
 class Number(enum.IntEnum):

@@ -22,7 +22,7 @@ from xenaltp2m.errors import (
     UnsupportedError,
     XenError,
 )
-from xenaltp2m.memory import AddressSpace, MappedPages
+from xenaltp2m.handles.memory import AddressSpace, MappedPages
 from xenaltp2m.types import PAGE_SIZE, DomainInfo, DomId, PodTarget, VcpuInfo
 
 from . import fake as fakexc
@@ -239,7 +239,7 @@ def test_fault_14_a_name_that_two_domains_have(backend: LibxcBackend, fake: Fake
 def test_a_search_goes_on_past_a_batch(backend: LibxcBackend, fake: Fake) -> None:
     batch = b"".join(info(domid)[:112] for domid in range(73))
     assert len(batch) <= 8192
-    import xenaltp2m.backend.libxc as module
+    import xenaltp2m.backend.libxc.toolstack as module
 
     before = module._DOMAINS_AT_ONCE
     module._DOMAINS_AT_ONCE = 73
@@ -345,7 +345,7 @@ def test_populate_on_demand(backend: LibxcBackend, fake: Fake) -> None:
     assert backend.domain_get_pod_target(DOMID) == PodTarget(*numbers)
     assert fake.only_call().args == (DOMID,)
     fake.fail("xc_domain_get_pod_target", errno.EPERM)
-    with pytest.raises(XenError, match="has gone") as caught:
+    with pytest.raises(XenError, match="is gone") as caught:
         backend.domain_get_pod_target(DOMID)
     assert (caught.value.op, caught.value.domid) == ("domain_get_pod_target", DOMID)
 
@@ -483,7 +483,11 @@ def test_esrch_with_and_without_a_gfn(backend: LibxcBackend, fake: Fake) -> None
 def test_more_is_read_than_stays_mapped(backend: LibxcBackend, fake: Fake) -> None:
     """The library refuses to unmap a page while a slice of it is alive."""
     fake.answer("xc_domain_getinfolist", 1, data=info(DOMID))
-    with xa.connect(backend) as xen, xen.domain(DOMID) as dom, MappedPages(dom, most=2) as mapped:
+    with (
+        xa.connect(backend) as xen,
+        xen.domain(DOMID) as dom,
+        MappedPages(dom.context, most=2) as mapped,
+    ):
         unpaged = Paging(0, 0, 0, 0, user=False)
         found = AddressSpace(dom.memory, unpaged, mapped).read(PAGE_SIZE, 5 * PAGE_SIZE)
     assert found == b"".join(gfn.to_bytes(PAGE_SIZE, "little") for gfn in range(1, 6))

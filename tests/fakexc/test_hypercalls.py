@@ -14,7 +14,7 @@ from xenaltp2m import errors
 from xenaltp2m.abi._ffi import ffi
 from xenaltp2m.abi.releases import SUPPORTED, release
 from xenaltp2m.backend.libxc import LibxcBackend
-from xenaltp2m.backend.loader import ENVIRONMENT, Loader
+from xenaltp2m.backend.libxc.loader import ENVIRONMENT, Loader
 from xenaltp2m.errors import InvalidArgumentError, LibraryMismatchWarning, UnsupportedError
 from xenaltp2m.types import MemoryType
 
@@ -270,4 +270,4 @@ def test_a_buffer_is_one_calls_at_a_time(backend: LibxcBackend, fake: Fake) -> N
     numbers = range(1, 9)
     fakexc.race(run, numbers)
     assert failures == []
-    assert 1 <= len(backend._rooms) <= len(numbers)
+    assert 1 <= len(backend._buffers) <= len(numbers)

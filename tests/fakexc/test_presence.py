@@ -12,7 +12,7 @@ import pytest
 
 from xenaltp2m.abi.releases import SYMBOL_SINCE
 from xenaltp2m.backend.libxc import LibxcBackend, clib
-from xenaltp2m.backend.loader import Library
+from xenaltp2m.backend.libxc.loader import Library
 from xenaltp2m.errors import LibraryError, UnsupportedError
 
 from . import fake as fakexc

@@ -33,7 +33,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.recorded.sessions import calls
 from tests.unit.test_prototypes import SOURCE, compiled
-from xenaltp2m import fingerprint, journal, symbols
 from xenaltp2m.abi.x86 import (
     CR0_PE,
     CR0_PG,
@@ -47,13 +46,16 @@ from xenaltp2m.abi.x86 import (
     Paging,
 )
 from xenaltp2m.backend import Backend
-from xenaltp2m.backend.replay import ReplayBackend
-from xenaltp2m.backend.session import Reader
+from xenaltp2m.backend.session.format import Reader
+from xenaltp2m.backend.session.replay import ReplayBackend
 from xenaltp2m.errors import RecordingError, ReplayError, StateError, SymbolError, XenError
-from xenaltp2m.prototypes import Prototypes
-from xenaltp2m.runs import FrozenRuns
+from xenaltp2m.handles import journal
+from xenaltp2m.tools import symbols
+from xenaltp2m.tools.symbols import fingerprint, kallsyms
+from xenaltp2m.tools.symbols.prototypes import Prototypes
 from xenaltp2m.types import Access
-from xenaltp2m.viewstate import PageState, State, ViewState
+from xenaltp2m.values.intervals import Intervals
+from xenaltp2m.values.state import PageState, State, ViewState
 
 RECORDINGS = Path(__file__).resolve().parents[1] / "recorded" / "xen-4.17"
 GUESTS = Path(__file__).resolve().parents[2] / "examples" / "guest"
@@ -132,7 +134,7 @@ def a_list(chance: random.Random) -> None:
     """System.map."""
     stream = io.BytesIO(mutated(chance, KERNEL))
     try:
-        kernel = symbols.Symbols(*symbols._map_symbols(stream, "fuzzed"))
+        kernel = symbols.Symbols(*kallsyms.map_symbols(stream, "fuzzed"))
     except SymbolError:
         return
     for symbol in kernel.symbols[:3]:
@@ -225,18 +227,18 @@ def a_journal(chance: random.Random) -> None:
     assert journal._parse(line) in (None, *RECORDS) or line in LINES
 
 
-ACCESS = FrozenRuns.of((16 * n, n % 15 + 1, Access.RX) for n in range(40))
+ACCESS = Intervals.of((16 * n, n % 15 + 1, Access.RX) for n in range(40))
 STATE = State(
     (
         ViewState(
             "hooks",
             Access.RWX,
             True,
-            FrozenRuns.of([(-1, 1, Access.R), *ACCESS]),
-            FrozenRuns(),
+            Intervals.of([(-1, 1, Access.R), *ACCESS]),
+            Intervals(),
             ((3, -1), (5, 9)),
         ),
-        ViewState("", Access.R, False, ACCESS[:3], FrozenRuns.of([(7, 2, True)]), ()),
+        ViewState("", Access.R, False, ACCESS[:3], Intervals.of([(7, 2, True)]), ()),
     ),
     (PageState("0" * 64),),
     (0, None),

@@ -26,7 +26,7 @@ from images import (
     require,
 )
 
-from xenaltp2m.symbols import Image
+from xenaltp2m.tools.symbols import Image
 
 HERE = Path(__file__).resolve().parent
 TREE = HERE.parent.parent

@@ -74,7 +74,7 @@ def foreign_libraries(target: Path) -> Path:
 
 def boot(xen: str, wheel: Path, results: Path, job: str, *more: str) -> int:
     """Boot once and run a job."""
-    puts = ["tests/__init__.py", "tests/contract", "tests/live"]
+    puts = ["tests/__init__.py", "tests/thorough.py", "tests/contract", "tests/live"]
     names = "hello", "checker", "racer", "paged", "insider"
     puts += [f"examples/guest/{name}.elf" for name in names]
     puts += [f"examples/guest/{name}.cfg" for name in ("checker", "insider")]

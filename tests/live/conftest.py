@@ -13,7 +13,7 @@ import pytest
 
 import xenaltp2m as xa
 from xenaltp2m.backend import Backend, open_backend
-from xenaltp2m.symbols import Image
+from xenaltp2m.tools.symbols import Image
 
 from .machine import EventsGuest
 

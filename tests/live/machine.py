@@ -15,7 +15,7 @@ from pathlib import Path
 import xenaltp2m as xa
 from xenaltp2m.abi.ring import SLOTS
 from xenaltp2m.backend import Backend
-from xenaltp2m.symbols import Image
+from xenaltp2m.tools.symbols import Image
 
 from .mailbox import Mailbox
 
@@ -73,7 +73,7 @@ class EventsGuest:
 
     def damage(self) -> str | None:
         """What keeps the guest from being as good as new, if anything does."""
-        info = self.dom._find()
+        info = self.dom.context.find()
         if info is None or info.dying or info.shutdown:
             return "a guest that has ended"
         if info.paused:

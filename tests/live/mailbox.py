@@ -7,7 +7,7 @@ import struct
 import time
 
 import xenaltp2m as xa
-from xenaltp2m.symbols import Image
+from xenaltp2m.tools.symbols import Image
 
 _SLOT = struct.Struct("<IIQIIII4IIIII32I64x")
 _COMMAND, _ARGUMENT, _ANSWER, _FAULT, _HEARTBEAT, _ROUNDS, _RESULTS = 0, 4, 16, 20, 24, 28, 32

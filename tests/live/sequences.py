@@ -23,7 +23,7 @@ from xenaltp2m.backend.mock import (
     WriteControlRegister,
     WriteMsr,
 )
-from xenaltp2m.symbols import Image
+from xenaltp2m.tools.symbols import Image
 
 R, W, X = xa.AccessFlag.R, xa.AccessFlag.W, xa.AccessFlag.X
 LINEAR = xa.AccessFlag.GLA_VALID | xa.AccessFlag.FAULT_WITH_GLA

@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable
 
 import xenaltp2m as xa
-from xenaltp2m.doctor import Grade, examine
+from xenaltp2m.handles.hazards import Severity
+from xenaltp2m.tools.doctor import examine
 
 from .conftest import Guest
 from .machine import PATIENCE, EventsGuest, Process, storm, wait_until
 
 
-def of(check: str, which: int) -> list[tuple[Grade, str]]:
+def of(check: str, which: int) -> list[tuple[Severity, str]]:
     return [(one.severity, one.evidence) for one in examine(which) if one.check == check]
 
 
@@ -26,10 +27,10 @@ def test_the_lab_is_as_it_should_be(guest: Guest) -> None:
         "hypervisor", "privileges", "libraries", "library-release", "connection", "xenstore",
         "altp2m-option", "domain", "type", "mode", "views", "agents", "p2m-pool", "symbols",
     }  # fmt: skip
-    assert {check: found[check].severity for check in sound} == dict.fromkeys(sound, Grade.OK)
+    assert {check: found[check].severity for check in sound} == dict.fromkeys(sound, Severity.OK)
     assert found["type"].evidence.endswith("PVH")
     assert found["vcpus"].cure == f"xl unpause {guest.domid}"  # as the fixture leaves it
-    assert not any(one.severity is Grade.PROBLEM for one in found.values())
+    assert not any(one.severity is Severity.PROBLEM for one in found.values())
 
 
 def test_the_command(guest: Guest) -> None:
@@ -62,11 +63,11 @@ def test_a_killed_agent_and_the_vcpu_that_waits_for_it(mortal: EventsGuest) -> N
         assert agent.ready
         agent.wait(signal.SIGKILL)
         [(severity, evidence)] = of("agents", mortal.domid)
-        assert severity is Grade.PROBLEM
+        assert severity is Severity.PROBLEM
         assert f"process {agent.pid} was killed" in evidence
-        wait_until(lambda: of("vcpus", mortal.domid)[0][0] is Grade.WARNING)
+        wait_until(lambda: of("vcpus", mortal.domid)[0][0] is Severity.WARNING)
         [(_, evidence)] = of("vcpus", mortal.domid)
         assert "vCPUs [0]" in evidence
         subprocess.run(["xenaltp2m", "rescue", mortal.name], check=True, capture_output=True)
-        assert of("agents", mortal.domid)[0][0] is Grade.OK
-        assert of("vcpus", mortal.domid)[0][0] is Grade.OK
+        assert of("agents", mortal.domid)[0][0] is Severity.OK
+        assert of("vcpus", mortal.domid)[0][0] is Severity.OK

@@ -325,7 +325,7 @@ def test_registers_given_right_before_the_end_are_not_lost(events: EventsGuest) 
 def test_an_event_held_is_answered_by_the_close(events: EventsGuest) -> None:
     with events.dom.monitor(xa.GuestRequest) as monitor:
         events.box.command("guest_request", wait=False)
-        wait_until(lambda: monitor._ring.unread == 1)
+        wait_until(lambda: monitor._connection.ring.unread == 1)
     assert events.box.answer() == 0
 
 

@@ -15,8 +15,8 @@ import pytest
 import xenaltp2m as xa
 from xenaltp2m.abi.ring import Ring
 from xenaltp2m.abi.vm_event import HEAD, Flag, layout
-from xenaltp2m.events import EmulateEachRep, InguestPagefault
-from xenaltp2m.responses import REINJECT
+from xenaltp2m.values.events import EmulateEachRep, InguestPagefault
+from xenaltp2m.values.responses import REINJECT
 
 from .machine import EventsGuest, storm, wait_until, watch
 from .mailbox import BP, DB, UD, GuestFault
@@ -226,7 +226,7 @@ def test_more_events_than_the_ring_holds_wait_for_room(events: EventsGuest) -> N
     """Twenty requests that do not wait, with nobody reading: the vCPU is held, none is lost."""
     with storm(events, "command_guest_request"):
         with events.dom.monitor(xa.GuestRequest.on(sync=False)) as monitor:
-            wait_until(lambda: monitor._ring.unread == 8)
+            wait_until(lambda: monitor._connection.ring.unread == 8)
             rounds = events.box.rounds()
             seen = 0
             for event in monitor.events():
@@ -866,7 +866,7 @@ def test_a_write_that_waits_for_its_answer_at_the_end_happens(events: EventsGues
         watch(events, monitor, "wrmsr", LSTAR, 0x77, answer=lambda _: deny)
         assert events.box.answer() == was
         events.box.command("wrmsr", LSTAR, 0x88, wait=False)
-        wait_until(lambda: monitor._ring.unread == 1)
+        wait_until(lambda: monitor._connection.ring.unread == 1)
     assert events.box.answer() == 0x88
     assert events.box.command("wrmsr", LSTAR, 0) == 0
 

@@ -14,7 +14,7 @@ import pytest
 
 import xenaltp2m as xa
 from xenaltp2m.backend import Backend
-from xenaltp2m.symbols import Image
+from xenaltp2m.tools.symbols import Image
 
 from .conftest import Shelf
 from .machine import wait_until

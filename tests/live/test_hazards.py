@@ -12,7 +12,7 @@ import pytest
 
 import xenaltp2m as xa
 from xenaltp2m.backend import Backend
-from xenaltp2m.hazards import Severity, survey
+from xenaltp2m.handles.hazards import Severity, survey
 from xenaltp2m.types import HVM_PARAM_ALTP2M, MemoryType
 
 _ENABLE_LOGDIRTY, _OFF = 2, 0
@@ -36,7 +36,7 @@ def domain(backend: Backend, mode: str, *config: str) -> Iterator[xa.Domain]:
 
 
 def refused(dom: xa.Domain) -> list[str]:
-    return [hazard.name for hazard in dom.hazards() if hazard.severity is Severity.REFUSED]
+    return [hazard.name for hazard in dom.hazards() if hazard.severity is Severity.PROBLEM]
 
 
 def test_libxl_refuses_memory_below_maxmem_with_altp2m() -> None:
@@ -52,7 +52,7 @@ def test_memory_below_maxmem(backend: Backend) -> None:
         target = backend.domain_get_pod_target(int(dom.domid))
         assert target.entries > 0
         found = {hazard.name: hazard for hazard in dom.hazards()}
-        assert found["populate-on-demand"].severity is Severity.REFUSED
+        assert found["populate-on-demand"].severity is Severity.PROBLEM
         assert str(target.entries) in found["populate-on-demand"].evidence
         assert "16384 KiB" in found["ballooning"].evidence
         if backend.release.mode_set_at_creation:
@@ -128,6 +128,6 @@ def test_a_device_that_xenstore_tells_of(backend: Backend) -> None:
 
 def test_nothing_is_unknown_of_an_ordinary_guest(backend: Backend) -> None:
     with domain(backend, "external") as dom:
-        found = survey(dom)
+        found = survey(dom.context)
         assert found.unknown == {}
         assert not {"p2m-pool", "emulated-devices"} & {hazard.name for hazard in found.hazards}

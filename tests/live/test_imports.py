@@ -9,7 +9,7 @@ from pathlib import Path
 
 import xenaltp2m as xa
 from tests.contract.guests import RunningGuest, running
-from xenaltp2m.viewstate import State, diff
+from xenaltp2m.values.state import State, diff
 
 UNUSED = range(0x300, 0x310)
 
@@ -32,8 +32,8 @@ def captured(guest: RunningGuest, path: Path) -> State:
         view.remap(UNUSED[0], shadow, access=xa.Access.X)
         altp2m.create_view(label="other").set_access(UNUSED[3], xa.Access.R)
         altp2m.switch_to_view(view)
-        found = altp2m.capture(contents=True)
-    for gfns in list(guest.dom._added):
+        found = xa.capture(altp2m, contents=True)
+    for gfns in list(guest.dom.context.added):
         guest.dom.remove_pages(gfns)
     path.write_bytes(found.to_bytes())
     return found

@@ -15,8 +15,8 @@ import pytest
 
 import xenaltp2m as xa
 from tests.contract.guests import GUESTS, RunningGuest, hooked, running
-from xenaltp2m.journal import DIRECTORY
-from xenaltp2m.rescue import diagnose, rescue
+from xenaltp2m.handles.journal import DIRECTORY
+from xenaltp2m.tools.rescue import diagnose, rescue
 
 from . import victim
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a guest can see of breakpoints: "What it does not hide" in docs/breakpoints.md."""
+"""What a guest can see of breakpoints: "What a guest can detect" in docs/breakpoints.md."""
 
 from __future__ import annotations
 

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import xenaltp2m as xa
-from xenaltp2m.breakpoints import Breakpoints
-from xenaltp2m.hooks import Breakpoint, Hit
-from xenaltp2m.symbols import Image
+from xenaltp2m.tools.breakpoints.hooks import Breakpoint, Hit
+from xenaltp2m.tools.breakpoints.manager import Breakpoints
+from xenaltp2m.tools.symbols import Image
 
 HOOKS = 50
 PLACES = Path(__file__).parents[1] / "contract" / "instructions.json"

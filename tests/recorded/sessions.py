@@ -22,8 +22,8 @@ import xenaltp2m as xa
 from xenaltp2m.abi.ring import Ring
 from xenaltp2m.abi.vm_event import HEAD, Flag, layout
 from xenaltp2m.backend import Backend, open_backend
-from xenaltp2m.backend.recording import record
-from xenaltp2m.symbols import Image
+from xenaltp2m.backend.session.recording import record
+from xenaltp2m.tools.symbols import Image
 
 GUEST = Path(__file__).resolve().parents[2] / "examples" / "guest" / "hello.elf"
 IMAGE = Image.open(GUEST)
@@ -158,7 +158,7 @@ def events(dom: xa.Domain) -> list[Any]:
 def trace(dom: xa.Domain) -> list[Any]:
     """Calls and returns of a function, with breakpoints that the guest cannot see."""
     learned: list[Any] = []
-    with dom.trace("target", symbols=IMAGE, arguments=1, returns=True, trust=True) as calls:
+    with xa.Trace(dom, "target", symbols=IMAGE, arguments=1, returns=True, trust=True) as calls:
         dom.xen.backend.domain_unpause(int(dom.domid))
         told: Any = calls.calls(timeout=20.0)
         with closing(told):

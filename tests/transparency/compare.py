@@ -62,7 +62,8 @@ class Verdict:
 def plan(program: Program, executed: Counter[int] | None) -> Plan:
     """Choose breakpoints, mostly where the program comes by, and watchpoints in its data.
 
-    None directly behind an instruction that Xen completes: docs/breakpoints.md, "What it misses".
+    None directly after an instruction that Xen completes: docs/breakpoints.md, "Missed
+    breakpoints".
     """
     chance = random.Random(f"plan {program.seed}")
     starts = sorted(set(program.starts))
@@ -149,7 +150,7 @@ def _run_hooked(
             elif chosen.churns:
                 made[at] = breakpoints.insert(at, hit_callback)
 
-        def touch(touch: xa.Touch) -> None:
+        def touch(touch: xa.WatchpointHit) -> None:
             verdict.touches += 1
 
         hit_callback = hit

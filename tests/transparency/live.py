@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import xenaltp2m as xa
-from xenaltp2m.symbols import Image
+from xenaltp2m.tools.symbols import Image
 
 from .compare import describe, judge
 from .machine import IMAGE, Machine, Stuck

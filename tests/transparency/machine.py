@@ -11,7 +11,7 @@ from pathlib import Path
 
 import xenaltp2m as xa
 from xenaltp2m.abi.x86 import repeated
-from xenaltp2m.symbols import Image
+from xenaltp2m.tools.symbols import Image
 from xenaltp2m.types import PAGE_SIZE
 
 from .programs import (
@@ -227,7 +227,7 @@ class Machine:
         if info.shutdown:
             return f"the domain has shut down with reason {info.shutdown_reason}"
         registers = [self.dom.vcpu(vcpu).registers() for vcpu in range(self.vcpus)]
-        return ", ".join(f"at {one.linear_rip:#x}, flags {one.rflags:#x}" for one in registers)
+        return ", ".join(f"at {one.rip_va:#x}, flags {one.rflags:#x}" for one in registers)
 
     def run_free(self, program: Program) -> Outcome:
         """Run it with nobody in its way."""

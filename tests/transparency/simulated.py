@@ -9,7 +9,7 @@ from functools import cache
 
 import xenaltp2m as xa
 from xenaltp2m.backend.mock import MockBackend
-from xenaltp2m.symbols import Image
+from xenaltp2m.tools.symbols import Image
 
 from .compare import Verdict, judge
 from .machine import IMAGE, Machine

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xenaltp2m.abi.x86 import Segment
-from xenaltp2m.backend.mock.core import Seen
+from xenaltp2m.backend.mock.engine import Seen
 from xenaltp2m.types import PAGE_SIZE
 
 from .machinecode import Computer
@@ -43,8 +43,8 @@ class AccessLog:
         lookup = computer.model.host.lookup
         self._gfns = {lookup(gfn).mfn: gfn for gfn in range(512) if lookup(gfn).valid}
         self._uses: list[tuple[str, int, int]] = []
-        cpu = self._cpu
-        step, read, push = cpu._step_engine, cpu._read, cpu._push
+        execution, memory, gates = self._cpu._execution, self._cpu._virtual, self._cpu._gates
+        step, read, push = execution._step_engine, memory.read, gates._push
 
         def stepped(resolve: Any, on_access: Callable[[Seen], None] | None = None) -> Any:
             def log(seen: Seen) -> None:
@@ -56,19 +56,19 @@ class AccessLog:
 
             return step(resolve, log)
 
-        def reading(linear: int, size: int) -> bytes:
-            self._note("r", linear, size)
-            return read(linear, size)
+        def reading(va: int, size: int) -> bytes:
+            self._note("r", va, size)
+            return read(va, size)
 
         def pushing(frame: list[int], width: int, stack: Segment, top: int) -> int:
             top = push(frame, width, stack, top)
             self._note("w", stack.base + top, len(frame) * width)
             return top
 
-        cpu._step_engine = stepped  # type: ignore[method-assign]
-        cpu._run_engine = lambda limit: stepped(cpu._resolve)  # type: ignore[method-assign]
-        cpu._read = reading  # type: ignore[method-assign]
-        cpu._push = pushing  # type: ignore[method-assign]
+        execution._step_engine = stepped  # type: ignore[method-assign]
+        execution.run = lambda limit: stepped(memory.resolve)  # type: ignore[method-assign]
+        memory.read = reading  # type: ignore[method-assign]
+        gates._push = pushing  # type: ignore[method-assign]
 
     def _note(self, kind: str, address: int, size: int) -> None:
         """Note an access; paging is off, or maps each page to itself."""

@@ -10,8 +10,8 @@ import pytest
 
 import xenaltp2m as xa
 from xenaltp2m.backend.mock import MockBackend
-from xenaltp2m.breakpoints import Breakpoints
-from xenaltp2m.hooks import Hit
+from xenaltp2m.tools.breakpoints.hooks import Hit
+from xenaltp2m.tools.breakpoints.manager import Breakpoints
 
 from .machinecode import Computer
 

@@ -144,8 +144,8 @@ def started(host: RingHost, *subscriptions: Any) -> tuple[xa.Domain, xa.Monitor]
     monitor = dom.monitor(*subscriptions)
     if host.start:
         struct.pack_into("<IIII", host.page, 0, *[host.start] * 4)
-        monitor._ring.state = (host.start, host.start, (), 0)
-        monitor._notified = host.start
+        monitor._connection.ring.state = (host.start, host.start, (), 0)
+        monitor._connection.notified = host.start
     return dom, monitor
 
 

@@ -19,7 +19,6 @@ from xenaltp2m import (
     Gfn,
     InvalidArgumentError,
     LeftoverError,
-    Lost,
     MemAccess,
     Mismatch,
     NotMappedError,
@@ -28,6 +27,7 @@ from xenaltp2m import (
     UnsupportedError,
     View,
     ViewId,
+    ViewReset,
     Xen,
     XenError,
     connect,
@@ -527,12 +527,12 @@ def test_altp2m_that_somebody_switched_off_is_made_again(
 ) -> None:
     make_much(altp2m)
     before = state_of(mock, 1, GFNS)
-    told: list[Lost] = []
-    altp2m.on_lost(told.append)
+    told: list[ViewReset] = []
+    altp2m.on_view_reset(told.append)
     assert altp2m.verify() == []
     mock.altp2m_set_domain_state(1, False)
     found = altp2m.verify()
-    assert found == told == [Lost(view, (), reapplied=True) for view in altp2m.views]
+    assert found == told == [ViewReset(view, (), reapplied=True) for view in altp2m.views]
     assert changes(before, state_of(mock, 1, GFNS)) == set()
     assert altp2m.verify() == []
 
@@ -553,7 +553,7 @@ def test_what_cannot_be_made_again_is_told_and_tried_again(
         except XenError:
             found = []  # pausing, or unpausing, has failed
             if guest.pauses > pauses:
-                altp2m.domain.unpause()
+                altp2m.context.unpause()
         if not mock._faults:
             if all(lost.reapplied for lost in found) and found:
                 assert changes(before, state_of(mock, 1, GFNS)) == set()
@@ -577,7 +577,7 @@ def test_what_is_only_looked_for_stays_as_it_is(
     [one, two] = altp2m.views
     guest.set_mem_access(0, 30, RX)
     [lost] = altp2m.verify(reapply=False)
-    assert lost == Lost(two, (Mismatch(Gfn(30), Access.N, Access.RX),), reapplied=False)
+    assert lost == ViewReset(two, (Mismatch(Gfn(30), Access.N, Access.RX),), reapplied=False)
     assert altp2m.verify([one]) == []
     assert two.access(30) == Access.RX
     assert [each.view for each in altp2m.verify()] == [two]
@@ -587,20 +587,20 @@ def test_what_is_only_looked_for_stays_as_it_is(
 def test_all_who_want_to_know_are_told_even_if_one_fails(
     dom: Domain, altp2m: Altp2m, view: View, mock: MockBackend
 ) -> None:
-    told: list[Lost] = []
+    told: list[ViewReset] = []
 
-    def fail(lost: Lost) -> None:
+    def fail(lost: ViewReset) -> None:
         raise KeyError(lost.view.id)
 
-    altp2m.on_lost(fail)
-    altp2m.on_lost(told.append)
+    altp2m.on_view_reset(fail)
+    altp2m.on_view_reset(told.append)
     view.set_access(5, Access.R)
     mock.altp2m_set_mem_access(1, HOST_VIEW, 5, RWX)
     with pytest.raises(KeyError):
         altp2m.verify()
     assert [(lost.view, lost.reapplied) for lost in told] == [(view, True)]
     assert view.access(5) == Access.R
-    assert dom._pauses.left == []
+    assert dom.context.pauses.left == []
 
 
 @every_release

@@ -25,9 +25,9 @@ from xenaltp2m.backend import mock
 from xenaltp2m.backend.mock import MockBackend, Outcome
 from xenaltp2m.cli import console, domains, host
 from xenaltp2m.errors import add_failure
-from xenaltp2m.runs import FrozenRuns
 from xenaltp2m.types import Altp2mMode
-from xenaltp2m.viewstate import State, ViewState
+from xenaltp2m.values.intervals import Intervals
+from xenaltp2m.values.state import State, ViewState
 
 ROOT = Path(__file__).parents[2]
 IMAGE = str(ROOT / "examples" / "guest" / "hello.elf")
@@ -116,7 +116,7 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[WatchedMoc
                 act(WatchedMock.made[-1])
             return over
 
-        monkeypatch.setattr(host.Signals, "arrived", arrived)
+        monkeypatch.setattr(host.BlockedSignals, "arrived", arrived)
 
     return arrange
 
@@ -152,7 +152,7 @@ def test_a_hazard_is_told_and_can_be_accepted(
 ) -> None:
     if command == "state":
         with xa.connect("mock") as xen, xen.domain("guest") as dom, dom.altp2m() as altp2m:
-            (tmp_path / "state").write_bytes(altp2m.capture().to_bytes())
+            (tmp_path / "state").write_bytes(xa.capture(altp2m).to_bytes())
         file = str(tmp_path / "state")
         arguments = ["--connect", "mock", "state", "restore", file, "guest", "--duration", "0"]
     else:
@@ -341,7 +341,7 @@ def test_protect(
         "gfns   pages  host  view  shows            symbols",
         "0x101      1  rwx   r-x   copy at 0xff000  target",
     ]
-    assert err == ("Undone: vCPUs moved back, view 1 destroyed, 1 page taken back, altp2m off.\n")
+    assert err == ("Undone: vCPUs moved back, view 1 destroyed, 1 page removed, altp2m off.\n")
     [backend] = mocks
     backend.assert_as_before()
     assert backend.target.hex().startswith(TARGET_CODE)
@@ -409,7 +409,7 @@ def test_protect_without_a_shadow_page(
     assert out.splitlines()[-1].split() == [
         "0x101..0x102", "2", "rwx", "--x", "its", "own", "pages", "target,", "data",
     ]  # fmt: skip
-    assert "taken back" not in err
+    assert "removed" not in err
     assert "domain_populate_physmap_exact" not in {call.op for call in mocks[0].calls}
     mocks[0].assert_as_before()
 
@@ -438,7 +438,7 @@ def test_altp2m_that_was_on_stays_on(
     assert [view.exists for view in guest.views][:3] == [True, True, False]
     err = capsys.readouterr().err
     assert "warning: altp2m is on already" in err
-    assert "Undone: vCPUs moved back, view 2 destroyed, 1 page taken back.\n" in err
+    assert "Undone: vCPUs moved back, view 2 destroyed, 1 page removed.\n" in err
 
 
 def test_a_violation_is_told_once(
@@ -452,8 +452,7 @@ def test_a_violation_is_told_once(
     meanwhile(violate)
     assert cli.main([*PROTECT, "--quiet"]) == cli.DONE
     assert capsys.readouterr().err == (
-        "xenaltp2m: warning: gfn 0x101 is no longer r-x: "
-        "now rwx: the guest did what the view forbids\n"
+        "xenaltp2m: warning: gfn 0x101 is no longer r-x: now rwx: the guest has violated the view\n"
     )
     mocks[0].assert_as_before()
 
@@ -469,7 +468,7 @@ def test_what_the_guest_wrote_to_a_copy_is_kept(
 
     meanwhile(write)
     assert cli.main([*PROTECT, "--access", "rwx"]) == cli.DONE
-    assert "What the guest wrote to the copy of gfn 0x101 is kept.\n" in capsys.readouterr().err
+    assert "The guest's writes to the copy of gfn 0x101 are kept.\n" in capsys.readouterr().err
     assert mocks[0].target[:6] == bytes.fromhex(TARGET_CODE)[:1] + b"guest"
     assert mocks[0].target[100:106] == b"device"
 
@@ -486,7 +485,7 @@ def test_a_domain_that_goes_meanwhile(
     meanwhile(destroy)
     assert cli.main(PROTECT) == cli.REFUSED
     err = capsys.readouterr().err
-    assert "hint: the domain has gone" in err
+    assert "hint: the domain is gone" in err
     assert "Undone" not in err
 
 
@@ -497,7 +496,7 @@ def test_an_image_that_is_not_what_runs(
     assert cli.main([*NOW, "--json"]) == cli.DONE
     out, err = capsys.readouterr()
     assert json.loads(out)["symbols"][0]["matches"] is False
-    assert f"warning: the memory of target in the guest is not what {IMAGE} has" in err
+    assert f"warning: the memory of target in the guest differs from {IMAGE}" in err
 
 
 def test_errors(
@@ -641,14 +640,14 @@ def test_an_interrupt_before_anything_was_changed(monkeypatch: pytest.MonkeyPatc
 def test_a_signal_ends_the_hold_and_all_is_undone(
     number: signal.Signals, mocks: list[WatchedMock], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arrived = host.Signals.arrived
+    arrived = host.BlockedSignals.arrived
 
-    def send(signals: host.Signals, seconds: float) -> bool:
+    def send(signals: host.BlockedSignals, seconds: float) -> bool:
         if seconds:
             signal.raise_signal(number)  # to this thread alone, which holds it back
         return arrived(signals, seconds)
 
-    monkeypatch.setattr(host.Signals, "arrived", send)
+    monkeypatch.setattr(host.BlockedSignals, "arrived", send)
     assert cli.main(PROTECT) == cli.DONE
     mocks[0].assert_as_before()
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
@@ -658,7 +657,7 @@ def test_fault_30_a_signal_that_is_ignored_ends_no_hold(monkeypatch: pytest.Monk
     """As under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with host.Signals() as signals:
+        with host.BlockedSignals() as signals:
             signals.hold_back()
             signal.raise_signal(signal.SIGHUP)
             assert not signals.arrived(0.01)
@@ -711,7 +710,7 @@ def test_a_program_that_is_stopped_undoes_everything(number: signal.Signals) -> 
     assert program.returncode == 0
     assert err.splitlines() == [
         "The guest runs in view 1 until Ctrl-C.",
-        "Undone: vCPUs moved back, view 1 destroyed, 1 page taken back, altp2m off.",
+        "Undone: vCPUs moved back, view 1 destroyed, 1 page removed, altp2m off.",
     ]
 
 
@@ -779,7 +778,7 @@ NAMES = ("víews \U0001f600 \ud800", "gäst")
 
 
 def commands_that_show_names(path: Path) -> list[list[str]]:
-    view = ViewState("víews \U0001f600", xa.Access.RWX, True, FrozenRuns(), FrozenRuns(), ())
+    view = ViewState("víews \U0001f600", xa.Access.RWX, True, Intervals(), Intervals(), ())
     for name, state in {
         "a": State((view,), origin={"name": NAMES[0], "xen": "4.17", "domain": "ü"}),
         "b": State(()),
@@ -844,7 +843,7 @@ def test_fault_18_views_are_imported_into_the_mock_and_taken_out_by_later_comman
         view.set_access(range(0x20, 0x30), xa.Access.RX)
         view.remap(0x40, shadow, access=xa.Access.X)
         altp2m.switch_to_view(view)
-        state = altp2m.capture(contents=True)
+        state = xa.capture(altp2m, contents=True)
     (tmp_path / "a").write_bytes(state.to_bytes())
 
     def run(*arguments: object) -> int:

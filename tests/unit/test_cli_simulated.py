@@ -14,8 +14,8 @@ import pytest
 
 from xenaltp2m import cli
 from xenaltp2m.cli import trace as cli_trace
-from xenaltp2m.prototypes import Type
-from xenaltp2m.symbols import Image
+from xenaltp2m.tools.symbols import Image
+from xenaltp2m.tools.symbols.prototypes import Type
 
 GUESTS = Path(__file__).parents[2] / "examples" / "guest"
 CHECKER = GUESTS / "checker.elf"
@@ -234,7 +234,7 @@ def test_trace_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in ("hit:q", "hit:99", ":3", "hit:"):
         with pytest.raises(SystemExit, match="2"):
             cli.main([*trace, wrong])
-        assert "behind the name stands" in capsys.readouterr().err
+        assert "after the name, give" in capsys.readouterr().err
     for options in (["--top", "--json"], ["--rate", "0"], ["--count", "0"], ["--only-cr3", "x"]):
         with pytest.raises(SystemExit, match="2"):
             cli.main([*trace, "hit", *options])
@@ -258,7 +258,7 @@ def test_watch_of_bytes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "4 bytes at" in err
     assert "views destroyed, altp2m off" in err
     assert "r--" in out
-    assert "more beside the bytes that are watched" in out
+    assert "other accesses to the same pages" in out
 
 
 def test_watch_of_a_symbol_s_own_bytes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -269,7 +269,7 @@ def test_watch_of_a_symbol_s_own_bytes(capsys: pytest.CaptureFixture[str]) -> No
     assert summary["summary"]["passed"] == 0
     for wrong, why in (
         (["--exact", "--gfn", "1"], "either bytes or whole pages"),
-        (["--exact", "--access", "rx"], "either writes are told"),
+        (["--exact", "--access", "rx"], "for bytes, use --access r"),
         (["--bytes", "12"], "is not ADDRESS:LENGTH"),
         (["--bytes", "0:0"], "is not ADDRESS:LENGTH"),
     ):

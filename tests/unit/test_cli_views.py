@@ -85,7 +85,7 @@ def test_views_of_somebody(
         "   1  r-x",
         "   2  r-x             0, 1",
     ]
-    assert err == "Which views are hidden from the guest, Xen does not tell.\n"
+    assert err == "Xen does not report which views are hidden from the guest.\n"
 
 
 def test_views_as_json(
@@ -260,7 +260,7 @@ def test_the_demo_on_xen_without_its_guest(
     assert error == "xenaltp2m: error: there is no domain 'checker', the demo's guest"
     assert start.startswith("  hint: start it: xl create -p /dev/null 'name=\"checker\"'")
     assert f"'kernel=\"{demo.IMAGE}\"'" in start
-    assert otherwise == "  hint: without Xen: leave --connect out"
+    assert otherwise == "  hint: without Xen: omit --connect"
 
 
 # lab

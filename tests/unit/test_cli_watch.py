@@ -33,7 +33,7 @@ TARGET, DATA, COUNTER = 0x101, 0x102, 0x103
 WATCH = ["--connect", "mock", "watch", "guest"]
 PAGE = [*WATCH, "--gfn", "0x101"]
 SYMBOL = [*WATCH, "--image", IMAGE, "--symbol", "target"]
-WATCHING = "Watching gfn 0x101 of domain 1 (guest) in view 1, where it is r--"
+WATCHING = "Watching gfn 0x101 of domain 1 (guest) in view 1, with access r--"
 UNDONE = "Undone: monitor closed, vCPUs moved back, view 1 destroyed, altp2m off."
 
 
@@ -147,7 +147,7 @@ def documents(out: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     [
         (
             WATCH,
-            "say what to watch: --gfn, --symbol, --bytes, --cr3, --msr, --cpuid, --breakpoints",
+            "nothing to watch: give --gfn, --symbol, --bytes, --cr3, --msr, --cpuid, --breakpoints",
         ),
         (WATCH[:3], "required: DOMAIN"),
         ([*WATCH, "--symbol", "target"], "--symbol needs --image"),
@@ -454,13 +454,13 @@ def test_a_signal_while_it_is_set_up(
 
 
 def test_signals_break_off_output_and_nothing_else() -> None:
-    with host.Stop() as stop:
+    with host.StopRequest() as stop:
         stop.hold_back()
         signal.raise_signal(signal.SIGINT)
         assert stop.came
         stop.printing(lambda: pytest.fail("there is no point in it"))
     done = []
-    with host.Stop() as stop:
+    with host.StopRequest() as stop:
         stop.hold_back()
 
         def act() -> None:
@@ -475,7 +475,7 @@ def test_signals_break_off_output_and_nothing_else() -> None:
 def test_ignored_signals_stay_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with host.Stop() as stop:
+        with host.StopRequest() as stop:
             stop.hold_back()
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN

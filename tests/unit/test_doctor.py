@@ -15,16 +15,26 @@ import pytest
 
 import xenaltp2m as xa
 from tests.contract.machines import INTEL, machine
-from xenaltp2m import cli, doctor
-from xenaltp2m.backend.loader import ENVIRONMENT
+from xenaltp2m import cli
+from xenaltp2m.backend.libxc.loader import ENVIRONMENT
 from xenaltp2m.backend.mock import MockBackend
 from xenaltp2m.backend.mock.machine import Domain as Model
-from xenaltp2m.carrying import import_views
-from xenaltp2m.doctor import Finding, Grade, boot_option, examine, examine_xen, healthy
-from xenaltp2m.journal import Journal
+from xenaltp2m.handles.hazards import Severity
+from xenaltp2m.handles.journal import Journal
+from xenaltp2m.tools.doctor import (
+    Finding,
+    Machine,
+    boot_option,
+    examine,
+    examine_xen,
+    healthy,
+)
+from xenaltp2m.tools.doctor import machine as machine_module
+from xenaltp2m.tools.doctor.finding import PAGE
+from xenaltp2m.tools.migration import import_views
 
 ROOT = Path(__file__).resolve().parents[2]
-SECTIONS = re.findall(r"^## (\S+)$", (ROOT / doctor.PAGE).read_text(), re.MULTILINE)
+SECTIONS = re.findall(r"^## (\S+)$", (ROOT / PAGE).read_text(), re.MULTILINE)
 XEN_LOG = """\
 (XEN) VMX: Supported advanced features:
 (XEN)  - APIC MMIO access virtualisation
@@ -43,7 +53,7 @@ def of(check: str, found: list[Finding]) -> list[Finding]:
 def one(check: str, found: list[Finding]) -> Finding:
     """The only finding of a check; whatever is wrong has a cause and a cure."""
     [finding] = of(check, found)
-    if finding.severity in (Grade.WARNING, Grade.PROBLEM):
+    if finding.severity in (Severity.WARNING, Severity.PROBLEM):
         assert finding.cause
         assert finding.cure
         assert finding.link == f"docs/doctor.md#{check}"
@@ -60,7 +70,7 @@ def checks(found: list[Finding]) -> list[str]:
 def test_a_machine_as_it_should_be(tmp_path: Path) -> None:
     found = examine("guest", machine(tmp_path))
     assert healthy(found)
-    assert not [one for one in found if one.severity in (Grade.WARNING, Grade.PROBLEM)]
+    assert not [one for one in found if one.severity in (Severity.WARNING, Severity.PROBLEM)]
     assert checks(found) == [name for name in SECTIONS if name != "without-xen"]
 
 
@@ -72,9 +82,10 @@ def test_without_a_domain_none_is_looked_at(tmp_path: Path) -> None:
 
 
 def test_every_finding_has_its_section(tmp_path: Path) -> None:
-    source = (ROOT / "xenaltp2m" / "doctor.py").read_text()
+    folder = ROOT / "xenaltp2m" / "tools" / "doctor"
+    source = "".join(path.read_text() for path in sorted(folder.glob("*.py")))
     names = set(re.findall(r'check(?:, \w+)* = "([a-z0-9-]+)"', source))
-    names |= set(re.findall(r'(?:Finding|_of_error)\(\s*"([a-z0-9-]+)"', source))
+    names |= set(re.findall(r'(?:Finding|of_error)\(\s*"([a-z0-9-]+)"', source))
     assert names == set(SECTIONS)
 
 
@@ -85,7 +96,7 @@ def test_every_finding_has_its_section(tmp_path: Path) -> None:
 def test_no_xen(tmp_path: Path, kind: str) -> None:
     found = examine("guest", machine(tmp_path, kind=kind))
     finding = one("hypervisor", found)
-    assert finding.severity is Grade.PROBLEM
+    assert finding.severity is Severity.PROBLEM
     assert "does not run on Xen" in finding.cause
     assert checks(found) == ["hypervisor", "cpu", "extras", "without-xen"]
 
@@ -93,13 +104,13 @@ def test_no_xen(tmp_path: Path, kind: str) -> None:
 def test_a_guest_is_no_control_domain(tmp_path: Path) -> None:
     found = examine(machine=machine(tmp_path, capabilities=""))
     finding = one("hypervisor", found)
-    assert finding.severity is Grade.PROBLEM
+    assert finding.severity is Severity.PROBLEM
     assert finding.cure == "run this in dom0"
 
 
 def test_where_xenfs_is_not_mounted_it_is_taken_for_dom0(tmp_path: Path) -> None:
     found = examine(machine=machine(tmp_path, capabilities=None))
-    assert one("hypervisor", found).severity is Grade.OK
+    assert one("hypervisor", found).severity is Severity.OK
 
 
 @pytest.mark.parametrize(
@@ -108,7 +119,7 @@ def test_where_xenfs_is_not_mounted_it_is_taken_for_dom0(tmp_path: Path) -> None
 def test_no_privilege(tmp_path: Path, options: dict[str, bool], cure: str) -> None:
     found = examine("guest", machine(tmp_path, **options))  # type: ignore[arg-type]
     finding = one("privileges", found)
-    assert finding.severity is Grade.PROBLEM
+    assert finding.severity is Severity.PROBLEM
     assert cure in finding.cure
     assert checks(found) == ["hypervisor", "privileges", "cpu", "extras", "without-xen"]
 
@@ -116,7 +127,7 @@ def test_no_privilege(tmp_path: Path, options: dict[str, bool], cure: str) -> No
 def test_no_library(tmp_path: Path) -> None:
     found = examine(machine=machine(tmp_path, library=""))
     finding = one("libraries", found)
-    assert finding.severity is Grade.PROBLEM
+    assert finding.severity is Severity.PROBLEM
     assert "libxenctrl.so.4.17: cannot open" in finding.evidence
     assert "libxenmisc4.17" in finding.cure
     assert not of("library-release", found)
@@ -126,7 +137,7 @@ def test_no_library(tmp_path: Path) -> None:
 def test_a_companion_is_missing(tmp_path: Path) -> None:
     found = examine(machine=machine(tmp_path, without=["libxenlight"]))
     chosen, missing = of("libraries", found)
-    assert (chosen.severity, missing.severity) == (Grade.OK, Grade.WARNING)
+    assert (chosen.severity, missing.severity) == (Severity.OK, Severity.WARNING)
     assert "libxenlight" in missing.cause
     assert "libxenlight.so.4.17" in missing.cure
     assert healthy(found)
@@ -135,7 +146,7 @@ def test_a_companion_is_missing(tmp_path: Path) -> None:
 def test_the_library_that_was_named(tmp_path: Path) -> None:
     name = "libxenctrl.so.4.17"
     found = examine(machine=machine(tmp_path, environ={ENVIRONMENT: name}))
-    assert f"{name} is used, for {ENVIRONMENT}" in of("libraries", found)[0].evidence
+    assert f"{name} is used, because {ENVIRONMENT}" in of("libraries", found)[0].evidence
     (tmp_path / "other").mkdir()
     found = examine(machine=machine(tmp_path / "other", environ={ENVIRONMENT: "libxenctrl.so.9"}))
     assert "no other is tried" in one("libraries", found).cure
@@ -144,13 +155,13 @@ def test_the_library_that_was_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("library", "running", "severity"),
     [
-        ("4.17", (4, 17), Grade.OK),
-        ("4.17", (4, 18), Grade.PROBLEM),
-        ("4.19", (4, 20), Grade.WARNING),  # their domctls have one number
+        ("4.17", (4, 17), Severity.OK),
+        ("4.17", (4, 18), Severity.PROBLEM),
+        ("4.19", (4, 20), Severity.WARNING),  # their domctls have one number
     ],
 )
 def test_the_librarys_release(
-    tmp_path: Path, library: str, running: tuple[int, int], severity: Grade
+    tmp_path: Path, library: str, running: tuple[int, int], severity: Severity
 ) -> None:
     name = f"libxenctrl.so.{library}"
     found = examine(machine=machine(tmp_path, library=name, running=running))
@@ -161,7 +172,7 @@ def test_the_librarys_release(
 def test_a_library_whose_name_tells_nothing(tmp_path: Path) -> None:
     library = "/opt/xen/libxenctrl.so"
     found = examine(machine=machine(tmp_path, environ={ENVIRONMENT: library}, library=library))
-    assert one("library-release", found).severity is Grade.NOTE
+    assert one("library-release", found).severity is Severity.NOTE
 
 
 def test_the_connection_is_refused(tmp_path: Path) -> None:
@@ -169,7 +180,7 @@ def test_the_connection_is_refused(tmp_path: Path) -> None:
         raise xa.errors.from_errno("interface_open", EACCES)
 
     finding = one("connection", examine("guest", machine(tmp_path, connect=refuse)))
-    assert finding.severity is Grade.PROBLEM
+    assert finding.severity is Severity.PROBLEM
     assert "EACCES" in finding.evidence
     assert finding.cure == "run as root in dom0"
 
@@ -192,24 +203,24 @@ def test_a_mismatch_is_told_and_not_warned_of(tmp_path: Path) -> None:
     ("cpuinfo", "log", "expected"),
     [
         (INTEL, "", {}),
-        ("vendor_id\t: AuthenticAMD\n", XEN_LOG, {"AuthenticAMD": Grade.PROBLEM}),
-        (INTEL.replace(" ept ", " "), "", {"EPT": Grade.PROBLEM}),
-        (INTEL.replace(" mtf ", " "), "", {"MTF": Grade.WARNING}),
-        (INTEL.replace(" ept_violation_ve ", " "), "", {"#VE": Grade.WARNING}),
-        ("vendor_id\t: GenuineIntel\n", XEN_LOG, {"#VE": Grade.WARNING}),
+        ("vendor_id\t: AuthenticAMD\n", XEN_LOG, {"AuthenticAMD": Severity.PROBLEM}),
+        (INTEL.replace(" ept ", " "), "", {"EPT": Severity.PROBLEM}),
+        (INTEL.replace(" mtf ", " "), "", {"MTF": Severity.WARNING}),
+        (INTEL.replace(" ept_violation_ve ", " "), "", {"#VE": Severity.WARNING}),
+        ("vendor_id\t: GenuineIntel\n", XEN_LOG, {"#VE": Severity.WARNING}),
         (
             "",
             XEN_LOG.replace("Extended Page Tables (EPT)", ""),
-            {"EPT": Grade.PROBLEM, "#VE": Grade.WARNING},
+            {"EPT": Severity.PROBLEM, "#VE": Severity.WARNING},
         ),
-        ("vendor_id\t: GenuineIntel\n", "", {"neither": Grade.NOTE}),
-        ("", "", {"neither": Grade.NOTE}),
+        ("vendor_id\t: GenuineIntel\n", "", {"neither": Severity.NOTE}),
+        ("", "", {"neither": Severity.NOTE}),
     ],
     ids=str,
 )  # fmt: skip
-def test_the_cpu(tmp_path: Path, cpuinfo: str, log: str, expected: dict[str, Grade]) -> None:
+def test_the_cpu(tmp_path: Path, cpuinfo: str, log: str, expected: dict[str, Severity]) -> None:
     found = of("cpu", examine(machine=machine(tmp_path, cpuinfo=cpuinfo, log=log)))
-    wrong = [finding for finding in found if finding.severity is not Grade.OK]
+    wrong = [finding for finding in found if finding.severity is not Severity.OK]
     assert len(wrong) == len(expected)
     for finding, (word, severity) in zip(wrong, expected.items(), strict=True):
         assert word in finding.evidence
@@ -220,13 +231,13 @@ def test_the_cpu(tmp_path: Path, cpuinfo: str, log: str, expected: dict[str, Gra
 
 def test_xens_log_is_read_by_xl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert doctor._xen_log() == ""
+    assert machine_module._xen_log() == ""
     xl = tmp_path / "xl"
     xl.write_text('#!/bin/sh\n[ "$*" = dmesg ] && echo "(XEN) VMX"\n')
     xl.chmod(0o755)
-    assert doctor._xen_log() == "(XEN) VMX\n"
+    assert machine_module._xen_log() == "(XEN) VMX\n"
     xl.write_text("#!/bin/sh\necho no\nexit 1\n")
-    assert doctor._xen_log() == ""
+    assert machine_module._xen_log() == ""
 
 
 # Extras.
@@ -269,14 +280,14 @@ def xen(mock: MockBackend, tmp_path: Path) -> Iterator[xa.Xen]:
 def test_a_release_that_is_too_new(xen: xa.Xen, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(xen.backend.machine, "release", replace(xen.release, minor=99))  # type: ignore[attr-defined]
     _, newer = of("connection", examine_xen(xen))
-    assert newer.severity is Grade.WARNING
+    assert newer.severity is Severity.WARNING
     assert "4.99 is newer" in newer.evidence
 
 
 def test_xenstore_does_not_answer(xen: xa.Xen, mock: MockBackend) -> None:
     mock.fail("xs_read", 1, EIO)
     finding = one("xenstore", examine_xen(xen))
-    assert finding.severity is Grade.PROBLEM
+    assert finding.severity is Severity.PROBLEM
     assert finding.cure == "systemctl start xenstored"
 
 
@@ -310,13 +321,13 @@ def test_altp2m_is_off_in_xen(line: str, word: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(mock, "xen_commandline", lambda: line)
     with xa.connect(mock) as xen:
         finding = one("altp2m-option", examine_xen(xen))
-    assert finding.severity is Grade.PROBLEM
+    assert finding.severity is Severity.PROBLEM
     assert word in finding.cure
 
 
 def test_altp2m_cannot_be_asked_for(xen: xa.Xen, mock: MockBackend) -> None:
     mock.fail("altp2m_get_domain_state", 1, EACCES)
-    assert one("altp2m-option", examine_xen(xen)).severity is Grade.PROBLEM
+    assert one("altp2m-option", examine_xen(xen)).severity is Severity.PROBLEM
 
 
 # A domain.
@@ -325,34 +336,34 @@ def test_altp2m_cannot_be_asked_for(xen: xa.Xen, mock: MockBackend) -> None:
 @pytest.mark.parametrize("which", [9, "nobody"])
 def test_an_unknown_domain(xen: xa.Xen, which: int | str) -> None:
     finding = one("domain", examine_xen(xen, which))
-    assert finding.severity is Grade.PROBLEM
+    assert finding.severity is Severity.PROBLEM
     assert "xenaltp2m list" in finding.cure
 
 
 def test_a_domain_that_may_not_be_asked_for(xen: xa.Xen, mock: MockBackend) -> None:
     mock.fail("domain_getinfolist", 1, EACCES)
     finding = one("domain", examine_xen(xen, 1))
-    assert finding.severity is Grade.PROBLEM
+    assert finding.severity is Severity.PROBLEM
     assert ENVIRONMENT in finding.cure
 
 
 def test_a_domain_that_is_lost_meanwhile(xen: xa.Xen, mock: MockBackend) -> None:
     mock.fail("hvm_param_get", 1, 3)
     first, last = of("domain", examine_xen(xen, 1))
-    assert (first.severity, last.severity) == (Grade.OK, Grade.PROBLEM)
+    assert (first.severity, last.severity) == (Severity.OK, Severity.PROBLEM)
 
 
 def test_a_domain_that_has_ended(xen: xa.Xen, mock: MockBackend) -> None:
     mock.shut_down(1)
     finding = one("domain", examine_xen(xen, 1))
-    assert finding.severity is Grade.PROBLEM
+    assert finding.severity is Severity.PROBLEM
     assert "has shut down" in finding.evidence
 
 
 def test_a_pv_domain(xen: xa.Xen, mock: MockBackend) -> None:
     domid = mock.add_domain("pv", kind="pv", mode=xa.Altp2mMode.DISABLED)
     found = examine_xen(xen, domid)
-    assert one("type", found).severity is Grade.PROBLEM
+    assert one("type", found).severity is Severity.PROBLEM
     assert found[-1].check == "type"
 
 
@@ -361,20 +372,20 @@ def test_the_mode(xen: xa.Xen, mock: MockBackend, mode: xa.Altp2mMode) -> None:
     domid = mock.add_domain("other", mode=mode)
     found = examine_xen(xen, domid)
     off = mode is xa.Altp2mMode.DISABLED
-    assert one("mode", found).severity is (Grade.PROBLEM if off else Grade.OK)
+    assert one("mode", found).severity is (Severity.PROBLEM if off else Severity.OK)
     assert bool(of("views", found)) is not off
 
 
 @pytest.mark.parametrize(
     ("count", "made", "severity", "word"),
     [
-        (3, 0, Grade.OK, "has 3 views"),
-        (3, 1, Grade.OK, "2 views are made of 3"),
-        (3, 2, Grade.PROBLEM, "all 3 views"),
-        (100, 2, Grade.OK, "3 views are made of 100"),
+        (3, 0, Severity.OK, "can have 3 views"),
+        (3, 1, Severity.OK, "2 of 3 views exist"),
+        (3, 2, Severity.PROBLEM, "all 3 views"),
+        (100, 2, Severity.OK, "3 of 100 views exist"),
     ],
 )
-def test_views_are_counted_from_4_21(count: int, made: int, severity: Grade, word: str) -> None:
+def test_views_are_counted_from_4_21(count: int, made: int, severity: Severity, word: str) -> None:
     mock = MockBackend((4, 21), memory_pages=1 << 13)
     domid = mock.add_domain("few", view_count=count, memory_kib=1024)
     if made:
@@ -385,7 +396,7 @@ def test_views_are_counted_from_4_21(count: int, made: int, severity: Grade, wor
         finding = one("views", examine_xen(xen, domid))
     assert finding.severity is severity
     assert word in finding.evidence
-    assert ("altp2m_count=N" in finding.cure) is (severity is Grade.PROBLEM)
+    assert ("altp2m_count=N" in finding.cure) is (severity is Severity.PROBLEM)
 
 
 @pytest.mark.parametrize("line", ["altp2m=1", "dom0_mem=4G altp2m", "altp2m=on"])
@@ -395,7 +406,7 @@ def test_a_domain_made_with_no_views(line: str, monkeypatch: pytest.MonkeyPatch)
     domid = mock.add_domain("none", view_count=0, memory_kib=1024)
     with xa.connect(mock) as xen:
         finding = one("views", examine_xen(xen, domid))
-    assert finding.severity is Grade.PROBLEM
+    assert finding.severity is Severity.PROBLEM
     assert "altp2m_count=10" in finding.cure
 
 
@@ -416,17 +427,17 @@ def test_an_agent_that_works_is_a_note(xen: xa.Xen) -> None:
     with xen.domain(1) as dom, dom.monitor(), dom.altp2m() as altp2m:
         altp2m.create_view()
         finding = one("agents", examine_xen(xen, 1))
-    assert finding.severity is Grade.NOTE
-    assert "works on it, and runs" in finding.evidence
+    assert finding.severity is Severity.NOTE
+    assert "works on it, and is running" in finding.evidence
 
 
 def test_views_that_were_imported_are_a_note(xen: xa.Xen) -> None:
     with xa.connect("mock") as other, other.domain("guest") as dom, dom.altp2m() as altp2m:
         altp2m.create_view()
-        state = altp2m.capture()
+        state = xa.capture(altp2m)
     import_views(xen, 1, state)
     finding = one("agents", examine_xen(xen, 1))
-    assert finding.severity is Grade.NOTE
+    assert finding.severity is Severity.NOTE
     assert "views were imported" in finding.evidence
     assert "state export" in finding.cure
 
@@ -434,7 +445,7 @@ def test_views_that_were_imported_are_a_note(xen: xa.Xen) -> None:
 def test_altp2m_left_on_by_somebody(xen: xa.Xen, mock: MockBackend) -> None:
     mock.altp2m_set_domain_state(1, True)
     finding = one("agents", examine_xen(xen, 1))
-    assert finding.severity is Grade.PROBLEM
+    assert finding.severity is Severity.PROBLEM
     assert "altp2m is on" in finding.evidence
     assert "xenaltp2m rescue 1" in finding.cure
 
@@ -444,7 +455,7 @@ def test_a_journals_directory_that_is_not_to_be_trusted(xen: xa.Xen) -> None:
     Journal(xen.journals, 1, xen.domain(1).uuid).write(pauses=1)
     xen.journals.chmod(0o777)
     last = examine_xen(xen, 1)[-1]
-    assert last.severity is Grade.PROBLEM
+    assert last.severity is Severity.PROBLEM
     assert "only this user may write to" in last.evidence
     assert "chmod" in f"{last.cause}{last.cure}"
     xen.journals.chmod(0o700)
@@ -456,7 +467,7 @@ def test_a_journals_directory_that_is_not_to_be_trusted(xen: xa.Xen) -> None:
 def test_a_paused_domain(xen: xa.Xen, mock: MockBackend) -> None:
     mock.domain_pause(1)
     finding = one("vcpus", examine_xen(xen, 1))
-    assert finding.severity is Grade.WARNING
+    assert finding.severity is Severity.WARNING
     assert finding.cure == "xl unpause 1"
 
 
@@ -468,10 +479,10 @@ def test_a_vcpu_that_waits_for_an_answer(xen: xa.Xen, mock: MockBackend, guest: 
     mock.load(1, [Instruction(0x6000)], vcpu=1, loop=True)
     mock.domain_pause(1)
     mock.domain_unpause(1)
-    assert one("vcpus", examine_xen(xen, 1)).severity is Grade.OK
+    assert one("vcpus", examine_xen(xen, 1)).severity is Severity.OK
     guest.vcpus[1].event_pauses += 1
     finding = one("vcpus", examine_xen(xen, 1))
-    assert finding.severity is Grade.WARNING
+    assert finding.severity is Severity.WARNING
     assert "vCPUs [1]" in finding.evidence
     assert "rescue --force 1" in finding.cure
 
@@ -482,7 +493,7 @@ def test_a_cpu_that_cannot_single_step(
     assert not of("cpu", examine_xen(xen, 1))
     monkeypatch.setattr(mock, "monitor_get_capabilities", lambda _: ~(1 << 2))
     finding = one("cpu", examine_xen(xen, 1))
-    assert finding.severity is Grade.WARNING
+    assert finding.severity is Severity.WARNING
     assert "MTF" in finding.cause
 
 
@@ -497,18 +508,18 @@ def test_the_pool(version: tuple[int, int]) -> None:
         assert "has 2048 KiB" in one("p2m-pool", examine_xen(xen, domid)).evidence
         for op in ("get_paging_mempool_size", "shadow_get_allocation"):
             mock.fail(op, 1, EACCES)
-        assert of("p2m-pool", examine_xen(xen, domid))[0].severity is Grade.NOTE
+        assert of("p2m-pool", examine_xen(xen, domid))[0].severity is Severity.NOTE
 
 
 def test_hazards(xen: xa.Xen, guest: Model) -> None:
     guest.passed_through = ["0000:03:00.0"]
     guest.memory_target = 1024
     found = {one.evidence.partition(":")[0]: one for one in of("hazards", examine_xen(xen, 1))}
-    assert found["passthrough"].severity is Grade.PROBLEM
+    assert found["passthrough"].severity is Severity.PROBLEM
     assert "--accept passthrough" in found["passthrough"].cure
     assert found["passthrough"].link == "docs/hazards.md#passthrough"
-    assert found["ballooning"].severity is Grade.WARNING
-    assert found["delayed-answers"].severity is Grade.NOTE
+    assert found["ballooning"].severity is Severity.WARNING
+    assert found["delayed-answers"].severity is Severity.NOTE
     for finding in found.values():
         assert finding.cause
         assert finding.cure
@@ -517,7 +528,9 @@ def test_hazards(xen: xa.Xen, guest: Model) -> None:
 def test_a_hazard_that_could_not_be_looked_for(xen: xa.Xen, mock: MockBackend) -> None:
     mock.fail("domain_get_pod_target", 1, EIO)
     notes = [one.evidence for one in of("hazards", examine_xen(xen, 1))]
-    assert any(note.startswith("populate-on-demand: it could not be looked for") for note in notes)
+    assert any(
+        note.startswith("populate-on-demand: this hazard could not be checked") for note in notes
+    )
 
 
 def test_the_guests_kernel(
@@ -533,7 +546,7 @@ def test_the_guests_kernel(
     (tmp_path / "vmlinuz").write_bytes(b"MZ" + bytes(1000))
     for bad in (tmp_path / "vmlinuz", tmp_path, tmp_path / "none", ""):
         finding = kernel(bad)
-        assert finding.severity is Grade.NOTE
+        assert finding.severity is Severity.NOTE
         assert "kallsyms" in finding.cure
 
 
@@ -555,8 +568,8 @@ def test_the_command_where_there_is_a_problem(capsys: pytest.CaptureFixture[str]
     assert over.value.code == 1
     assert capsys.readouterr().out == (
         "problem  domain: no domain is called 'nobody'\n"
-        "         cause: it was not created, has ended, or is called otherwise\n"
-        "         cure: xenaltp2m list shows the domains there are\n"
+        "         cause: it was not created, has ended, or has another name\n"
+        "         cure: list the domains: xenaltp2m list\n"
         "         see: docs/doctor.md#domain\n"
     )
 
@@ -570,8 +583,8 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
         "check": "domain",
         "severity": "problem",
         "evidence": "no domain is called 'nobody'",
-        "cause": "it was not created, has ended, or is called otherwise",
-        "cure": "xenaltp2m list shows the domains there are",
+        "cause": "it was not created, has ended, or has another name",
+        "cure": "list the domains: xenaltp2m list",
         "link": "docs/doctor.md#domain",
     }
 
@@ -581,10 +594,10 @@ def test_the_command_looks_at_this_machine(
 ) -> None:
     asked: list[object] = []
 
-    def look(which: object, machine: doctor.Machine) -> list[Finding]:
+    def look(which: object, machine: Machine) -> list[Finding]:
         assert machine.sysfs == Path("/sys/hypervisor")
         asked.append(which)
-        return [Finding("hypervisor", Grade.OK, "a name\x1b[2J\nand more")]
+        return [Finding("hypervisor", Severity.OK, "a name\x1b[2J\nand more")]
 
     monkeypatch.setattr("xenaltp2m.cli.doctor.examine", look)
     assert cli.main(["doctor"]) == cli.DONE

@@ -161,15 +161,15 @@ def test_a_missing_symbol_names_the_release() -> None:
 OPERATIONS = {name for name, _ in inspect.getmembers(Backend, inspect.isfunction) if name[0] != "_"}
 GATE = {
     errno.EPERM: "run as root in dom0",
-    errno.ESRCH: "the domain has gone",
+    errno.ESRCH: "the domain is gone",
     errno.EOPNOTSUPP: "altp2m is off in the hypervisor",
     errno.EINVAL: "no such view",
     errno.ENOMEM: "p2m pool is exhausted",
 }
 MONITOR = {
     errno.EACCES: "library's release",
-    errno.ESRCH: "the domain has gone",
-    errno.EEXIST: "already switched",
+    errno.ESRCH: "the domain is gone",
+    errno.EEXIST: "already enabled",
     errno.EOPNOTSUPP: "cannot send the event",
 }
 REST = {errno.EACCES: "library's release"}
@@ -183,9 +183,9 @@ FIRST_CAUSES: dict[str, dict[int, str]] = {
     "altp2m_destroy_view": {errno.EBUSY: "a vCPU is in the view"},
     "altp2m_get_vcpu_p2m_idx": {errno.EINVAL: "no such vCPU"},
     "altp2m_change_gfn": {errno.ESRCH: "not ordinary RAM", errno.EILSEQ: "not RAM (direct MMIO)"},
-    "altp2m_get_mem_access": {errno.ESRCH: "no entry of its own"},
+    "altp2m_get_mem_access": {errno.ESRCH: "no own entry"},
     "altp2m_set_suppress_ve": {errno.ESRCH: "not ordinary RAM"},
-    "altp2m_get_suppress_ve": {errno.ESRCH: "no entry of its own"},
+    "altp2m_get_suppress_ve": {errno.ESRCH: "no own entry"},
     "altp2m_set_suppress_ve_multi": {errno.EINVAL: "above the last"},
     "altp2m_set_vcpu_enable_notify": {
         errno.EPERM: "direct MMIO",
@@ -201,7 +201,7 @@ FIRST_CAUSES: dict[str, dict[int, str]] = {
         errno.EINVAL: "not HVM or PVH",
         errno.EOPNOTSUPP: "no page for the ring",
     },
-    "monitor_disable": {errno.EINVAL: "no monitor is enabled", errno.EBUSY: "wait for room"},
+    "monitor_disable": {errno.EINVAL: "no monitor is enabled", errno.EBUSY: "wait for a free slot"},
     "monitor_resume": {errno.ENODEV: "no monitor is enabled"},
     "monitor_write_ctrlreg": {errno.EINVAL: "index"},
     "monitor_mov_to_msr": {errno.ENXIO: "no monitor is enabled", errno.EINVAL: "MSR is outside"},
@@ -214,7 +214,7 @@ FIRST_CAUSES: dict[str, dict[int, str]] = {
     },
     "set_mem_access_multi": {
         errno.ENODEV: "no monitor is enabled",
-        errno.EINVAL: "an access this release does not know",
+        errno.EINVAL: "an access that this release does not support",
         errno.ENOSYS: "CONFIG_VM_EVENT",
     },
     "get_mem_access": {

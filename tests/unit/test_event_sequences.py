@@ -11,7 +11,7 @@ import xenaltp2m as xa
 from tests.live.sequences import SCENES, Scene, end, program, trace
 from xenaltp2m.abi.releases import SUPPORTED
 from xenaltp2m.backend.mock import MockBackend
-from xenaltp2m.symbols import Image
+from xenaltp2m.tools.symbols import Image
 
 IMAGE = Path(__file__).parent.parent / "lab/guest/events.elf"
 

@@ -10,7 +10,7 @@ import pytest
 import xenaltp2m as xa
 from xenaltp2m.abi import layouts
 from xenaltp2m.abi.vm_event import encode_request, patch_registers
-from xenaltp2m.events import EVENTS
+from xenaltp2m.values.events import EVENTS
 
 VERSIONS = [6, 7]
 
@@ -138,8 +138,8 @@ def test_fault_02_where_code_and_stack_are(
     )  # fmt: skip
     registers = xa.Event.of(raw).registers
     assert registers.word_size == size
-    assert registers.linear_rip == linear
-    assert registers.linear_rsp == linear
+    assert registers.rip_va == linear
+    assert registers.rsp_va == linear
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -147,7 +147,7 @@ def test_fault_02_a_stack_of_16_bits(version: int) -> None:
     """SS.B is clear: SP is used, and the rest of ESP is anything (SDM 3A, 6.2.3)."""
     registers = {"rsp": 0xABCD_1000, "ss_base": 0x9_0008, "cs": 0xFFFF, "ss": 0xFFFF}
     found = xa.Event.of(encode_request(version, 6, 0, registers=registers)).registers
-    assert found.linear_rsp == 0x9_1008
+    assert found.rsp_va == 0x9_1008
 
 
 def test_a_register_of_another_version_is_an_attribute_error() -> None:
@@ -232,8 +232,8 @@ def test_data_for_the_emulator_is_laid_out_as_xen_reads_it() -> None:
         (lambda: xa.Response.emulate(read_data=b"a", write=False), "one of"),
         (lambda: xa.Response.emulate(read_data=b"a", instruction=b"b"), "one of"),
         (lambda: xa.Response.emulate(instruction=b"a", write=False), "ignores"),
-        (lambda: xa.Response.emulate(read_data=b"a").with_registers(rip=1), "one place"),
-        (lambda: xa.Response.emulate(instruction=b"a").with_registers(rip=1), "one place"),
+        (lambda: xa.Response.emulate(read_data=b"a").with_registers(rip=1), "both use one field"),
+        (lambda: xa.Response.emulate(instruction=b"a").with_registers(rip=1), "both use one field"),
         (lambda: xa.Response(xa.Action.RESUME, write=False), "belong to emulate"),
         (
             lambda: xa.Response.resume().with_registers(cr3=1),  # type: ignore[call-arg]
@@ -260,8 +260,8 @@ def test_what_cannot_be_answered_is_refused_when_it_is_made(make, words: str) ->
         (lambda: xa.Response(view="hooks"), "not 'hooks'"),  # type: ignore[arg-type]
         (lambda: xa.Response(view=-1), "not a view"),  # type: ignore[arg-type]
         (lambda: xa.Response(xa.Action.FAST_SINGLESTEP, back_to=2.5), "2.5"),  # type: ignore[arg-type]
-        (lambda: xa.Response.emulate(read_data="abc"), "read_data is bytes"),  # type: ignore[arg-type]
-        (lambda: xa.Response.emulate(instruction=5), "instruction is bytes"),  # type: ignore[arg-type]
+        (lambda: xa.Response.emulate(read_data="abc"), "read_data must be bytes"),  # type: ignore[arg-type]
+        (lambda: xa.Response.emulate(instruction=5), "instruction must be bytes"),  # type: ignore[arg-type]
         (lambda: xa.Response(registers=5), "by name, not 5"),  # type: ignore[arg-type]
     ],
 )
@@ -355,7 +355,7 @@ def test_what_can_be_denied() -> None:
     assert xa.WriteCtrlreg.on(cr3, deniable=True).key == xa.WriteCtrlreg.on(cr3).key
     assert xa.MovToMsr.on(0x174, deniable=True).deniable
     assert not xa.MovToMsr.on(0x174).deniable
-    with pytest.raises(xa.InvalidArgumentError, match="nothing to deny"):
+    with pytest.raises(xa.InvalidArgumentError, match="cannot be denied"):
         xa.WriteCtrlreg.on(cr3, sync=False, deniable=True)
-    with pytest.raises(xa.InvalidArgumentError, match="whatever the answer"):
+    with pytest.raises(xa.InvalidArgumentError, match="despite the response"):
         xa.WriteCtrlreg.on(xa.ControlRegister.XCR0, deniable=True)

@@ -23,17 +23,17 @@ import pytest
 
 import xenaltp2m as xa
 from xenaltp2m.backend.mock import Cpuid, Instruction, MockBackend
-from xenaltp2m.breakpoints import Breakpoints
-from xenaltp2m.capturing import capture, restore
-from xenaltp2m.carrying import import_views, imported_views, take_out_views
-from xenaltp2m.hooks import Hit, Touch
-from xenaltp2m.journal import find
-from xenaltp2m.memory import MappedPages
-from xenaltp2m.rescue import rescue
-from xenaltp2m.signals import guard
-from xenaltp2m.symbols import Symbol, Symbols
+from xenaltp2m.handles.journal import find
+from xenaltp2m.handles.memory import MappedPages
+from xenaltp2m.handles.signals import guard
 from xenaltp2m.testing import footprint, left_behind
-from xenaltp2m.tracing import Trace
+from xenaltp2m.tools.breakpoints.hooks import Hit, WatchpointHit
+from xenaltp2m.tools.breakpoints.manager import Breakpoints
+from xenaltp2m.tools.migration import import_views, imported_views, take_out_views
+from xenaltp2m.tools.rescue import rescue
+from xenaltp2m.tools.state.capture import capture, restore
+from xenaltp2m.tools.symbols import Symbol, Symbols
+from xenaltp2m.tools.tracing import Trace
 
 from .hooked import RET, call
 from .interrupts import Lines
@@ -171,7 +171,7 @@ def breakpoints(host: MockBackend, journals: Path) -> None:
         dom.altp2m() as altp2m,
         dom.monitor() as monitor,
         Breakpoints(altp2m, monitor) as breakpoints,
-        MappedPages(dom) as mapped,
+        MappedPages(dom.context) as mapped,
     ):
 
         def hit(one: Hit) -> None:
@@ -199,8 +199,8 @@ def watches(host: MockBackend, journals: Path) -> None:
         Breakpoints(altp2m, monitor, fast=False) as breakpoints,
     ):
 
-        def touched(touch: Touch) -> None:
-            if touch.watch.hits == 3:
+        def touched(touch: WatchpointHit) -> None:
+            if touch.watchpoint.hits == 3:
                 monitor.stop()
 
         watch = breakpoints.watch(DATA, 4, after=touched)
@@ -249,11 +249,11 @@ def migration(host: MockBackend, journals: Path) -> None:
         view = altp2m.create_view(label="one")
         view.set_access(range(0x10, 0x20), xa.Access.RX)
         view.remap(0x12, dom.add_pages()[0], access=xa.Access.X)
-        with Breakpoints(altp2m, monitor) as breakpoints, MappedPages(dom) as mapped:
+        with Breakpoints(altp2m, monitor) as breakpoints, MappedPages(dom.context) as mapped:
             breakpoints.insert(0x40000, lambda _: None)
             mapped.page(3)
-            with dom.carried():
-                host.carry(int(dom.domid))
+            with xa.Migration(dom):
+                host.migrate(int(dom.domid))
 
 
 @session(killed)
@@ -269,7 +269,7 @@ def imports(host: MockBackend, journals: Path) -> None:
             view = altp2m.create_view(label="one")
             view.set_access(range(0x10, 0x20), xa.Access.RX)
             view.remap(0x12, dom.add_pages()[0], access=xa.Access.X)
-            state = altp2m.capture(contents=True)
+            state = xa.capture(altp2m, contents=True)
         import_views(xen, 1, state)
         imported_views(xen, 1)
         take_out_views(xen, 1)
@@ -408,7 +408,7 @@ def test_fault_06_nothing_is_left_where_handles_are_opened_again(tmp_path: Path)
     session, make = SESSIONS["migration, scripted"]
     Outcome(session, make, tmp_path)
     executed = Outcome(session, make, tmp_path).lines.executed
-    again = [number for number, (code, _) in enumerate(executed, 1) if code.co_name == "_take_up"]
+    again = [number for number, (code, _) in enumerate(executed, 1) if code.co_name == "reattach"]
     assert len(again) > 10
     for number in again:
         for strict in (True, False):

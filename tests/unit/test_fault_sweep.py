@@ -17,9 +17,11 @@ from typing import TypeAlias
 import pytest
 
 from xenaltp2m import Access, Altp2m, Domain, LeftoverError, View, Xen, XenError, connect
-from xenaltp2m import view as view_module
 from xenaltp2m.abi.releases import SUPPORTED
+from xenaltp2m.handles import view as view_module
+from xenaltp2m.handles import view_entries
 from xenaltp2m.testing import Failing, Plan
+from xenaltp2m.values import gfns
 
 from .effective import State, changes, met, names, state_of
 
@@ -417,7 +419,8 @@ def close_xen(scene: Scene) -> Run:
 
 @pytest.fixture(autouse=True)
 def small_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(view_module, "BATCH", 4)
+    for module in (view_module, view_entries, gfns):
+        monkeypatch.setattr(module, "BATCH", 4)
 
 
 def scenes(version: tuple[int, int]) -> Iterator[Scene]:
@@ -436,7 +439,7 @@ def scenes(version: tuple[int, int]) -> Iterator[Scene]:
 def check_models(scene: Scene) -> None:
     """Every open view's model is what the view is."""
     for domain in scene.dom, scene.others:
-        altp2m = domain._open_altp2m
+        altp2m = domain.open_altp2m
         for view in altp2m.views if altp2m is not None else ():
             assert view.verify() == []
             for gfn, new_gfn in view.remaps.items():

@@ -4,217 +4,91 @@
 from __future__ import annotations
 
 import ast
-import graphlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-PACKAGE = "xenaltp2m"
-ROOT = Path(__file__).resolve().parents[2]
-
-LAYERS: list[set[str]] = [
-    {"types", "errors", "jsontext"},
-    {"abi", "arguments"},
-    {"backend", "backend.arguments", "backend.loader", "backend.mapping"},
-    {"backend.libxc", "backend.mock"},
-    {
-        "handle", "signals", "runs", "view", "altp2m", "responses", "events", "monitor", "vcpu",
-        "domain", "memory", "xen", "journal", "viewstate", "answers",
-    },
-    {
-        "breakpoints", "executions", "hooks", "shadows", "instructions", "placement", "repetitions",
-        "patches", "tracing", "prototypes", "capturing", "viewaxis", "viewpicture", "viewstrips",
-        "rescue", "carrying", "hazards", "doctor", "symbols", "locations",
-        "elf", "dwarf", "fingerprint",
-    },
-    {""},  # the package itself: what users import
-    {"cli", "__main__", "testing"},
-]  # fmt: skip
-"""Lowest first. A package stands for its modules, unless they are named themselves."""
-
-HANDLES, TOOLS = 4, 5
-CONCRETE = {"backend.libxc", "backend.mock"}
-OPENS_BACKENDS = {("backend", concrete) for concrete in CONCRETE}
-"""An upward arrow, within a function: :func:`xenaltp2m.backend.open_backend`."""
-OFFERS_TOOLS = {
-    ("domain", "tracing"), ("domain", "carrying"), ("domain", "hazards"), ("altp2m", "hazards"),
-    ("altp2m", "capturing"),
-}  # fmt: skip
-"""The others: ``Domain.trace``, ``Domain.carried``, ``Domain.hazards``, ``Altp2m.capture``, for
-those who have such a handle; and what opening an altp2m refuses."""
-
-
-@dataclass(frozen=True)
-class Arrow:
-    """One module imports another: at import, within a function, or for types only."""
-
-    source: str
-    target: str
-    when: str
-
-
-def place(module: str) -> str:
-    """Return the entry of LAYERS that a module belongs to."""
-    name = module
-    while name and not any(name in layer for layer in LAYERS):
-        name = name.rpartition(".")[0]
-    if not name and module:
-        raise LookupError(f"say in LAYERS where {module} belongs")
-    return name
-
-
-def rank(module: str) -> int:
-    return next(at for at, layer in enumerate(LAYERS) if place(module) in layer)
-
-
-def modules(root: Path) -> dict[str, ast.Module]:
-    """Every module of a package by its name within it; the package itself is ''."""
-    found = {}
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        name = ".".join(part for part in parts if part != "__init__")
-        found[name] = ast.parse(path.read_text(), str(path))
-    return found
-
-
-def imports(tree: ast.AST, when: str = "import") -> Iterator[tuple[ast.stmt, str]]:
-    """Yield the import statements, with when they happen."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            yield node, when
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            yield from imports(node, "call")
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            for inner in node.body:
-                yield from imports(ast.Module([inner], []), "types")
-            for inner in node.orelse:
-                yield from imports(ast.Module([inner], []), when)
-        else:
-            yield from imports(node, when)
-
-
-def arrows(found: dict[str, ast.Module]) -> Iterator[Arrow]:
-    """Yield who imports whom, within the package."""
-    for source, tree in found.items():
-        for node, when in imports(tree):
-            named = []
-            if isinstance(node, ast.Import):
-                named = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                assert not node.level, f"{source}: relative imports are not our way"
-                for alias in node.names:
-                    inner = f"{node.module}.{alias.name}"
-                    known = inner.removeprefix(f"{PACKAGE}.") in found
-                    named.append(inner if known else str(node.module))
-            for name in named:
-                if name == PACKAGE or name.startswith(f"{PACKAGE}."):
-                    yield Arrow(source, name.removeprefix(PACKAGE).removeprefix("."), when)
-
-
-def forbidden(arrow: Arrow) -> str | None:
-    """Say what is wrong with an arrow."""
-    source, target = place(arrow.source), place(arrow.target)
-    if arrow.target == "abi._ffi" and source != "backend.libxc":
-        return "only the libxc backend calls C"
-    if rank(arrow.source) == 0:
-        return "types and errors import nothing of ours"
-    if target in CONCRETE and source != target:
-        if (source, target) in OPENS_BACKENDS and arrow.when == "call":
-            return None
-        if rank(arrow.source) in (HANDLES, TOOLS):
-            return "handles and tools know no backend"
-        if source in CONCRETE:
-            return "backends do not know each other"
-    if (source, target) in OFFERS_TOOLS and arrow.when != "import":
-        return None
-    if rank(arrow.target) > rank(arrow.source):
-        return "it is above"
-    return None
-
-
-def wrong(found: dict[str, ast.Module]) -> list[str]:
-    return [f"{arrow}: {why}" for arrow in arrows(found) if (why := forbidden(arrow))]
+from docs.pictures.layers import PACKAGE, TREE, arrows_up, circle, graph_of, layers, modules
 
 
 @pytest.fixture(scope="module")
 def package() -> dict[str, ast.Module]:
-    return modules(ROOT / PACKAGE)
+    return modules(TREE / PACKAGE)
 
 
-def test_no_arrow_points_up(package: dict[str, ast.Module]) -> None:
-    assert {"types", "view", "backend.libxc", "backend.mock", "abi._ffi", ""} <= package.keys()
-    assert len(list(arrows(package))) > 50
-    assert wrong(package) == []
-
-
-def test_modules_do_not_import_each_other_in_circles(package: dict[str, ast.Module]) -> None:
-    graph: dict[str, set[str]] = {name: set() for name in package}
-    for arrow in arrows(package):
-        if arrow.when == "import" and arrow.source != arrow.target:
-            graph[arrow.source].add(arrow.target)
-    for name, targets in graph.items():  # a package's module needs the package's __init__, too
-        targets -= {parent for parent in targets if parent and name.startswith(f"{parent}.")}
-    list(graphlib.TopologicalSorter(graph).static_order())
+def test_no_arrow_points_up_and_there_is_no_circle(package: dict[str, ast.Module]) -> None:
+    graph = graph_of(package)
+    assert sum(map(len, graph.values())) > 300
+    assert arrows_up(graph) == []
+    assert circle(graph) == []
 
 
 @pytest.mark.parametrize(
     ("source", "text"),
     [
-        ("types", "from xenaltp2m import errors"),
-        ("types", "from xenaltp2m.errors import XenError"),
-        ("errors", "import xenaltp2m.types"),
-        ("errors", "def f():\n    import xenaltp2m.types"),
+        ("types", "from xenaltp2m.handles.view import View"),
+        ("errors", "def f():\n    import xenaltp2m.abi.ring"),
         ("abi.releases", "from xenaltp2m.backend import Backend"),
-        ("backend", "from xenaltp2m.backend import mock"),
-        ("backend", "from xenaltp2m.backend.mock import MockBackend"),
-        ("backend.arguments", "def f():\n    from xenaltp2m.backend.mock import MockBackend"),
-        ("backend.mock.machine", "from xenaltp2m.abi._ffi import ffi"),
-        ("backend.mock.machine", "from xenaltp2m.abi import _ffi"),
-        ("backend.mock", "from xenaltp2m.backend.libxc import LibxcBackend"),
+        ("values.events", "if TYPE_CHECKING:\n    from xenaltp2m.handles.monitor import Monitor"),
         ("backend.mock", "import xenaltp2m as xa"),
-        ("backend.libxc.clib", "from xenaltp2m.view import BATCH"),
-        ("view", "from xenaltp2m.backend.mock import MockBackend"),
-        ("view", "class V:\n    def f(self):\n        from xenaltp2m.backend import libxc"),
-        ("view", "from xenaltp2m.abi import _ffi"),
-        ("view", "import xenaltp2m"),
-        ("view", "from xenaltp2m.symbols import Image"),
-        ("view", "if TYPE_CHECKING:\n    from xenaltp2m.symbols import Image"),
-        ("view", "try:\n    import xenaltp2m.cli\nexcept ImportError:\n    pass"),
-        ("symbols", "from xenaltp2m.backend.mock import MockBackend"),
-        ("symbols", "from xenaltp2m.cli import main"),
+        ("handles.view", "try:\n    import xenaltp2m.cli\nexcept ImportError:\n    pass"),
+        (
+            "handles.domain",
+            "class D:\n    def f(self):\n        from xenaltp2m.tools import tracing",
+        ),
+        ("tools.tracing", "from xenaltp2m.cli import main"),
         ("", "from xenaltp2m.cli import main"),
     ],
 )
-def test_a_forbidden_arrow_is_found(package: dict[str, ast.Module], source: str, text: str) -> None:
-    assert len(wrong(package | {source: ast.parse(text)})) == 1
+def test_an_arrow_up_is_found(package: dict[str, ast.Module], source: str, text: str) -> None:
+    assert len(arrows_up(graph_of(package | {source: ast.parse(text)}))) == 1
 
 
 @pytest.mark.parametrize(
     ("source", "text"),
     [
-        ("backend", "def open_backend():\n    from xenaltp2m.backend import mock, libxc"),
-        ("view", "if TYPE_CHECKING:\n    from xenaltp2m.altp2m import Altp2m"),
-        (
-            "backend.libxc",
-            "from xenaltp2m.backend.libxc import clib\nfrom xenaltp2m.abi import _ffi",
-        ),
-        ("cli", "import xenaltp2m as xa\nfrom xenaltp2m.backend.mock import MockBackend"),
-        ("symbols", "from xenaltp2m.xen import Xen"),
-        ("view", "import ast\nfrom xenaltp2mtools import x"),
+        ("handles.context", "from xenaltp2m.handles.domain import Domain"),
+        ("handles.view", "if TYPE_CHECKING:\n    from xenaltp2m.handles.altp2m import Altp2m"),
+        ("backend.protocol", "def f():\n    from xenaltp2m.backend import open_backend"),
     ],
 )
-def test_an_allowed_arrow_is_not(package: dict[str, ast.Module], source: str, text: str) -> None:
-    assert wrong(package | {source: ast.parse(text)}) == []
+def test_a_circle_is_found(package: dict[str, ast.Module], source: str, text: str) -> None:
+    package = package | {source: ast.Module([*package[source].body, *ast.parse(text).body], [])}
+    assert circle(graph_of(package))
+
+
+@pytest.mark.parametrize(
+    ("folder", "foreign", "but"),
+    [
+        ("", "abi._ffi", "backend.libxc"),
+        ("handles", "backend.libxc", ""),
+        ("handles", "backend.mock", ""),
+        ("tools", "backend.mock", ""),
+        ("backend.mock", "backend.libxc", ""),
+        ("backend.libxc", "backend.mock", ""),
+    ],
+)
+def test_only_who_must_knows_a_backend_or_c(
+    package: dict[str, ast.Module], folder: str, foreign: str, but: str
+) -> None:
+    def inside(module: str, of: str) -> bool:
+        return not of or module == of or module.startswith(f"{of}.")
+
+    for source, targets in graph_of(package).items():
+        if inside(source, folder) and not (but and inside(source, but)):
+            assert not any(inside(target, foreign) for target in targets), source
+
+
+def test_the_picture_is_of_these_imports() -> None:
+    assert layers() == (TREE / "docs" / "pictures" / "layers.svg").read_text(), "make pictures"
 
 
 def test_a_module_without_a_place_is_found(package: dict[str, ast.Module]) -> None:
     with pytest.raises(LookupError, match="where helpers belongs"):
-        wrong(package | {"helpers": ast.parse("import xenaltp2m")})
+        arrows_up(graph_of(package | {"helpers": ast.parse("import xenaltp2m")}))
 
 
 # What an import does.
@@ -254,7 +128,7 @@ with xa.connect("mock") as xen, xen.domain("guest") as dom, dom.altp2m() as altp
 def python(code: str, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        env=os.environ | {"PYTHONPATH": str(TREE)} | environment,
         capture_output=True,
         text=True,
         check=False,

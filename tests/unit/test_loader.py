@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from xenaltp2m.abi.releases import SUPPORTED
-from xenaltp2m.backend.loader import ENVIRONMENT, Library, Loader, mismatch
+from xenaltp2m.backend.libxc.loader import ENVIRONMENT, Library, Loader, mismatch
 from xenaltp2m.errors import LibraryError
 
 NEWEST = SUPPORTED[-1]

@@ -1047,3 +1047,19 @@ def test_host_modes_can_be_set_once(host: MockBackend) -> None:
     domid = host.add_domain(mode=Altp2mMode.LIMITED, memory_kib=0)
     assert host.domain(domid).mode == host.hvm_param_get(domid, 35) == 3
     assert errno_of(partial(host.hvm_param_set, domid, 35, 0)) == EEXIST
+
+
+@pytest.mark.parametrize(("gfn", "count"), [(0, 1), (0, 512), (500, 600), (0x3FF00, 0x300)])
+def test_entries_written_in_bulk_are_those_written_one_by_one(gfn: int, count: int) -> None:
+    bulk, single = (P2m(Pool(100), executable_superpages=True) for _ in range(2))
+    mfns = list(range(1000, 1000 + count))
+    assert bulk.fill(gfn, mfns, PageType.RAM_RW, 7) == 0
+    for offset, mfn in enumerate(mfns):
+        assert single.write(gfn + offset, mfn, ORDER_4K, PageType.RAM_RW, 7) == 0
+    assert list(bulk.entries()) == list(single.entries())
+    assert bulk.max_mapped == single.max_mapped == gfn + count - 1
+    assert bulk._pool.used == single._pool.used
+
+
+def test_entries_written_in_bulk_need_tables() -> None:
+    assert P2m(Pool(3), executable_superpages=True).fill(0, [1] * 513, PageType.RAM_RW, 7) == ENOMEM

@@ -1524,7 +1524,7 @@ def test_nothing_that_an_agent_has_done_is_carried() -> None:
     host.monitor_unmap_ring(ring)
     host.monitor_singlestep(domid, True)
     host.monitor_control_registers(domid)
-    carried = host.carry(domid)
+    carried = host.migrate(domid)
     assert host.domain(carried).vcpus[0].register("rip") == 0x1002  # it was not kept from running
     _, ring = host.monitor_enable(carried)
     host.monitor_singlestep(carried, True)  # which was off

@@ -94,5 +94,5 @@ def test_fault_29_mypy_finds_the_package_and_its_types_from_elsewhere(tmp_path: 
         [sys.executable, "-m", "mypy", "--strict", "user.py"],
         cwd=tmp_path, env=kept, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert 'Revealed type is "xenaltp2m.xen.Xen"' in done.stdout
+    assert 'Revealed type is "xenaltp2m.handles.xen.Xen"' in done.stdout
     assert done.returncode == 0, done.stdout

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 import xenaltp2m as xa
-from xenaltp2m import instructions
 from xenaltp2m.backend.mock import MockBackend
-from xenaltp2m.breakpoints import Breakpoints
-from xenaltp2m.hooks import Hit, Touch
-from xenaltp2m.symbols import Symbol, Symbols
+from xenaltp2m.tools.breakpoints import operand_size as instructions
+from xenaltp2m.tools.breakpoints.hooks import Hit, WatchpointHit
+from xenaltp2m.tools.breakpoints.manager import Breakpoints
+from xenaltp2m.tools.symbols import Symbol, Symbols
 from xenaltp2m.types import PAGE_SIZE
 
 from .hooked import INC_EAX, INC_ECX, NOP, RET, WAYS, Hooked, Make, call, store_byte
@@ -102,7 +102,7 @@ def test_fault_28_a_patch_across_the_end_of_a_page(make: Make, fast: bool, int3:
     assert guest.register("rax") == 0x0A0B0C0D
     assert guest.register("rbx") == 0x01020304
     patch.remove()
-    assert guest.breakpoints._pages == {}
+    assert guest.breakpoints._session.guarded.pages == {}
 
 
 @WAYS
@@ -128,8 +128,8 @@ def test_fault_28_a_patch_whose_second_page_is_none_is_not_there_at_all(make: Ma
     guest = make(HALT)
     with pytest.raises((xa.NotMappedError, xa.InvalidArgumentError)):
         guest.breakpoints.patch(last, mov_eax(1))
-    assert guest.breakpoints._pages == {}
-    assert guest.breakpoints._patches == []
+    assert guest.breakpoints._session.guarded.pages == {}
+    assert guest.breakpoints._session.patching.patches == []
     assert guest.go().halted
 
 
@@ -303,7 +303,7 @@ def test_fault_28_a_watch_in_a_page_with_a_patch(make: Make, fast: bool, int3: b
     before = guest.read(watched, 4)
     told: list[tuple[int | None, bool, bytes, bytes | None]] = []
 
-    def note(touch: Touch) -> None:
+    def note(touch: WatchpointHit) -> None:
         assert touch.address == watched
         told.append((touch.length, touch.written, touch.old, touch.new))
 
@@ -360,11 +360,11 @@ def test_fault_28_a_page_that_cannot_be_planted(make: Make, at: int) -> None:
     guest.breakpoints.insert(THERE + at, guest.note)
     guest.breakpoints.insert(place, guest.note)
     guest.computer.write(place - 1, b"\x05")
-    guest.breakpoints._pages[CODE >> 12].before[0x200] = guest.read(place - 14, 14)
+    guest.breakpoints._session.guarded.pages[CODE >> 12].before[0x200] = guest.read(place - 14, 14)
     assert guest.go().halted
     assert guest.register("rax") == 2
     assert guest.seen == [THERE + at]
-    assert not guest.breakpoints._pages[CODE >> 12].planted
+    assert not guest.breakpoints._session.guarded.pages[CODE >> 12].armed
 
 
 def test_fault_28_a_write_under_a_patch_moves_no_instructions(make: Make) -> None:
@@ -376,7 +376,7 @@ def test_fault_28_a_write_under_a_patch_moves_no_instructions(make: Make) -> Non
     assert guest.go().halted
     assert guest.register("rax") == 3
     assert guest.seen == [THERE + 5]
-    assert guest.breakpoints._pages[CODE >> 12].planted
+    assert guest.breakpoints._session.guarded.pages[CODE >> 12].armed
 
 
 @pytest.mark.parametrize(
@@ -388,7 +388,7 @@ def test_fault_28_a_write_under_a_patch_moves_no_instructions(make: Make) -> Non
         (lambda one: one.patch(-1, NOP), "address must be"),
         (lambda one: one.patch(True, NOP), "address must be an integer"),
         (lambda one: one.patch(1.5, NOP), "an address is a number"),
-        (lambda one: one.patch("there", NOP), "nothing tells its address"),
+        (lambda one: one.patch("there", NOP), "no symbols are given"),
         (lambda one: one.patch(THERE + 4, NOP), "overlap <Patch of 5 bytes"),
         (lambda one: one.patch(THERE - 1, NOP * 2), "overlap <Patch of 5 bytes"),
         (lambda one: one.patch(DATA - 1, NOP * 2), "the breakpoint at 0x20000 would be inside"),
@@ -404,7 +404,7 @@ def test_fault_28_bad_patches_are_refused(
     guest.breakpoints.insert(DATA, guest.note)
     with pytest.raises(xa.InvalidArgumentError, match=match):
         call(guest.breakpoints)
-    assert len(guest.breakpoints._patches) == 1
+    assert len(guest.breakpoints._session.patching.patches) == 1
     assert len(guest.breakpoints) == 1
     assert guest.go().halted
 
@@ -438,11 +438,11 @@ def test_fault_28_patches_are_carried(make: Make, fast: bool, int3: bool) -> Non
     main = call(CODE, THERE) + HALT
     guest = make(with_function(main, mov_eax(1) + RET), fast=fast, int3=int3)
     guest.breakpoints.patch(THERE, load_ebx(THERE + 8) + RET)
-    with guest.dom.carried():
-        guest.host.carry(int(guest.dom.domid))
+    with xa.Migration(guest.dom):
+        guest.host.migrate(int(guest.dom.domid))
     guest.domid = int(guest.dom.domid)
-    assert len(guest.breakpoints._patches) == 1
-    page = guest.breakpoints._pages[CODE >> 12]
+    assert len(guest.breakpoints._session.patching.patches) == 1
+    page = guest.breakpoints._session.guarded.pages[CODE >> 12]
     assert page.patches == {THERE - CODE: load_ebx(THERE + 8) + RET}
     assert page.copy is not None
     assert guest.breakpoints.verify() == []

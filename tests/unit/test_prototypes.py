@@ -14,12 +14,11 @@ from pathlib import Path
 import pytest
 
 import xenaltp2m as xa
-from xenaltp2m import symbols
 from xenaltp2m.abi.layouts import HVM_CPU
-from xenaltp2m.events import registers_at
-from xenaltp2m.locations import Piece
-from xenaltp2m.prototypes import Parameter, Prototypes, Type
-from xenaltp2m.symbols import Image
+from xenaltp2m.tools.symbols import Image, meter
+from xenaltp2m.tools.symbols.locations import Piece
+from xenaltp2m.tools.symbols.prototypes import Parameter, Prototypes, Type
+from xenaltp2m.values.registers import registers_at
 
 ET_EXEC = 2
 SOURCE = """
@@ -274,7 +273,7 @@ def test_hostile_tables(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         )
     )
     made = compiled(tmp_path, source, "-nostdlib", "-static", "-Wl,-e,0", language="assembler")
-    monkeypatch.setattr(symbols, "MAX_STEPS", 1 << 18)
+    monkeypatch.setattr(meter, "MAX_STEPS", 1 << 18)
     with (
         Prototypes.open(made) as prototypes,
         pytest.raises(xa.SymbolError, match=r"too much to read|in circles"),
@@ -344,7 +343,7 @@ def test_fault_16_a_file_that_is_missing_is_named(image: str, other: str, tmp_pa
     beside = tmp_path / f"{image}{other}"
     beside.write_bytes((MADE / "plain.elf").read_bytes())
     with (
-        pytest.raises(xa.SymbolError, match="is of another build"),
+        pytest.raises(xa.SymbolError, match="belongs to another build"),
         Prototypes.open(path) as prototypes,
     ):
         prototypes.at(address)
@@ -364,7 +363,7 @@ def test_fault_16_what_is_not_supported_is_not_called_damaged(
     assert "objcopy --decompress-debug-sections" in str(caught.value)
     header = struct.pack("<II", 2, 0)  # ch_type of ELFCOMPRESS_ZSTD, and what is reserved
     content[content.index(header)] = 3
-    with pytest.raises(xa.SymbolError, match="compressed in a way that is not known, 3"):
+    with pytest.raises(xa.SymbolError, match="compressed by an unknown method, 3"):
         Prototypes(io.BytesIO(content), "unknown")
 
 

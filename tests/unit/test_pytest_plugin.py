@@ -88,7 +88,7 @@ def test_releases_are_chosen(
 def test_a_release_that_is_none_is_refused(pytester: pytest.Pytester) -> None:
     result = run(pytester, USES, "--xen-release=4.6")
     assert result.ret != 0
-    result.stdout.fnmatch_lines(["*'4.6' is no release of the modelled host: 4.14, *"])
+    result.stdout.fnmatch_lines(["*'4.6' is not a release of the modelled host: 4.14, *"])
 
 
 def test_a_test_may_choose_its_releases(pytester: pytest.Pytester) -> None:
@@ -125,7 +125,7 @@ def test_what_is_left_behind_is_told(pytester: pytest.Pytester) -> None:
     """
     result = run(pytester, text)
     result.assert_outcomes(passed=1, errors=1)
-    altp2m, limit, *_ = result.stdout.str().partition("has left behind:\n")[2].splitlines()
+    altp2m, limit, *_ = result.stdout.str().partition("has left in place:\n")[2].splitlines()
     assert altp2m == "  domain 1: altp2m is on, and was off"
     assert limit.startswith("  domain 1: limit in pages is 262144, and was 4")
     [path] = re.findall(r"recorded in (.*)", result.stdout.str())
@@ -157,7 +157,7 @@ def test_the_session_of_a_failure_is_kept(named: bool, pytester: pytest.Pytester
         assert kept == path
         assert not list(path.parent.rglob("*False*.session"))
         assert (path.parent == directory) is named
-    assert f'again: xenaltp2m.connect("replay:{path}")' in result.stdout.str()
+    assert f'replay: xenaltp2m.connect("replay:{path}")' in result.stdout.str()
     with xa.connect(f"replay:{path}") as xen, xen.domain("guest") as dom, dom.altp2m() as altp2m:
         altp2m.create_view(label="one")
 
@@ -201,8 +201,8 @@ def test_with_a_domain_it_runs_there(
         host.name = "libxc"
         return host
 
-    monkeypatch.setattr("xenaltp2m.xen.open_backend", opened)
-    monkeypatch.setattr("xenaltp2m.xen.DIRECTORY", pytester.path / "journals")
+    monkeypatch.setattr("xenaltp2m.handles.xen.open_backend", opened)
+    monkeypatch.setattr("xenaltp2m.handles.xen.DIRECTORY", pytester.path / "journals")
     run(pytester, LIVE, "--xen-domain=victim").assert_outcomes(passed=2)
 
 

@@ -28,13 +28,15 @@ from tests.recorded.sessions import GUEST as HELLO
 from tests.recorded.sessions import NAME, SESSIONS, Session, run, run_calls
 from xenaltp2m import cli
 from xenaltp2m.abi.releases import SUPPORTED
-from xenaltp2m.backend import Backend, open_backend, recording, replay, session
+from xenaltp2m.backend import Backend, open_backend
 from xenaltp2m.backend.mock import Access, Cpuid, Instruction, MockBackend, SetRegisters
-from xenaltp2m.backend.recording import RecordingBackend
-from xenaltp2m.backend.replay import ReplayBackend
-from xenaltp2m.breakpoints import Breakpoints
-from xenaltp2m.doctor import Finding, Machine, examine_xen
-from xenaltp2m.symbols import Image
+from xenaltp2m.backend.session import format as session
+from xenaltp2m.backend.session import recording, replay
+from xenaltp2m.backend.session.recording import RecordingBackend
+from xenaltp2m.backend.session.replay import ReplayBackend
+from xenaltp2m.tools.breakpoints.manager import Breakpoints
+from xenaltp2m.tools.doctor import Finding, Machine, examine_xen
+from xenaltp2m.tools.symbols import Image
 
 GUESTS = HELLO.parent
 
@@ -325,7 +327,7 @@ def test_several_requests_and_a_damaged_ring(path: Path) -> None:
                     damage()
                     xen.backend.xen_commandline()
                     with pytest.raises(xa.RingError):
-                        monitor._ring.unread  # noqa: B018
+                        monitor._connection.ring.unread  # noqa: B018
                     break
         return vcpus
 
@@ -515,7 +517,7 @@ def test_it_does_not_end_the_session_that_there_is_no_room(
         return write(file, data)
 
     host = simulated()
-    monkeypatch.setattr("xenaltp2m.backend.recording.os.write", full)
+    monkeypatch.setattr("xenaltp2m.backend.session.recording.os.write", full)
     with pytest.warns(RuntimeWarning, match="not complete: there is no room left"):
         learned = run(SESSIONS["events"], xa.connect(host, record=path))
     assert len(learned) == 13
@@ -801,7 +803,7 @@ def test_what_doctor_asks_of_a_host_is_recorded(
     with monkeypatch.context() as patch:
         mock = MockBackend()
         mock.add_domain("guest")
-        patch.setattr("xenaltp2m.xen.open_backend", {"libxc": mock}.__getitem__)
+        patch.setattr("xenaltp2m.handles.xen.open_backend", {"libxc": mock}.__getitem__)
         patch.setattr("xenaltp2m.cli.doctor.examine", examine)
         assert cli.main(["--json", "--record", str(path), "doctor", "guest"]) == cli.DONE
     first = capsys.readouterr().out
@@ -833,7 +835,7 @@ def test_a_recording_that_cannot_be_used(path: Path, capsys: pytest.CaptureFixtu
 def test_nothing_goes_by_another_clock() -> None:
     """What decides by the machine's time could decide otherwise in a replay."""
     package = Path(xa.__file__).parent
-    own = {"backend/clock.py", "backend/recording.py", "cli/console.py"}
+    own = {"backend/clock.py", "backend/session/recording.py", "cli/console.py"}
     found = {
         str(path.relative_to(package))
         for path in package.rglob("*.py")

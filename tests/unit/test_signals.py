@@ -15,11 +15,11 @@ from collections.abc import Iterator
 import pytest
 
 import xenaltp2m as xa
-from xenaltp2m import signals
 from xenaltp2m.backend.mock import MockBackend
 from xenaltp2m.errors import InvalidArgumentError, LeftoverError
-from xenaltp2m.handle import UndoList
-from xenaltp2m.signals import guard, uninterruptible
+from xenaltp2m.handles import signals
+from xenaltp2m.handles.base import UndoList
+from xenaltp2m.handles.signals import guard, uninterruptible
 from xenaltp2m.testing import footprint, left_behind
 
 from .interrupts import SENDING, Lines

@@ -12,7 +12,7 @@ import pytest
 
 import xenaltp2m as xa
 from xenaltp2m.backend.mock import Instruction, MockBackend
-from xenaltp2m.symbols import Image
+from xenaltp2m.tools.symbols import Image
 
 CHECKER = Path(__file__).parents[2] / "examples" / "guest" / "checker.elf"
 RACER = CHECKER.with_name("racer.elf")

@@ -20,9 +20,11 @@ import pytest
 
 from xenaltp2m.abi.vm_event import Flag, Reason
 from xenaltp2m.backend.mock import MockBackend
-from xenaltp2m.backend.mock.core import Core, Engine
+from xenaltp2m.backend.mock.core import Core
+from xenaltp2m.backend.mock.engine import Engine
 from xenaltp2m.backend.mock.machine import SHUTDOWN_POWEROFF, SHUTDOWN_REBOOT
-from xenaltp2m.backend.mock.simulator import MachineCode
+from xenaltp2m.backend.mock.physical_memory import PhysicalMemory
+from xenaltp2m.backend.mock.virtual_memory import VirtualMemory
 from xenaltp2m.errors import DomainNotFoundError, InvalidArgumentError
 from xenaltp2m.types import PAGE_SIZE, Altp2mMode
 
@@ -1968,15 +1970,14 @@ def test_an_exception_of_the_simulators_own_ends_the_run_between_instructions(
 ) -> None:
     """As Ctrl-C does, in the middle of a page's lookup; what was done is not done twice."""
     computer = Computer(b"\x40" + store_eax(DATA) + b"\x40" + STOP)
-    processor = computer.processor
-    find = type(processor)._find_in_view
+    find = PhysicalMemory.find
 
     def interrupt(self: Any, gfn: int) -> Any:
         if gfn == DATA >> 12:
             raise KeyboardInterrupt
         return find(self, gfn)
 
-    monkeypatch.setattr(type(processor), "_find_in_view", interrupt)
+    monkeypatch.setattr(PhysicalMemory, "find", interrupt)
     with pytest.raises(KeyboardInterrupt):
         computer.run()
     assert computer.register("rip") == CODE + 1
@@ -2271,17 +2272,17 @@ def test_fault_06_what_a_signals_handler_raises_waits_until_the_vcpu_has_had_its
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Unicorn calls back from C, where an exception is told to nobody."""
-    asked = MachineCode._resolve
+    asked = VirtualMemory.resolve
 
     def expire(*_: object) -> None:
         raise Alarm
 
-    def pressed(self: MachineCode, *about: Any, **options: Any) -> Any:
+    def pressed(self: VirtualMemory, *about: Any, **options: Any) -> Any:
         signal.raise_signal(signal.SIGUSR1)
         return asked(self, *about, **options)
 
     computer = Computer(b"\xa1" + int32(DATA) + STOP, {DATA: int32(7)})  # mov DATA, %eax
-    monkeypatch.setattr(MachineCode, "_resolve", pressed)
+    monkeypatch.setattr(VirtualMemory, "resolve", pressed)
     before = signal.signal(signal.SIGUSR1, expire)
     try:
         with pytest.raises(Alarm):
@@ -2292,7 +2293,7 @@ def test_fault_06_what_a_signals_handler_raises_waits_until_the_vcpu_has_had_its
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
-# Its limits: "What is not" in docs/simulator.md. What the CPU does is in the comments.
+# Its limits: "Limits" in docs/simulator.md. What the CPU does is in the comments.
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from xenaltp2m import elf, symbols
 from xenaltp2m.backend.mock import MockBackend
 from xenaltp2m.errors import InvalidArgumentError, SymbolError
-from xenaltp2m.symbols import Image, Location, Symbol
+from xenaltp2m.tools.symbols import Image, Location, Symbol, elf
 
 HELLO = Path(__file__).parents[2] / "examples" / "guest" / "hello.elf"
 CONTENT = HELLO.read_bytes()
@@ -285,7 +284,7 @@ def test_fault_16_the_mock_boots_no_image_that_is_cut_off() -> None:
     host = MockBackend((4, 17))
     first = number(E_PHOFF, "I")
     content = patched((first + P_OFFSET, "I", len(CONTENT) - 8))
-    with pytest.raises(InvalidArgumentError, match="a segment ends behind the file's end"):
+    with pytest.raises(InvalidArgumentError, match="a segment extends beyond the end of the file"):
         host.boot(host.add_domain("cut", memory_kib=16 << 10), content)
 
 
@@ -395,7 +394,7 @@ def test_fault_16_local_symbols_of_several_source_files() -> None:
 
 
 def test_too_many_symbols(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(symbols, "MAX_SYMBOLS", 5)
+    monkeypatch.setattr("xenaltp2m.tools.symbols.elf_symbols.MAX_SYMBOLS", 5)
     with pytest.raises(SymbolError, match="6 symbols; the limit is 5"):
         Image(CONTENT)
 
@@ -403,7 +402,7 @@ def test_too_many_symbols(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_names_that_share_their_ends_do_not_multiply_the_file(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(symbols, "MAX_NAMES", 20)
+    monkeypatch.setattr("xenaltp2m.tools.symbols.elf_symbols.MAX_NAMES", 20)
     with pytest.raises(SymbolError, match="does not end"):
         Image(CONTENT)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from xenaltp2m.backend.mock.machine import Domain, Refused
+from xenaltp2m.backend.mock.machine import Domain, HypercallError
 from xenaltp2m.backend.mock.p2m import P2m
 
 LAB = Path(__file__).resolve().parents[1] / "lab"
@@ -48,8 +48,8 @@ def test_a_wrong_errno_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(self: Domain, index: int) -> None:
         try:
             right(self, index)
-        except Refused:
-            raise Refused(EINVAL) from None
+        except HypercallError:
+            raise HypercallError(EINVAL) from None
 
     monkeypatch.setattr(Domain, "destroy_view", wrong)
     result = replay.replay(programs())

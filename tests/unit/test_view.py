@@ -27,11 +27,13 @@ from xenaltp2m import (
     View,
     Xen,
 )
-from xenaltp2m import view as view_module
 from xenaltp2m.abi.releases import SUPPORTED
 from xenaltp2m.backend.mock import MockBackend
 from xenaltp2m.backend.mock.machine import Domain as Model
 from xenaltp2m.backend.mock.p2m import INVALID_MFN, PageType
+from xenaltp2m.handles import view as view_module
+from xenaltp2m.handles import view_entries as entries_module
+from xenaltp2m.values import gfns as gfns_module
 
 from .effective import changes, every_release, met, state_of
 
@@ -51,7 +53,8 @@ LAZY_DEFAULT = [version for version in SUPPORTED if version >= (4, 19)]
 
 @pytest.fixture
 def small_batch(monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(view_module, "BATCH", 4)
+    for module in (view_module, gfns_module, entries_module):
+        monkeypatch.setattr(module, "BATCH", 4)
     return 4
 
 
@@ -141,14 +144,14 @@ def test_nothing_to_set_is_no_call(view: View, mock: MockBackend) -> None:
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 def test_bulk_is_one_call_for_thousands_of_gfns(view: View, mock: MockBackend, extra: int) -> None:
-    assert view_module.BATCH >= 4096
-    total = 2 * view_module.BATCH + extra
+    assert gfns_module.BATCH >= 4096
+    total = 2 * gfns_module.BATCH + extra
     since, seen = len(mock.calls), []
     view.set_access(range(total), Access.RX, progress=lambda *at: seen.append(at))
     made = calls(mock, since)
     assert len(made) == (3 if extra == 1 else 2)
     assert {op for op, _ in made} == {"set_mem_access_multi"}
-    assert seen[0] == (view_module.BATCH, total)
+    assert seen[0] == (gfns_module.BATCH, total)
     assert seen[-1] == (total, total)
     assert len(seen) == len(made)
 
@@ -189,7 +192,7 @@ def test_what_is_no_gfn_is_refused_by_every_method(view: View, mock: MockBackend
 
 
 @pytest.mark.parametrize("gfn", [0, (1 << 36) - 1])
-@pytest.mark.filterwarnings("ignore::xenaltp2m.view.HoleWarning")
+@pytest.mark.filterwarnings("ignore::xenaltp2m.handles.view.HoleWarning")
 def test_the_lowest_and_the_highest_gfn_are_gfns(view: View, gfn: int) -> None:
     view.set_access(gfn, Access.R)
     view.set_access([gfn], Access.R)
@@ -551,7 +554,7 @@ def test_a_page_that_is_hidden_by_now_cannot_be_shown_again(
     view.remap(5, 6)
     view.remap(6, 700)
     mock.fail("altp2m_set_mem_access", 2, EPERM)
-    with pytest.raises(LeftoverError, match="remapped itself") as caught:
+    with pytest.raises(LeftoverError, match="itself remapped now") as caught:
         view.remap(5, 800)
     assert caught.value.left == ("remap of gfn 0x5 in view 1 of domain 1",)
     assert frame(guest, view, 5) == host_frame(guest, 800)
@@ -872,8 +875,8 @@ def test_a_page_dropped_outside_the_targets_leaves_the_rest(view: View, guest: M
     "gfns",
     [
         range(10),
-        range(view_module.BATCH),
-        range(1, view_module.BATCH + 1),
+        range(gfns_module.BATCH),
+        range(1, gfns_module.BATCH + 1),
         range(0xFFFF, 0x100001),
         range(0x12345, 0x12345 + 600_000),
         range((1 << 36) - 300_000, 1 << 36),
@@ -885,8 +888,8 @@ def test_a_page_dropped_outside_the_targets_leaves_the_rest(view: View, guest: M
 )
 def test_batches_are_what_python_counts(gfns: range | array[int]) -> None:
     found = array("Q")
-    for batch in view_module.batches(gfns):
-        assert 0 < len(batch) <= view_module.BATCH
+    for batch in gfns_module.batches(gfns):
+        assert 0 < len(batch) <= gfns_module.BATCH
         found.frombytes(batch.tobytes())
     assert found == array("Q", gfns)
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 import xenaltp2m as xa
-from xenaltp2m import breakpoints as breakpoints_module
-from xenaltp2m import instructions
 from xenaltp2m.backend.mock import MockBackend
-from xenaltp2m.hooks import Touch, Watch
-from xenaltp2m.symbols import Symbols
+from xenaltp2m.tools.breakpoints import operand_size as instructions
+from xenaltp2m.tools.breakpoints.hooks import Watchpoint, WatchpointHit
+from xenaltp2m.tools.breakpoints.views import UsedTurn
+from xenaltp2m.tools.symbols import Symbols
 from xenaltp2m.types import PAGE_SIZE
 
 from .accesslog import AccessLog
@@ -85,12 +85,12 @@ class Notes:
     """What was told of watches."""
 
     def __init__(self) -> None:
-        self.touches: list[Touch] = []
+        self.touches: list[WatchpointHit] = []
         self.values: list[bytes] = []
 
-    def __call__(self, touch: Touch) -> None:
+    def __call__(self, touch: WatchpointHit) -> None:
         self.touches.append(touch)
-        self.values.append(touch.watch.read())
+        self.values.append(touch.watchpoint.read())
 
     @property
     def kinds(self) -> str:
@@ -256,7 +256,7 @@ def test_entries_of_page_tables(make: Make, fast: bool) -> None:
 def test_taking_them_out(make: Make, fast: bool) -> None:
     code = store_byte(AT, 1) + store_byte(AT, 2) + load(OTHER) + HALT
     guest = make(code, fast=fast)
-    once = guest.breakpoints.watch(AT, 4, lambda touch: touch.watch.remove())
+    once = guest.breakpoints.watch(AT, 4, lambda touch: touch.watchpoint.remove())
     gone = guest.breakpoints.watch(OTHER, 4, reads=True)
     gone.remove()
     gone.remove()
@@ -271,11 +271,13 @@ def test_taking_them_out(make: Make, fast: bool) -> None:
 def test_a_callback_that_fails_or_jumps(make: Make, fast: bool) -> None:
     guest = make(store_byte(AT, 1) + store_byte(AT, 2) + HALT, fast=fast)
 
-    def fail(touch: Touch) -> None:
+    def fail(touch: WatchpointHit) -> None:
         raise RuntimeError(f"of {touch!r}")
 
     first = guest.breakpoints.watch(AT, 1, after=fail)
-    with pytest.raises(RuntimeError, match="of <Touch of <Watch of 1 bytes at 0x20100> by vCPU 0>"):
+    with pytest.raises(
+        RuntimeError, match="of <WatchpointHit of <Watchpoint of 1 bytes at 0x20100> by vCPU 0>"
+    ):
         guest.go()
     first.remove()
     guest.breakpoints.watch(AT, 1, lambda touch: touch.set_registers(rip=CODE + 14))
@@ -304,14 +306,14 @@ def test_bad_ranges(make: Make) -> None:
     refused(-1, 4, "must be at least 0x0")
     refused(0x4000_0000, 4, "a gfn is a hole")
     guest.breakpoints.insert(CODE, guest.note)
-    refused(guest.breakpoints._pages[CODE >> 12].shadow_gfn << 12, 4, "is a shadow")
+    refused(guest.breakpoints._session.guarded.pages[CODE >> 12].shadow_gfn << 12, 4, "is a shadow")
     assert guest.go().halted
 
 
 @STEPS
 def test_a_view_that_xen_has_reset(make: Make, fast: bool) -> None:
     guest = make(store_byte(AT, 1) + HALT, fast=fast)
-    watch: Watch = guest.breakpoints.watch(AT, 1)
+    watch: Watchpoint = guest.breakpoints.watch(AT, 1)
     assert guest.breakpoints.verify() == []
     guest.host.altp2m_set_mem_access(guest.domid, guest.breakpoints.hooks.id, DATA >> 12, 7)
     assert guest.breakpoints.verify() == [DATA >> 12]
@@ -347,7 +349,7 @@ def test_a_page_that_is_mapped_later(make: Make, fast: bool) -> None:
     guest.computer.map(new, 0)
     seen: list[int | None] = []
     space = guest.dom.memory.address_space()
-    hook = guest.breakpoints.insert_linear(space, new + 4, lambda hit: seen.append(hook.physical))
+    hook = guest.breakpoints.insert_va(space, new + 4, lambda hit: seen.append(hook.physical))
     assert hook.physical is None
     assert guest.go().halted
     assert seen == [first + 4, second + 4, second + 4]
@@ -355,7 +357,7 @@ def test_a_page_that_is_mapped_later(make: Make, fast: bool) -> None:
     assert guest.register("rbx") == 3
     hook.remove()
     hook.remove()
-    assert guest.breakpoints._watched == {}
+    assert guest.breakpoints._session.guarded.watched == {}
 
 
 @WAYS
@@ -365,7 +367,7 @@ def test_a_hit_is_one_hit_though_tables_are_marked(make: Make, fast: bool, int3:
     guest = make(load_linear + HALT, {DATA: b"\5"}, fast=fast, int3=int3)
     guest.computer.go_long()
     space = guest.dom.memory.address_space()
-    hook = guest.breakpoints.insert_linear(space, CODE, guest.note)
+    hook = guest.breakpoints.insert_va(space, CODE, guest.note)
     assert guest.go().halted
     assert guest.seen == [CODE]
     assert hook.hits == 1
@@ -400,7 +402,7 @@ def test_tables_that_come_one_by_one(make: Make) -> None:
     guest = make(code, {0x70000: NOP * 2 + b"\xff\xc3\xc3"}, rbx=0)
     guest.computer.go_long()
     space = guest.dom.memory.address_space()
-    hook = guest.breakpoints.insert_linear(space, far, guest.note)
+    hook = guest.breakpoints.insert_va(space, far, guest.note)
     assert guest.go().halted
     assert guest.seen == [far]
     assert (hook.physical, guest.register("rbx")) == (0x70000, 1)
@@ -409,10 +411,10 @@ def test_tables_that_come_one_by_one(make: Make) -> None:
 def test_linear_addresses_are_checked(make: Make) -> None:
     guest = make(HALT)
     with pytest.raises(xa.InvalidArgumentError, match="paging is off"):
-        guest.breakpoints.insert_linear(guest.dom.memory.address_space(), CODE, guest.note)
+        guest.breakpoints.insert_va(guest.dom.memory.address_space(), CODE, guest.note)
     guest.computer.go_long()
     with pytest.raises(xa.InvalidArgumentError, match="must be 0x0 to 0xffffffffffffffff"):
-        guest.breakpoints.insert_linear(guest.dom.memory.address_space(), -1, guest.note)
+        guest.breakpoints.insert_va(guest.dom.memory.address_space(), -1, guest.note)
     assert guest.go().halted
 
 
@@ -430,7 +432,7 @@ def test_a_trace_of_what_is_not_mapped_yet(tmp_path: Path) -> None:
     with (
         xa.connect(host) as xen,
         xen.domain(computer.domid) as dom,
-        dom.trace("late", "never", symbols=symbols, returns=True, trust=True) as trace,
+        xa.Trace(dom, "late", "never", symbols=symbols, returns=True, trust=True) as trace,
     ):
         host.steps_at_once = 200
         seen = list(trace.calls(timeout=0.01))
@@ -461,7 +463,7 @@ def test_a_trace_of_what_changes_the_page_tables(tmp_path: Path, high: bool) -> 
     with (
         xa.connect(host) as xen,
         xen.domain(computer.domid) as dom,
-        dom.trace("switch", symbols=Symbols.open(kernel), returns=True, trust=True) as trace,
+        xa.Trace(dom, "switch", symbols=Symbols.open(kernel), returns=True, trust=True) as trace,
     ):
         host.steps_at_once = 200
         seen = list(trace.calls(timeout=0.01))
@@ -480,7 +482,7 @@ def test_a_trace_before_paging_is_on(tmp_path: Path) -> None:
         xen.domain(computer.domid) as dom,
         pytest.raises(xa.NotMappedError, match="has not turned paging on yet"),
     ):
-        dom.trace("early", symbols=Symbols.open(kernel))
+        xa.Trace(dom, "early", symbols=Symbols.open(kernel))
 
 
 @pytest.mark.parametrize("how", ["carried", "reset"])
@@ -492,10 +494,10 @@ def test_tables_that_were_written_unheard(make: Make, how: str) -> None:
     guest = make(call_linear(new) + HALT, {first: b"\xc3", second: b"\xc3"})
     guest.computer.go_long(flags=present)
     guest.computer.map(new, first | present)
-    hook = guest.breakpoints.insert_linear(guest.dom.memory.address_space(), new, guest.note)
+    hook = guest.breakpoints.insert_va(guest.dom.memory.address_space(), new, guest.note)
     assert hook.physical == first
     if how == "carried":
-        with guest.dom.carried():
+        with xa.Migration(guest.dom):
             guest.dom.memory.write(entry, (second | present).to_bytes(8, "little"))
     else:
         guest.dom.memory.write(entry, (second | present).to_bytes(8, "little"))
@@ -546,7 +548,7 @@ def test_fault_10_each_dword_on_the_stack(
         written = written.replace(words(0xB9), words(AT + 8))
         guest.computer.write(AT + 4, words(0x99))
     guest.computer.write(AT, words(0x77))
-    touches: dict[int, list[Touch]] = {}
+    touches: dict[int, list[WatchpointHit]] = {}
     first = TOP - len(written)
     for at in range(first - 8, TOP + 4, 4):
         touches[at] = []
@@ -723,7 +725,7 @@ def test_fault_10_a_vcpu_that_never_ends_its_step(
     fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one that another resets within it: the others wait for a while, and then go on."""
-    monkeypatch.setattr(breakpoints_module, "_MOST_REFUSALS", 5)
+    monkeypatch.setattr(UsedTurn, "MOST_REFUSALS", 5)
     host = MockBackend(memory_pages=1 << 13)
     code = store_byte(AT, 1) + b"\xeb\xfe"
     computer = Computer(code, host=host, vcpus=2)
@@ -869,8 +871,8 @@ def test_fault_17_a_hole_in_much_memory(make: Make) -> None:
     guest = make(HALT)
     with pytest.raises(xa.InvalidArgumentError, match="a gfn is a hole"):
         guest.breakpoints.watch(0, 3 << 20)  # it has two
-    assert guest.breakpoints._watched == {}
-    assert guest.breakpoints._used_view is None
+    assert guest.breakpoints._session.guarded.watched == {}
+    assert guest.breakpoints._session.views.used is None
     assert guest.go().halted
 
 
@@ -973,8 +975,10 @@ def compared(make: Make, seed: int, **options: bool) -> int:
     prepare(guest.computer)
     told: list[tuple[int, bool, bytes, bool]] = []
 
-    def note(which: int) -> Callable[[Touch], None]:
-        return lambda touch: told.append((which, touch.written, touch.watch.read(), touch.certain))
+    def note(which: int) -> Callable[[WatchpointHit], None]:
+        return lambda touch: told.append(
+            (which, touch.written, touch.watchpoint.read(), touch.certain)
+        )
 
     for which, (at, length, reads) in enumerate(ranges):
         guest.breakpoints.watch(at, length, after=note(which), reads=reads)

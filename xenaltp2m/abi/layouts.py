@@ -101,7 +101,7 @@ class Steps(Generic[T]):
 
 
 def _run(start: int, width: int, names: str, prefix: str = "") -> dict[str, Field]:
-    """Equally wide fields, one behind the other."""
+    """Return equally wide fields, each directly after the one before."""
     return {
         prefix + name: Field(start + index * width, width)
         for index, name in enumerate(names.split())
@@ -261,7 +261,7 @@ VM_EVENT_RING: Final = Layout(
 
 
 def _vm_event(size: int, registers: Mapping[str, Field]) -> Layout:
-    """The parts all versions share, and the version's registers behind them."""
+    """Return the parts that all versions share, followed by the version's registers."""
     return Layout(
         size,
         MappingProxyType(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What each Xen release has: the one table behind numbers, presence and the mock's rules.
+"""Properties of each Xen release: one table for numbers, presence and the mock's rules.
 
 Presence decides wherever it can (is the symbol there?). The facts here are those that only the
 release tells, each with the commit or function that made the difference.

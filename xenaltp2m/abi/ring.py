@@ -69,7 +69,7 @@ class Ring:
         self.state: tuple[int, int, tuple[Request, ...], int] = (produced, produced, (), 0)
 
     def clear(self) -> None:
-        """Set it up anew (``SHARED_RING_INIT``), which Xen leaves to the agent."""
+        """Initialise it (``SHARED_RING_INIT``), which Xen leaves to the agent."""
         self._page[: VM_EVENT_RING.size] = bytes(VM_EVENT_RING.size)
         self.indices[_REQ_EVENT] = self.indices[_RSP_EVENT] = 1
         self.state = (0, 0, (), 0)

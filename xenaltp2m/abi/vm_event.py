@@ -118,7 +118,7 @@ def layout(version: int) -> Layout:
 
 
 def as_line(raw: bytes, *, response: bool = False) -> dict[str, Any]:
-    """Tell of a request or a response as JSON has it: what it is, its vCPU, and its bytes."""
+    """Describe a request or a response as a JSON object: its kind, its vCPU and its bytes."""
     _, flags, reason, vcpu, _ = HEAD.unpack_from(raw)
     if response:
         return {"response": words_of(flags), "vcpu": vcpu, "raw": raw.hex()}

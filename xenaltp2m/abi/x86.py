@@ -344,6 +344,7 @@ class Gate(NamedTuple):
 _PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3") | frozenset(
     range(0x40, 0x50)
 )
+_PREFIX_BYTES = bytes(_PREFIXES)
 _EXITING = re.compile(
     rb"(?=[\x6c-\x6f\x9c\x9d\xcc-\xcf\xe4-\xe7\xec-\xef\xf1\xf4\xfa\xfb]"
     rb"|\x0f(?:[\x00\x01\x05-\x09\x20-\x23\x30-\x35\xa2\xc7]|\Z))",
@@ -440,22 +441,41 @@ class Repeated(NamedTuple):
         return self.opcode in (0xAA, 0xAB)
 
 
+def _prefixes_of(code: bytes, long: bool) -> bytes | None:
+    """Return an instruction's prefixes; None for INC and DEC, or if ``code`` has nothing else."""
+    prefixes = code[: len(code) - len(code.lstrip(_PREFIX_BYTES))]
+    if len(prefixes) == len(code):
+        return None
+    if prefixes and not long and any(0x40 <= one < 0x50 for one in prefixes):
+        return None
+    return prefixes
+
+
+def _rex_of(prefixes: bytes) -> int:
+    """Return the REX prefix, which counts as the last one only; 0 if there is none."""
+    return prefixes[-1] if prefixes and 0x40 <= prefixes[-1] < 0x50 else 0
+
+
+def _operand_size(prefixes: bytes, default_size: int) -> int:
+    if _rex_of(prefixes) & 8:
+        return 8
+    return 6 - default_size if 0x66 in prefixes else default_size
+
+
 def repeated(code: bytes, long: bool, default_size: int) -> Repeated | None:
     """Decode a repeated string instruction; None for any other."""
-    prefixes = code[: len(code) - len(code.lstrip(bytes(_PREFIXES)))]
-    opcode = code[len(prefixes)] if len(prefixes) < len(code) else 0
-    if opcode not in _STRING or not {0xF2, 0xF3} & {*prefixes}:
+    prefixes = _prefixes_of(code, long)
+    if prefixes is None or not (0xF2 in prefixes or 0xF3 in prefixes):
         return None
-    if not long and any(0x40 <= one < 0x50 for one in prefixes):
-        return None  # INC and DEC
-    is_wide = long and 0x48 <= prefixes[-1] < 0x50
-    size = 8 if is_wide else 6 - default_size if 0x66 in prefixes else default_size
+    opcode = code[len(prefixes)]
+    if opcode not in _STRING:
+        return None
     bits = 64 if long else 8 * default_size
     if 0x67 in prefixes:
         bits = {64: 32, 32: 16, 16: 32}[bits]
     segments = [_SEGMENT_PREFIXES[one] for one in prefixes if one in _SEGMENT_PREFIXES]
     source = segments[-1] if segments else "ds"
-    width = size if opcode & 1 else 1
+    width = _operand_size(prefixes, default_size) if opcode & 1 else 1
     return Repeated(opcode, width, (1 << bits) - 1, source, len(prefixes) + 1)
 
 
@@ -469,45 +489,32 @@ _NO_MODRM = frozenset(
 def decode(code: bytes, long: bool, default_size: int) -> Decoded | None:
     """Decode an instruction that exits; None for any other, or where ``code`` ends too early.
 
-    Of an operand in memory only the ModRM byte is looked at, and the length is then 0.
+    With an operand in memory, only the ModRM byte is decoded, and the length is 0.
     """
-    size, rex, repeats, at = default_size, 0, False, 0
-    while at < len(code) and code[at] in _PREFIXES:
-        byte = code[at]
-        if 0x40 <= byte < 0x50:
-            if not long:
-                return None  # INC and DEC
-            rex = byte
-        else:
-            rex = 0
-            if byte == 0x66:
-                size = 2 if default_size == 4 else 4
-            repeats = repeats or byte in (0xF2, 0xF3)
-        at += 1
-    if at >= len(code):
+    prefixes = _prefixes_of(code, long)
+    if prefixes is None:
         return None
-    if rex & 8:
-        size = 8
-    opcode = code[at]
-    at += 1
-    modrm = immediate = 0
+    at = len(prefixes)
+    opcode, length, modrm, immediate = code[at], at + 1, 0, 0
     if opcode == 0x0F:
-        if at >= len(code):
+        if length == len(code):
             return None
-        opcode = 0x0F00 | code[at]
-        at += 1
+        opcode = 0x0F00 | code[length]
+        length += 1
         if opcode not in _NO_MODRM:
-            if at >= len(code):
+            if length == len(code):
                 return None
-            modrm = code[at]
-            at += 1
-            if modrm < 0xC0 and not 0x0F20 <= opcode <= 0x0F23:
-                at = 0
-    if opcode in _IMMEDIATE:
-        if at >= len(code):
+            modrm = code[length]
+            is_register = modrm >= 0xC0 or 0x0F20 <= opcode <= 0x0F23
+            length = length + 1 if is_register else 0
+    elif opcode in _IMMEDIATE:
+        if length == len(code):
             return None
-        immediate = code[at]
-        at += 1
+        immediate = code[length]
+        length += 1
     if not _EXITING.match(bytes([opcode]) if opcode < 0x0F00 else opcode.to_bytes(2, "big")):
         return None
-    return Decoded(opcode, at, modrm, immediate, rex, size, repeats)
+    if not prefixes:
+        return Decoded(opcode, length, modrm, immediate, 0, default_size, repeats=False)
+    size, repeats = _operand_size(prefixes, default_size), 0xF2 in prefixes or 0xF3 in prefixes
+    return Decoded(opcode, length, modrm, immediate, _rex_of(prefixes), size, repeats)

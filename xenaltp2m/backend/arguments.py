@@ -163,7 +163,7 @@ def refuse_livelock(op: str, gfn: int) -> None:
 
 
 def only_domid(name: str, domids: Sequence[int]) -> int | None:
-    """Return the domid behind a name, of all that have it; None where there is none.
+    """Return the only domid with a name, or None if there is none.
 
     xenstore keeps no name from being given twice, and libxl takes the first that it finds.
     """

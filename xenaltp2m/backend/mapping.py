@@ -2,7 +2,7 @@
 """Foreign pages as memoryviews, unmapped only once nothing in Python can touch them any more.
 
 A read through a slice of pages that were unmapped kills the process. ``memoryview.release`` does
-not tell of slices, but the object that lends them all their memory lives as long as the last one.
+not report slices, but the object that lends them all their memory lives as long as the last one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Mapping:
             writable: Whether they may be written; a write to pages mapped read-only would fault.
             unmap: Undoes the mapping.
         """
-        # A memoryview's view would hold on to what that one views, and not to it.
+        # A memoryview of a memoryview references what that one views, and not that one.
         views = [memoryview(PickleBuffer(one)) for one in memory]
         pieces = views if writable else [view.toreadonly() for view in views]
         self.whole = pieces[0]

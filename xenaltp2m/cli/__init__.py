@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The command line: parses, calls the public API, prints. Nothing depends on it."""
+"""The command line: parses, calls the public API, prints. No other part depends on it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from xenaltp2m.cli.arguments import FileError
 from xenaltp2m.cli.console import Console
 from xenaltp2m.cli.host import MOCK_DOMAIN
 from xenaltp2m.errors import left_in_place
-from xenaltp2m.journal import DIRECTORY
+from xenaltp2m.handles.journal import DIRECTORY
 
 DONE, REFUSED, USAGE, LEFTOVER, INTERRUPTED = 0, 1, 2, 3, 130
 
 _RELEASES = "{}.{} to {}.{}".format(*SUPPORTED[0], *SUPPORTED[-1])
 _EXIT_CODES = """\
 exit codes:
-  0    done; what was to be undone is undone, after Ctrl-C and SIGTERM, too
-  1    refused: by Xen, by the domain's configuration or state, or there is no such domain or
-       library, or nobody reads on; doctor has found a problem, state diff or verify a difference
-  2    wrong arguments, or a file that was named cannot be used: an image, a state, a recording
-  3    something could not be undone, whatever ended the command; the message says what is left
+  0    done; all changes are undone, after Ctrl-C and SIGTERM, too
+  1    refused by Xen, or by the domain's configuration or state; or the domain or library does
+       not exist; or the output was closed; doctor: there is a problem; state diff and verify:
+       there is a difference
+  2    wrong arguments, or a file given by name cannot be used: an image, a state, a recording
+  3    a change could not be undone, whatever ended the command; the message lists what is left
   130  interrupted before anything was changed
 """
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code; ``xenaltp2m --help`` lists them.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # which may lack what names in a guest are made of
+        if isinstance(stream, io.TextIOWrapper):  # its encoding may lack letters of guests' names
             stream.reconfigure(errors="backslashreplace")
     top = parser()
     options = top.parse_args(argv)
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.xen is not None and options.connect != "mock":
             top.error("--xen chooses the mock's release: add --connect mock")
         if options.record is not None and options.connect.startswith(REPLAY):
-            top.error("what is replayed is recorded already")
+            top.error("--record does not apply to --connect replay: that is recorded already")
     console = Console(options.json, options.quiet)
     try:
         with warnings.catch_warnings():
@@ -72,14 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         return _ended(error, "interrupted", INTERRUPTED, console)
     except BrokenPipeError as error:
-        # Nobody reads on; Python's flush at exit must not complain of it.
+        # The output was closed; Python's flush at exit must not raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _ended(error, "nobody reads the output", REFUSED, console)
+        return _ended(error, "the output was closed", REFUSED, console)
     return DONE
 
 
 def _ended(error: BaseException, how: str, code: int, console: Console) -> int:
-    """Say what is left, if something is, of a command that has no more to say."""
+    """Report what is still in place after a command that has ended early, if anything is."""
     left = left_in_place(error)
     if left is not None:
         console.error(xa.LeftoverError(f"{how}, and not everything could be undone", left=left))
@@ -91,14 +92,14 @@ def _exit_code(error: BaseException, otherwise: int) -> int:
 
 
 def _is_usage(error: xa.XenError) -> bool:
-    """Tell wrong arguments, or a file that cannot be used, from what a domain or a host refuses."""
+    """Return whether an error comes from the arguments or a file, not from a domain or a host."""
     if isinstance(error, xa.InvalidArgumentError):
         return error.errno is None  # not Xen's
     return isinstance(error, xa.SymbolError | xa.RecordingError | FileError)
 
 
 def parser() -> argparse.ArgumentParser:
-    """Make what parses the arguments: the manual page and shells' completions come from it, too."""
+    """Make the parser; the manual page and the shells' completions are generated from it, too."""
     parser = argparse.ArgumentParser(
         prog="xenaltp2m",
         description="Alternate views of a guest's physical memory (Xen altp2m).",
@@ -116,18 +117,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 class Command(Protocol):
-    """What a command's module has."""
+    """The interface of a command's module."""
 
     SUMMARY: str
-    """What it does, in a line that begins small."""
+    """What the command does, in one line that begins in lower case."""
     KEYS: str
-    """What else there is to know, the keys of its JSON among it."""
+    """The rest of its help, with the keys of its JSON output."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare its arguments."""
+        """Declare the command's arguments."""
 
     def run(self, options: argparse.Namespace, console: Console) -> None:
-        """Run it."""
+        """Run the command."""
 
 
 _COMMANDS: Final[dict[str, Command]] = {
@@ -162,29 +163,29 @@ def _add_command(
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    """Add what may stand before the command as well as after it."""
+    """Add the options that may stand before or after the command."""
     absent = argparse.SUPPRESS
     parser.add_argument(
         "--connect",
         type=_backend,
         default=absent,
         metavar="{libxc,mock,replay:FILE}",
-        help=f"the Xen this runs on (default), a mock of it with one domain, {MOCK_DOMAIN!r}, "
-        "or what --record has written",
+        help=f"the Xen this runs on (default), a mock with one domain, {MOCK_DOMAIN!r}, "
+        "or a file that --record has written",
     )
     parser.add_argument(
         "--journal",
         default=absent,
         metavar="DIRECTORY",
-        help=f"where journals are (default: {DIRECTORY}, on the mock none); with one the mock's "
-        "domain has the views that state import has left",
+        help=f"the directory of journals (default: {DIRECTORY}, for the mock none); with one, the "
+        "mock's domain has the views that state import has left",
     )
     parser.add_argument(
         "--record",
         default=absent,
         metavar="FILE",
-        help="write all that is asked of Xen and what it answers to a new file, which may then "
-        "hold what the guest keeps secret",
+        help="write all calls to Xen and their results to a new file, which may then "
+        "contain secrets of the guest",
     )
     parser.add_argument(
         "--xen",

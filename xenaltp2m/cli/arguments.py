@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The arguments that several commands take, of one name and one meaning in all of them."""
+"""Arguments shared by several commands, with one name and one meaning."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import xenaltp2m as xa
 from xenaltp2m.cli.pages import counted
-from xenaltp2m.hazards import NAMES
+from xenaltp2m.handles.hazards import NAMES
 
 _ACCESSES = {
     name: xa.Access[name.upper()]
@@ -20,11 +20,11 @@ _ACCESSES = {
 
 
 class FileError(xa.StateError):
-    """A file that was named as an argument cannot be read, written or used."""
+    """A file given as an argument cannot be read, written or used."""
 
 
 def seconds(text: str) -> float:
-    """Turn an argument into a time."""
+    """Parse a number of seconds."""
     try:
         found = float(text)
     except ValueError:
@@ -35,7 +35,7 @@ def seconds(text: str) -> float:
 
 
 def number_among(text: str, among: range, what: str) -> int:
-    """Turn an argument into one of these numbers."""
+    """Parse a number within a range."""
     try:
         number = int(text, 0)
     except ValueError:
@@ -56,7 +56,7 @@ def add_repeated(
 
 
 def add_domain(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
-    """Declare the domain that a command is about."""
+    """Declare the domain that a command works on."""
     count = "?" if optional else None
     parser.add_argument("domain", metavar="DOMAIN", nargs=count, help="a domid, a name or a uuid")
 
@@ -74,7 +74,7 @@ def add_image(parser: argparse.ArgumentParser, *, required: bool = False) -> Non
 def add_access(
     parser: argparse.ArgumentParser, default: str, what: str, without: Iterable[str] = ()
 ) -> None:
-    """Declare the access that a view gives."""
+    """Declare the access of a view."""
     known = [name for name in _ACCESSES if name not in without]
 
     def access(text: str) -> xa.Access:
@@ -92,23 +92,23 @@ def add_access(
 
 
 def add_accept(parser: argparse.ArgumentParser) -> None:
-    """Declare what hazards are accepted, of a command that opens altp2m."""
-    what = "go on although the domain has this hazard, such as passthrough"
+    """Declare the accepted hazards, for a command that opens altp2m."""
+    what = "proceed although the domain has this hazard, for example passthrough"
     add_repeated(parser, "--accept", "accept", "HAZARD", what, choices=NAMES)
 
 
 def add_duration(parser: argparse.ArgumentParser, what: str = "end") -> None:
-    """Declare when a command that goes on ends by itself."""
+    """Declare the duration after which a command ends."""
     parser.add_argument(
         "--duration",
         type=seconds,
         metavar="SECONDS",
-        help=f"{what} after so long (default: at Ctrl-C)",
+        help=f"{what} after so many seconds (default: at Ctrl-C)",
     )
 
 
 def add_count(parser: argparse.ArgumentParser, noun: str, default: int | None = None) -> None:
-    """Declare after how many of something a command ends."""
+    """Declare the number of results after which a command ends."""
     shown = "" if default is None else f" (default: {default})"
     parser.add_argument(
         "--count",
@@ -120,7 +120,7 @@ def add_count(parser: argparse.ArgumentParser, noun: str, default: int | None = 
 
 
 def until(options: argparse.Namespace, noun: str | None = None) -> str:
-    """Say when a command ends by its duration, and by how many of ``noun``."""
+    """Describe when a command ends: by its duration, and by the number of ``noun``."""
     text = "until Ctrl-C" if options.duration is None else f"for {options.duration:g} s"
     if noun is None or options.count is None:
         return text

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where the command line's results and remarks go: tables, JSON, progress, errors."""
+"""Print the command line's results and remarks: tables, JSON, progress, errors."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 import xenaltp2m as xa
-from xenaltp2m.view import Progress
+from xenaltp2m.values.gfns import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
 _QUICK_SECONDS = 0.5
-"""What takes less needs no progress."""
+"""An operation that takes less shows no progress."""
 
 
 class Table:
-    """Rows of text under a head; numbers stand to the right."""
+    """Rows of text under a head; columns of numbers are aligned to the right."""
 
     def __init__(
         self, head: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None
@@ -34,7 +34,7 @@ class Table:
         ]
 
     def plain(self) -> str:
-        """Return it aligned with spaces."""
+        """Return the table aligned with spaces."""
         lines = [list(self.head), *self.rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         texts = [
@@ -48,7 +48,7 @@ class Table:
 
 
 class Console:
-    """Where results and remarks go."""
+    """The outputs for results and remarks."""
 
     def __init__(self, as_json: bool, quiet: bool) -> None:
         self.as_json = as_json
@@ -57,7 +57,7 @@ class Console:
         self._rows_in_place = 0
 
     def result(self, document: dict[str, Any], table: Table | None = None) -> None:
-        """Print the result, as JSON or as a table, if it is one for those who read."""
+        """Print the result: the document as JSON, or else the table."""
         if self.as_json:
             print(json.dumps(document, indent=2), flush=True)
         elif table is not None:
@@ -68,11 +68,11 @@ class Console:
         _print_table(table, sys.stdout)
 
     def coloured(self, lines: Sequence[Sequence[tuple[str, str | None]]]) -> None:
-        """Print lines of texts, each with its colours where somebody watches; rich names them."""
+        """Print lines of texts, each in its colours if stdout is a terminal; rich names them."""
         _print_coloured(lines, sys.stdout)
 
     def in_place(self, table: Table) -> None:
-        """Show a table where the one before is, where somebody watches."""
+        """Print a table over the previous one, if stdout is a terminal."""
         if sys.stdout.isatty() and not self.as_json:
             back = f"\033[{self._rows_in_place}A\033[J" if self._rows_in_place else ""
             text = table.plain()
@@ -80,25 +80,25 @@ class Console:
             print(f"{back}{text}", flush=True)
 
     def line(self, text: str) -> None:
-        """Print a line of a result that comes bit by bit, above the status."""
+        """Print a line of a result that arrives over time, above the status line."""
         status = self._status
         self.status("")
         print(text, flush=True)
         self.status(status)
 
     def status(self, text: str) -> None:
-        """Show how things stand, in place, where somebody watches; nothing if empty."""
+        """Show a status line, if stderr is a terminal; an empty text removes it."""
         if not self._quiet and sys.stderr.isatty() and (text or self._status):
             print(f"\r\033[K{printable(text)}", end="", file=sys.stderr, flush=True)
             self._status = text
 
     def note(self, text: str) -> None:
-        """Remark on the course of things."""
+        """Print a remark, unless the command is quiet."""
         if not self._quiet:
             self._tell(text)
 
     def warn(self, text: str) -> None:
-        """Tell of something the user should know."""
+        """Print a warning."""
         self._tell(f": {text}", ("xenaltp2m: warning", "bold yellow"))
 
     def _tell(self, text: str, head: tuple[str, str] | None = None) -> None:
@@ -108,7 +108,7 @@ class Console:
         self.status(status)
 
     def error(self, error: xa.XenError) -> None:
-        """Print an error in one line, and what may help below it."""
+        """Print an error in one line, and its hints below."""
         headline = error.message.partition("\n")[0].removesuffix("; tried:")
         lines = [f"  hint: {hint}" for hint in error.hint]
         if isinstance(error, xa.LibraryError):
@@ -121,7 +121,7 @@ class Console:
         _print_coloured([head, *([(line, None)] for line in lines)], sys.stderr)
 
     def progress(self, what: str) -> Progress:
-        """Return what shows how far something is, in place, where somebody watches."""
+        """Return a callback that shows progress in place, if stderr is a terminal."""
         if self._quiet or not sys.stderr.isatty():
             return _silent
         started = time.monotonic()
@@ -144,7 +144,7 @@ def _silent(done: int, total: int) -> None:
 
 
 def _rich(stream: TextIO) -> RichConsole | None:
-    """Return what writes in colours, where somebody watches; it obeys NO_COLOR and TERM."""
+    """Return rich's console if the stream is a terminal; it obeys NO_COLOR and TERM."""
     if not stream.isatty():
         return None
     try:
@@ -155,7 +155,7 @@ def _rich(stream: TextIO) -> RichConsole | None:
 
 
 def _print_table(table: Table, stream: TextIO) -> None:
-    """Print a table, with rich where it is there."""
+    """Print a table, with rich if it is installed."""
     console = _rich(stream)
     if console is None:
         print(table.plain(), file=stream, flush=True)
@@ -175,7 +175,7 @@ def _print_table(table: Table, stream: TextIO) -> None:
 
 
 def _print_coloured(lines: Iterable[Sequence[tuple[str, str | None]]], stream: TextIO) -> None:
-    """Print lines of texts, each in its colours, with rich where it is there."""
+    """Print lines of texts, each in its colours, with rich if it is installed."""
     shown = [[(printable(text), colours or "") for text, colours in line] for line in lines]
     console = _rich(stream)
     if console is None:
@@ -189,7 +189,7 @@ def _print_coloured(lines: Iterable[Sequence[tuple[str, str | None]]], stream: T
 
 
 def printable(text: str) -> str:
-    """Show control characters instead of obeying them: names come from images and guests."""
+    """Escape control characters, because names come from images and guests."""
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode()
         for letter in text

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``demo``: trace a function of a guest that looks for observers, in vain."""
+"""``demo``: trace a function of a guest that searches for observers and finds none."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ from typing import Any
 import xenaltp2m as xa
 from xenaltp2m.cli.arguments import add_count
 from xenaltp2m.cli.console import Console, Table
-from xenaltp2m.cli.host import MOCK_DOMAIN, Stop, connect, is_altp2m_active, note_undone
+from xenaltp2m.cli.host import MOCK_DOMAIN, StopRequest, connect, is_altp2m_active, note_undone
 from xenaltp2m.cli.pages import counted
-from xenaltp2m.symbols import Image
-from xenaltp2m.tracing import Call, Seen, Trace
+from xenaltp2m.tools.symbols import Image
+from xenaltp2m.tools.tracing import Call, Seen, Trace
 
-SUMMARY = "trace a function of a guest that looks for observers, in vain"
+SUMMARY = "trace a function of a guest that searches for observers and finds none"
 
 IMAGE = Path(__file__).parent / "checker.elf"
 _NAME = "checker"
 
 KEYS = """\
 The guest is a small one that comes with this package. It sums its own code up, reads it byte by
-byte, patches it, counts its calls, and looks behind its memory for pages that somebody has added;
-it counts what is not as it should be. A breakpoint in a shadow page of its function `target` tells
-of each call, and the guest finds its own code there.
+byte, patches it, counts its calls, and searches for added pages beyond its memory; it counts every
+difference that it finds. A breakpoint in a shadow page of its function `target` reports each call,
+while the guest still reads its own code.
 
 It runs in a simulator (the extra sim). With --connect libxc it is a real guest, checker, which you
-start and which runs on afterwards, untraced; where there is none, the error says how to start it.
+start, and which keeps running untraced afterwards; if there is none, the error says how to start
+it.
 
 --json prints one object:
   xen, backend, domid, name, image, function
   calls      [{"number", "vcpu", "rip", "rsp", "rbx", "rsi", "caller", "caller_symbol"}]
-  noticed    how many differences the guest has noticed; null where it has not looked yet
-  passes     how often it has looked
+  noticed    the number of differences that the guest has found; null before its first check ends
+  passes     the number of its checks
 """
 
 _START = (
@@ -49,7 +50,7 @@ _CALLS = 200
 _SHOWN = 10
 _TICK_SECONDS = 0.25
 _PATIENCE = 10.0
-"""Seconds without a call."""
+"""Seconds without a call after which the demo gives up."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +71,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     image = Image.open(str(IMAGE))
     name = MOCK_DOMAIN if options.connect == "mock" else _NAME
     with ExitStack() as stack:
-        stop = stack.enter_context(Stop())
+        stop = stack.enter_context(StopRequest())
         xen = stack.enter_context(connect(options, console, image, start=False))
         domain = stack.enter_context(_domain(xen, name))
         was_active = is_altp2m_active(domain, console)
@@ -80,7 +81,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
             f"({xen.backend.name}): {counted(options.count, 'call')}."
         )
         demo = _Demo(domain, image, options.count)
-        trace = stack.enter_context(domain.trace(_FUNCTION, symbols=image))
+        trace = stack.enter_context(Trace(domain, _FUNCTION, symbols=image))
         stop.wake = trace.stop
         if domain.info().paused:
             xen.backend.domain_unpause(domain.domid)
@@ -104,7 +105,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         if more := demo.calls[_SHOWN:]:
             console.line(f"and {len(more)} more")
         found = f"noticed {noticed or 'nothing'} in {counted(passes, 'pass', 'passes')}"
-        console.line(f"The guest's self-check {found if passes else 'has not ended once'}.")
+        console.line(f"The guest's self-check {found if passes else 'has not finished once'}.")
 
 
 def _domain(xen: xa.Xen, name: str) -> xa.Domain:
@@ -113,12 +114,12 @@ def _domain(xen: xa.Xen, name: str) -> xa.Domain:
     except xa.DomainNotFoundError as error:
         raise xa.DomainNotFoundError(
             f"there is no domain {name!r}, the demo's guest",
-            hint=(f"start it: {_START}", "without Xen: leave --connect out"),
+            hint=(f"start it: {_START}", "without Xen: omit --connect"),
         ) from error
 
 
 class _Demo:
-    """Collects calls, and asks the guest at the end what it has noticed."""
+    """Collects calls, and reads at the end what the guest has noticed."""
 
     def __init__(self, domain: xa.Domain, image: Image, count: int) -> None:
         self._domain, self._image, self._count = domain, image, count
@@ -129,13 +130,13 @@ class _Demo:
     def _enough(self) -> bool:
         return len(self.calls) >= self._count
 
-    def listen(self, trace: Trace, stop: Stop) -> None:
-        """Collect calls, until there are enough and the guest has looked at itself once.
+    def listen(self, trace: Trace, stop: StopRequest) -> None:
+        """Collect calls, until there are enough and the guest has checked itself once.
 
         A signal, or the domain's end, ends it, too.
 
         Raises:
-            UnsupportedError: None comes.
+            UnsupportedError: The function is not called.
         """
         clock = self._domain.xen.backend.clock
         patience = clock.monotonic() + _PATIENCE
@@ -152,7 +153,7 @@ class _Demo:
                 )
 
     def _take(self, trace: Trace, seen: Seen) -> None:
-        """Note a call, while its vCPU waits; with the last, look whether it is the end."""
+        """Record a call, while its vCPU waits; stop once the guest has checked itself."""
         if isinstance(seen, Call) and not self._enough:
             symbol = None if seen.caller is None else self._image.locate(seen.caller)
             self.calls.append(
@@ -171,7 +172,7 @@ class _Demo:
             trace.stop()
 
     def self_check(self) -> tuple[int, int]:
-        """How much the guest has noticed, and in how many passes."""
+        """Return how many differences the guest has noticed, and in how many passes."""
         return self._checked or self._read()
 
     def _read(self) -> tuple[int, int]:
@@ -183,7 +184,7 @@ class _Demo:
         return sum(counters), passes
 
     def table(self) -> Table:
-        """The first calls."""
+        """Return a table of the first calls."""
         return Table(
             ("call", "vCPU", *_REGISTERS, "returns to"),
             [

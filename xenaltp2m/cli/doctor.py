@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``doctor``: find out what keeps altp2m from working."""
+"""``doctor``: find what keeps altp2m from working."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ import xenaltp2m as xa
 from xenaltp2m.cli.arguments import add_domain
 from xenaltp2m.cli.console import Console, printable
 from xenaltp2m.cli.host import connect
-from xenaltp2m.doctor import Finding, Grade, Machine, examine, examine_xen, healthy
+from xenaltp2m.handles.hazards import Severity
+from xenaltp2m.tools.doctor import Finding, Machine, examine, examine_xen, healthy
 
-SUMMARY = "find out what keeps altp2m from working, here and on a domain"
+SUMMARY = "find what keeps altp2m from working, on this machine and in a domain"
 
 KEYS = """\
 Each line is a finding: ok; note, worth knowing; warning, something may not work or not hold;
-problem, altp2m cannot be used so. What is not ok has its cause and its cure. The exit code is 1
-where there is a problem.
+problem, altp2m does not work until it is fixed. Every finding other than ok has a cause and a cure.
+The exit code is 1 if there is a problem.
 
-Without DOMAIN the machine and its Xen are looked at. With --connect mock it is the mock and its
-domain, with --connect replay:FILE what Xen told then. --quiet leaves out what is ok.
+Without DOMAIN, the machine and its Xen are checked. --connect mock checks the mock and its domain,
+--connect replay:FILE what Xen answered in the recording. --quiet omits what is ok.
 
 --json prints {"healthy": true or false, "findings": [...]}, each finding with
   check, severity ("ok", "note", "warning", "problem"), evidence, cause, cure, link
 """
 
-_WIDTH = max(map(len, Grade))
+_WIDTH = max(map(len, Severity))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +49,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         console.result({"healthy": healthy(found), "findings": findings})
     else:
         for finding in found:
-            if not (options.quiet and finding.severity is Grade.OK):
+            if not (options.quiet and finding.severity is Severity.OK):
                 _tell(finding, console)
     if not healthy(found):
         raise SystemExit(1)
@@ -63,5 +64,5 @@ def _tell(finding: Finding, console: Console) -> None:
     for name in ("cause", "cure"):
         if text := getattr(finding, name):
             console.line(f"{indent}{name}: {printable(text)}")
-    if finding.severity in (Grade.WARNING, Grade.PROBLEM):
+    if finding.severity in (Severity.WARNING, Severity.PROBLEM):
         console.line(f"{indent}see: {finding.link}")

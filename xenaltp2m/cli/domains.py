@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``list``: the domains of a host and their altp2m."""
+"""``list``: list the domains of a host and their altp2m."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ SUMMARY = "list the domains and their altp2m"
 
 KEYS = """\
 --json prints {"xen", "backend", "domains": [...]}, each domain with
-  domid, name, uuid, type ("hvm", which PVH counts as, or "pv"), state, memory_kib,
+  domid, name, uuid, type ("hvm", also for PVH, or "pv"), state, memory_kib,
   vcpus (online now), max_vcpus, altp2m_mode (null for PV),
-  altp2m_active (null where Xen or the domain has no altp2m)
+  altp2m_active (null if Xen or the domain has no altp2m)
 """
 
 _SHUTDOWN_CRASH = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It has none of its own."""
+    """Declare no arguments: the command has none of its own."""
 
 
 def run(options: argparse.Namespace, console: Console) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The host a command works on, and the signals that wait until it is as it was."""
+"""Connect to a command's host, and delay signals until the host is restored."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from types import FrameType
 from typing import TYPE_CHECKING, Self, TypeAlias
 
 import xenaltp2m as xa
-from xenaltp2m.capturing import restore
 from xenaltp2m.cli.console import Console
-from xenaltp2m.journal import find
-from xenaltp2m.signals import ENDING
-from xenaltp2m.symbols import Image
-from xenaltp2m.view import Progress
-from xenaltp2m.viewstate import MAX_FILE, State
+from xenaltp2m.handles.journal import find
+from xenaltp2m.handles.signals import ENDING
+from xenaltp2m.tools.state.capture import restore
+from xenaltp2m.tools.symbols import Image
+from xenaltp2m.values.gfns import Progress
+from xenaltp2m.values.state import MAX_FILE, State
 
 if TYPE_CHECKING:
     from xenaltp2m.backend.mock import Instruction, MockBackend
 
 Script: TypeAlias = Callable[[int], "list[Instruction]"]
-"""Makes what the mock's guest does, given how many pages it has."""
+"""Makes the program of the mock's guest from the number of its pages."""
 
 MOCK_DOMAIN = "guest"
 _MOCK_VCPUS = 2
@@ -34,7 +34,7 @@ _MIB = 1 << 20
 _MOCK_MEMORY = 16 * _MIB
 _MOCK_MEMORY_LIMIT = 2048 * _MIB
 _MOCK_SPARE = 512 * _MIB
-"""The mock host's memory besides the guest's, for copies of pages."""
+"""The mock host's memory in addition to the guest's, for copies of pages."""
 
 
 @contextlib.contextmanager
@@ -46,17 +46,18 @@ def connect(
     *,
     start: bool = True,
 ) -> Iterator[xa.Xen]:
-    """Open what ``--connect`` names; on the mock, with a guest that the image is loaded into.
+    """Open the host that ``--connect`` names; on the mock, load the image into a guest.
 
     The mock's guest executes the image, if it is a PVH guest's and the simulator is installed.
 
     Args:
         options: The arguments.
-        console: Gets the progress.
+        console: Shows the progress.
         image: The guest's image.
-        script: What the mock's guest does otherwise, on each vCPU, for ever; nothing if None.
-        start: Whether the mock's guest runs, or, where it executes the image, is paused until
-            :func:`begin`.
+        script: Makes the program that each vCPU of the mock's guest repeats if it does not execute
+            the image; None for none.
+        start: Whether the mock's guest starts at once; else a guest that executes the image is
+            paused until :func:`begin`.
     """
     if options.connect != "mock":
         with _host(options) as xen:
@@ -89,20 +90,20 @@ def connect(
         if script is not None and not executes:
             for vcpu in range(_MOCK_VCPUS):
                 backend.load(domid, script(memory // xa.PAGE_SIZE), vcpu, loop=True)
-        options.start_guest = partial(backend.domain_unpause, domid)  # no call of the agent's
+        options.start_guest = partial(backend.domain_unpause, domid)  # not a call of the agent
         if start or not executes:
             begin(options)
         try:
             yield xen
-        finally:  # where the agent failed before it was ready
+        finally:  # if the agent failed before it was ready
             if domid in backend.machine.domains and backend.domain(domid).pauses:
                 backend.domain_unpause(domid)
 
 
 def begin(options: argparse.Namespace) -> None:
-    """Have the mock's guest run, now that the agent is ready; any other does so, or not, by itself.
+    """Start the mock's guest, now that the agent is ready; any other guest is left as it is.
 
-    It executes at once: one that ends soon would have done so before anybody heard of it.
+    It executes at once: a short guest would end before the agent receives any event.
     """
     start_guest = getattr(options, "start_guest", None)
     options.start_guest = None
@@ -120,7 +121,7 @@ def _host(options: argparse.Namespace) -> xa.Xen:
 
 
 def _import_again(backend: MockBackend, domid: int, directory: Path) -> None:
-    """Make the views that an earlier command imported into its mock, which ended with it."""
+    """Restore the views that an earlier command imported into its mock, which ended with it."""
     loader = xa.connect(backend)
     try:
         with loader.domain(domid) as domain:
@@ -135,24 +136,24 @@ def _import_again(backend: MockBackend, domid: int, directory: Path) -> None:
 
 
 def is_altp2m_active(domain: xa.Domain, console: Console) -> bool:
-    """Tell, and warn, whether altp2m is on before we switch it on."""
+    """Return whether altp2m is on before this command switches it on, and warn if it is."""
     active = domain.altp2m_active
     if active:
         console.warn(
-            "altp2m is on already, for another agent or since one was killed: "
-            "the vCPUs leave the view they are in while this holds"
+            "altp2m is on already, because another agent uses it or was killed: "
+            "the vCPUs leave their views while this command runs"
         )
     return active
 
 
 def note_undone(console: Console, *undone: str, was_active: bool) -> None:
-    """Say what was undone, altp2m with it, unless it was on before."""
+    """Print what was undone, altp2m included, unless it was on before."""
     done = undone if was_active else (*undone, "altp2m off")
     console.note(f"Undone: {', '.join(done)}.")
 
 
 def _load(backend: MockBackend, domain: xa.Domain, image: Image, progress: Progress) -> bool:
-    """Put the image into the guest's memory; tell whether the guest executes it."""
+    """Load the image into the guest's memory; return whether the guest executes it."""
     with contextlib.suppress(ImportError, xa.InvalidArgumentError):
         backend.boot(domain.domid, image.name)
         return True
@@ -166,10 +167,10 @@ def _load(backend: MockBackend, domain: xa.Domain, image: Image, progress: Progr
     return False
 
 
-class Signals:
-    """Keeps Ctrl-C, SIGTERM and SIGHUP waiting, so that nothing is left half done or half undone.
+class BlockedSignals:
+    """Blocks Ctrl-C, SIGTERM and SIGHUP, so that no change is left half done or half undone.
 
-    Nothing is held back before :meth:`hold_back`; those that came meanwhile end with the context.
+    Nothing is blocked before :meth:`hold_back`; signals that arrived end with the context.
     """
 
     def __init__(self) -> None:
@@ -181,17 +182,17 @@ class Signals:
         return self
 
     def hold_back(self) -> None:
-        """Keep them waiting from now on; those that are ignored stay so."""
-        # Asked for first: the call that blocks them raises what is on its way already.
+        """Block the signals from now on; those that are ignored stay ignored."""
+        # This call first: the one that blocks raises what is pending already.
         self._before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         signal.pthread_sigmask(signal.SIG_BLOCK, self._ending)
 
     def arrived(self, seconds: float) -> bool:
-        """Wait for one to come, so long at most."""
+        """Wait for a signal, at most so many seconds; return whether one came."""
         return signal.sigtimedwait(self._ending, seconds) is not None
 
     def awaited(self, duration: float | None) -> Iterator[None]:
-        """Yield each second until one comes, or so many seconds are over; None waits for ever."""
+        """Yield each second until a signal comes or the duration is over; None waits for ever."""
         rest = math.inf if duration is None else duration
         while rest > 0 and not self.arrived(min(rest, 1.0)):
             rest -= 1.0
@@ -205,17 +206,17 @@ class Signals:
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal came while something was printed."""
+    """A signal came during output."""
 
 
-class Stop:
-    """Notes Ctrl-C, SIGTERM and SIGHUP, so that what goes on comes to an orderly end.
+class StopRequest:
+    """Notes Ctrl-C, SIGTERM and SIGHUP, so that a running command ends in order.
 
-    Nothing is noted before :meth:`hold_back`. Only output is broken off: nobody may read it.
+    Nothing is noted before :meth:`hold_back`. Only output is interrupted, because it may block.
 
     Attributes:
-        came: Whether one has come.
-        wake: Called when one comes.
+        came: Whether a signal has come.
+        wake: Called when a signal comes.
     """
 
     def __init__(self) -> None:
@@ -228,7 +229,7 @@ class Stop:
         return self
 
     def hold_back(self) -> None:
-        """Note them from now on; one that is ignored stays so."""
+        """Note the signals from now on; one that is ignored stays ignored."""
         for number in ENDING:
             before = signal.getsignal(number)
             if before is not None and before is not signal.SIG_IGN:
@@ -237,7 +238,7 @@ class Stop:
                 signal.signal(number, self._note)
 
     def printing(self, act: Callable[[], None]) -> None:
-        """Do what may take for ever, unless one has come; one that comes ends it."""
+        """Call a function that may block, unless a signal has come; a signal interrupts it."""
         try:
             try:
                 self._printing = True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The pages a command is about, and how they are shown."""
+"""The pages that a command works on, and their representation as text."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from itertools import groupby
 
 import xenaltp2m as xa
 from xenaltp2m.cli.console import Console
-from xenaltp2m.symbols import Image, Symbol
+from xenaltp2m.tools.symbols import Image, Symbol
 
 _MOST_PAGES_OF_A_SYMBOL = 1 << 16
 
 
 def pages(image: Image, symbols: Sequence[Symbol]) -> list[int]:
-    """The gfns of all symbols, few enough to count: sizes are whatever the image says."""
+    """Return the gfns of all symbols; raise if an image claims too many for one of them."""
     gfns: set[int] = set()
     for symbol in symbols:
         own = image.gfns(symbol.name)
@@ -29,10 +29,10 @@ def pages(image: Image, symbols: Sequence[Symbol]) -> list[int]:
 
 
 def check_loaded(domain: xa.Domain, image: Image, symbol: Symbol, console: Console) -> bool | None:
-    """Warn where the guest's memory is not what the image says.
+    """Warn if the guest's memory differs from the image.
 
     Returns:
-        Whether it is; None where the guest may write to it, or the image has only its symbols.
+        Whether it is equal; None if the guest may write to it, or the image has only its symbols.
     """
     segment = image.segment(symbol)
     content = image.content(symbol.address, symbol.size)
@@ -41,12 +41,12 @@ def check_loaded(domain: xa.Domain, image: Image, symbol: Symbol, console: Conso
     found = domain.memory.read(image.physical(symbol), symbol.size)
     if found == content:
         return True
-    console.warn(f"the memory of {symbol.name} in the guest is not what {image.name} has")
+    console.warn(f"the memory of {symbol.name} in the guest differs from {image.name}")
     return False
 
 
 def runs_of_gfns(gfns: Iterable[int]) -> list[str]:
-    """Show gfns, which are in order: neighbouring ones together."""
+    """Format gfns, which must be sorted; adjacent ones become a range."""
     runs = [
         [gfn for _, gfn in run]
         for _, run in groupby(enumerate(gfns), lambda numbered: numbered[1] - numbered[0])
@@ -55,11 +55,11 @@ def runs_of_gfns(gfns: Iterable[int]) -> list[str]:
 
 
 def check_gfns(domain: xa.Domain, gfns: Sequence[int]) -> None:
-    """Refuse gfns above the domain's highest: they are often addresses.
+    """Refuse gfns above the domain's highest: these are often addresses.
 
     Args:
         domain: The domain.
-        gfns: In order.
+        gfns: The gfns, sorted.
 
     Raises:
         InvalidArgumentError: There are some.
@@ -77,16 +77,16 @@ def check_gfns(domain: xa.Domain, gfns: Sequence[int]) -> None:
 
 
 def address_hint(gfn: int) -> tuple[str, ...]:
-    """Ask whether a gfn that is no memory was meant as an address."""
+    """Return a hint for a gfn without memory that may be meant as an address."""
     meant = gfn >> xa.PAGE_SHIFT
     return (f"was the address {gfn:#x} meant? its gfn is {meant:#x}",) if meant else ()
 
 
 def run_of_gfns(first: int, count: int) -> str:
-    """Show neighbouring gfns."""
+    """Format adjacent gfns."""
     return f"{first:#x}" if count == 1 else f"{first:#x}..{first + count - 1:#x}"
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
-    """Show how many there are of something."""
+    """Format a number with its noun."""
     return f"{number} {noun}" if number == 1 else f"{number} {plural or noun + 's'}"

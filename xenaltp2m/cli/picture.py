@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The picture of a state of views: in a file, and in the terminal."""
+"""Draw a state of views into a file, and in the terminal."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from pathlib import Path
 
 from xenaltp2m.cli.arguments import FileError
 from xenaltp2m.cli.console import Console
-from xenaltp2m.viewpicture import html, svg
-from xenaltp2m.viewstate import State
-from xenaltp2m.viewstrips import strips
+from xenaltp2m.tools.state.svg import html, svg
+from xenaltp2m.tools.state.terminal import strips
+from xenaltp2m.values.state import State
 
 _WIDTH = 100
-"""Of a terminal that does not tell."""
+"""The width of a terminal that does not report it."""
 _HEIGHT = 24
 _FILES: dict[str, Callable[[State], str]] = {"html": html, "svg": svg}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare where a picture goes."""
+    """Declare the options for the output files."""
     for kind in _FILES:
         help_text = f"show: draw the views into a file, as {kind.upper()}"
         parser.add_argument(f"--{kind}", metavar="OUT", help=help_text)
 
 
 def wanted(options: argparse.Namespace) -> bool:
-    """Tell whether a picture in a file is asked for."""
+    """Return whether an option asks for a file."""
     return any(getattr(options, kind) is not None for kind in _FILES)
 
 
 def show(state: State, options: argparse.Namespace, console: Console) -> None:
-    """Write the files that are asked for; draw for those who read."""
+    """Write the requested files; draw in the terminal unless the output is JSON."""
     for kind, draw in _FILES.items():
         name = getattr(options, kind)
         if name is None:

@@ -20,25 +20,26 @@ from xenaltp2m.cli.arguments import (
     until,
 )
 from xenaltp2m.cli.console import Console, Table
-from xenaltp2m.cli.host import Signals, begin, connect, is_altp2m_active, note_undone
+from xenaltp2m.cli.host import BlockedSignals, begin, connect, is_altp2m_active, note_undone
 from xenaltp2m.cli.pages import (
     check_loaded,
     counted,
     pages,
     run_of_gfns,
 )
-from xenaltp2m.symbols import Image, Symbol
+from xenaltp2m.tools.symbols import Image, Symbol
 
 SUMMARY = "protect the pages of a symbol in a view, run the guest in it, then undo everything"
 
 KEYS = """\
-While it holds, the guest is watched: what it does against the view lifts the protection of that
-page, for Xen makes it rwx when no monitor listens (or crashes the domain where one is required).
+While the view is in place, it is checked each second. If the guest violates it, that page loses
+its protection: without a monitor Xen makes it rwx (or crashes the domain, if the domain requires
+a monitor).
 
 --json prints one document once the view is in place:
   xen, backend, domid, name, image
-  symbols      [{name, address, physical, size, first_gfn, count, matches}]; matches tells whether
-               the guest's memory is what the image says (null where the guest may write to it)
+  symbols      [{name, address, physical, size, first_gfn, count, matches}]; matches: whether the
+               guest's memory equals the image (null if the guest may write to it)
   view         {id, label}
   vcpus        {vCPU: number of the view it is in}
   differences  [{first_gfn, count, host_access, access, remapped_to, suppress_ve}]: runs of gfns in
@@ -50,14 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_domain(parser)
     add_image(parser, required=True)
-    what = "what to protect, all pages of it"
+    what = "a symbol whose pages to protect"
     add_repeated(parser, "--symbol", "symbols", "NAME", what, required=True)
-    add_access(parser, "rx", "what the guest may do there")
+    add_access(parser, "rx", "what the guest may do with the pages")
     parser.add_argument(
         "--shadow",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="let the view show a copy of each page (default: --shadow)",
+        help="map a copy of each page in the view (default: --shadow)",
     )
     add_duration(parser)
     add_accept(parser)
@@ -69,7 +70,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     symbols = [image.symbol(name) for name in dict.fromkeys(options.symbols)]
     gfns = pages(image, symbols)
     with ExitStack() as stack:
-        signals = stack.enter_context(Signals())
+        signals = stack.enter_context(BlockedSignals())
         xen = stack.enter_context(connect(options, console, image, start=False))
         domain = stack.enter_context(xen.domain(options.domain))
         was_active = is_altp2m_active(domain, console)
@@ -94,7 +95,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         _watch(view, told, console)
     undone = ["vCPUs moved back", f"view {view.id} destroyed"]
     if options.shadow:
-        undone.append(f"{counted(len(gfns), 'page')} taken back")
+        undone.append(f"{counted(len(gfns), 'page')} removed")
     note_undone(console, *undone, was_active=was_active)
 
 
@@ -102,7 +103,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
 def _protected(
     domain: xa.Domain, gfns: Sequence[int], options: argparse.Namespace, console: Console
 ) -> Iterator[tuple[xa.Altp2m, xa.View]]:
-    """Run the guest in a view that protects the pages; what it wrote to copies is kept."""
+    """Run the guest in a view that protects the pages; its writes to copies are kept."""
     copies: list[tuple[int, int, bytes]] = []
     with domain.altp2m(accept=options.accept) as altp2m:
         view = altp2m.create_view(label="protect")
@@ -125,15 +126,15 @@ def _protected(
                 altp2m.close()
                 for gfn, copy, before in copies:
                     if _carry_over(domain.memory, gfn, copy, before):
-                        console.note(f"What the guest wrote to the copy of gfn {gfn:#x} is kept.")
+                        console.note(f"The guest's writes to the copy of gfn {gfn:#x} are kept.")
 
 
 def _carry_over(memory: xa.Memory, gfn: int, copy: int, before: bytes) -> bool:
-    """Put what changed in a copy into the page it is a copy of; tell whether anything did."""
+    """Merge the changes of a copy into its page; return whether there were any."""
     now = memory.read_page(copy)
     if now == before:
         return False
-    # Byte by byte: what came to the page itself meanwhile, by DMA or emulation, stays.
+    # Byte by byte, to keep what DMA or emulation has written to the page itself meanwhile.
     page = memory.read_page(gfn)
     merged = (new if new != old else kept for new, old, kept in zip(now, before, page, strict=True))
     memory.write_page(gfn, bytes(merged))
@@ -141,15 +142,15 @@ def _carry_over(memory: xa.Memory, gfn: int, copy: int, before: bytes) -> bool:
 
 
 def _watch(view: xa.View, told: set[int], console: Console) -> None:
-    """Tell of pages that are no longer protected, once each."""
+    """Warn about pages that are no longer protected, once each."""
     for mismatch in view.verify():
         if mismatch.gfn in told:
             continue
         told.add(mismatch.gfn)
         if mismatch.found is None:
-            why = "Xen has reset the view, for the host p2m changed"
+            why = "Xen has reset the view, because the host p2m changed"
         else:
-            why = f"now {mismatch.found}: the guest did what the view forbids"
+            why = f"now {mismatch.found}: the guest has violated the view"
         console.warn(f"gfn {mismatch.gfn:#x} is no longer {mismatch.expected}: {why}")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``rescue``: bring a domain back whose agent was killed."""
+"""``rescue``: recover a domain whose agent was killed."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from typing import Any
 import xenaltp2m as xa
 from xenaltp2m.cli.arguments import add_domain
 from xenaltp2m.cli.console import Console
-from xenaltp2m.cli.host import Signals, connect
-from xenaltp2m.rescue import Outcome, diagnose, rescue
+from xenaltp2m.cli.host import BlockedSignals, connect
+from xenaltp2m.tools.rescue import Outcome, diagnose, rescue
 
-SUMMARY = "bring a domain back whose agent was killed"
+SUMMARY = "recover a domain whose agent was killed"
 
 KEYS = """\
-vCPUs leave all views, altp2m goes off, single steps end, who waits for an answer gets one, the
-monitor's ring goes, pages that were added are taken back, the limit of memory is what it was, and
-pauses end. What there is to do is told by Xen and by the journal that an agent writes
-(/run/xenaltp2m); without one, what could not be known is said.
+vCPUs leave all views, altp2m is switched off, single-steps end, each waiting vCPU gets a response,
+the monitor's ring is disabled, added pages are removed, the memory limit is restored, and pauses
+end. The sources are Xen and the journal that an agent writes (/run/xenaltp2m); without a journal,
+the output lists what could not be determined.
 
-It may be run again, also where it was killed itself. With nothing to do it does nothing.
+The command may be run again, also if it was killed itself. If nothing is wrong, it does nothing.
 
---dry-run tells what is wrong and what would be done. --force goes on where a process that works on
-the domain runs, and where nothing is found to be wrong, for a vCPU may wait for an answer that
-nobody will give.
+--dry-run prints what is wrong and what would be done. --force proceeds even if a process that works
+on the domain is running, and if nothing is found to be wrong: a vCPU may still wait for a response
+that no process will give.
 
 --json prints one object:
   domain, name
   found      what is wrong, in words
-  steps      [{"what": ..., "error": null, or why it could not be done}]
-  unknown    what neither Xen nor a journal tells
-  dry_run    whether the steps were only told
+  steps      [{"what": ..., "error": null, or why it failed}]
+  unknown    what neither Xen nor a journal reports
+  dry_run    whether the steps were only planned
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_domain(parser)
-    parser.add_argument("--dry-run", action="store_true", help="tell, and change nothing")
-    parser.add_argument("--force", action="store_true", help="go on in any case")
+    parser.add_argument("--dry-run", action="store_true", help="print the steps; change nothing")
+    parser.add_argument("--force", action="store_true", help="proceed in any case")
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """Run the command."""
-    with Signals() as signals, connect(options, console) as xen:
+    with BlockedSignals() as signals, connect(options, console) as xen:
         signals.hold_back()
         outcome = rescue(xen, options.domain, dry_run=options.dry_run, force=options.force)
         info = outcome.before.domain
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
             _tell(options, console, outcome, name)
         if outcome.failed:
             raise xa.LeftoverError(
-                f"domain {info.domid} is not as it was",
+                f"domain {info.domid} is not fully recovered",
                 left=[step.what for step in outcome.failed],
                 hint=[str(step.error) for step in outcome.failed],
             )
@@ -87,13 +87,13 @@ def _tell(
 ) -> None:
     found = outcome.before.lines()
     console.line(f"domain {outcome.before.domain.domid} ({name}):")
-    for line in found or ["nothing is left of any agent"]:
+    for line in found or ["no agent has left anything"]:
         console.line(f"  {line}")
     if outcome.steps:
         console.line("what would be done:" if options.dry_run else "what was done:")
     for step in outcome.steps:
         console.line(f"  {step.what}" + ("" if step.error is None else f": FAILED, {step.error}"))
     if outcome.unknown:
-        console.line("what cannot be known:")
+        console.line("what is unknown:")
     for line in outcome.unknown:
         console.line(f"  {line}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the mock's guest does when it is watched: it touches what is watched, for ever."""
+"""The program of the mock's guest in ``watch``: access what is watched, for ever."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xenaltp2m.backend.mock import (
     WriteControlRegister,
     WriteMsr,
 )
-from xenaltp2m.symbols import Image, Segment
+from xenaltp2m.tools.symbols import Image, Segment
 
 _MOST_TOUCHED = 8
 _FIRST_HOME = 0x10
@@ -25,13 +25,13 @@ _WORD = bytes(4)
 def program(
     pages: int, gfns: Collection[int], msrs: Sequence[int], image: Image | None
 ) -> list[Instruction]:
-    """Fetch from, read and write pages, as far as the image says that one may; write registers.
+    """Make a program that fetches from, reads and writes pages, as the image allows, and registers.
 
     Args:
-        pages: How many pages the guest has.
-        gfns: Those that are watched; the first few are touched.
-        msrs: MSRs that are watched.
-        image: What was loaded.
+        pages: The number of the guest's pages.
+        gfns: The watched gfns; the first few are accessed.
+        msrs: The watched MSRs.
+        image: The loaded image.
     """
     made = []
     addresses = count(_home(pages, gfns, image) * xa.PAGE_SIZE, _LENGTH)
@@ -57,7 +57,7 @@ def _effects(msrs: Sequence[int]) -> Iterator[WriteControlRegister | WriteMsr | 
 
 
 def _home(pages: int, gfns: Collection[int], image: Image | None) -> int:
-    """The page of most instructions: the image's first, or else one that is not watched."""
+    """Return the page of most instructions: the image's first, or else one not watched."""
     for segment in image.segments if image else ():
         if segment.executable:
             return segment.address // xa.PAGE_SIZE

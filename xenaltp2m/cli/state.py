@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``state``: views as files: look at them, compare them, save them, make them in a domain."""
+"""``state``: show, compare, save and verify views as files, and create them in a domain."""
 
 from __future__ import annotations
 
@@ -12,44 +12,53 @@ from pathlib import Path
 from typing import Any
 
 import xenaltp2m as xa
-from xenaltp2m.capturing import LOOKED_AT, compare, differences, obstacles, restore, scan
-from xenaltp2m.carrying import import_views, imported_views, take_out_views
 from xenaltp2m.cli import picture
 from xenaltp2m.cli.arguments import FileError, add_accept, add_duration, number_among
 from xenaltp2m.cli.console import Console, Table
-from xenaltp2m.cli.host import Signals, connect, is_altp2m_active, note_undone
+from xenaltp2m.cli.host import BlockedSignals, connect, is_altp2m_active, note_undone
 from xenaltp2m.cli.pages import counted
-from xenaltp2m.hazards import refuse
-from xenaltp2m.signals import guard
-from xenaltp2m.viewaxis import totals, vcpus_in
-from xenaltp2m.viewstate import MAX_FILE, Difference, State, ViewState, diff
+from xenaltp2m.handles.hazards import refuse
+from xenaltp2m.handles.signals import guard
+from xenaltp2m.tools.migration import import_views, imported_views, take_out_views
+from xenaltp2m.tools.state.capture import (
+    LOOKED_AT,
+    capture,
+    compare,
+    differences,
+    obstacles,
+    restore,
+    scan,
+)
+from xenaltp2m.tools.state.layout import totals, vcpus_in
+from xenaltp2m.values.state import MAX_FILE, Difference, State, ViewState, diff
 
-SUMMARY = "views as files: look at them, compare them, save them, make them in a domain"
+SUMMARY = "show, compare, save and verify views as files, and create them in a domain"
 
 KEYS = """\
-A state is what an agent's views have that the host p2m has not; an agent writes it with
-altp2m.capture(contents=True).to_bytes().
+A state contains the differences between an agent's views and the host p2m; an agent writes it with
+xa.capture(altp2m, contents=True).to_bytes().
 
-  show FILE             its views, and what is in them; --html or --svg draws them into a file
-  diff FILE FILE        what is different; the exit code is 1 if something is
-  verify FILE DOMAIN    where Xen has something else than a state captured of that domain; the exit
-                        code is 1 if it has. --sample looks at some gfns of each view only
-  save FILE DOMAIN      writes what Xen tells of the views that others have made: access, not remaps
-  restore FILE DOMAIN   makes its views in a domain, and keeps them until --duration is over,
-                        Ctrl-C or SIGTERM; --dry-run tells what is in the way (exit code 1), and
-                        what would have another effect there, and changes nothing. Nobody answers
-                        what the guest does against them: Xen then lifts it, page by page
-  import FILE DOMAIN    the same, and they stay when this ends: for the hooks of a toolstack
-  export FILE DOMAIN    takes what was imported out, into a file: before a migration, say
+  show FILE             prints its views and their contents; --html or --svg draws them into a file
+  diff FILE FILE        prints the differences; the exit code is 1 if there are any
+  verify FILE DOMAIN    compares a state captured from that domain with Xen's; the exit code is 1 if
+                        there are differences. --sample compares some gfns of each view only
+  save FILE DOMAIN      writes what Xen reports of views of other owners: access, not remaps
+  restore FILE DOMAIN   creates its views in a domain, and keeps them until --duration is over,
+                        Ctrl-C or SIGTERM; --dry-run prints the obstacles (exit code 1), and what
+                        would have another effect in this domain, and changes nothing. No process
+                        answers violations of the views: Xen then lifts them, page by page
+  import FILE DOMAIN    the same, but the views stay when this ends: for the hooks of a toolstack
+  export FILE DOMAIN    writes imported views to a file and removes them, as before a migration
 
 A FILE that is written, or imported, may be -: standard output or input.
 
 --json prints one object:
   show      {"views": [{"label", "default", "visible", "access": {access: gfns}, "suppress_ve",
             "remaps"}], "pages": number, "vcpus": [view or null], "origin"}
-  diff, verify  {"differences": [{"words", "what", "before", "after", and where: "view", "gfn",
-            "count", "page", "vcpu"}]}. A gfn below 0 is an added page. "what" is altp2m, view,
-            label, default_access, visible, access, suppress_ve, remap, pages, content, vcpu, vcpus,
+  diff, verify  {"differences": [{"words", "what", "before", "after", and the place: "view",
+            "gfn", "count", "page", "vcpu"}]}. A gfn below 0 is an added page. "what" is altp2m,
+            view, label, default_access, visible, access, suppress_ve, remap, pages, content, vcpu,
+            vcpus, notify, monitor or beyond
             notify, monitor or beyond
   save, export, import  {"file", "views", "pages"}
   restore   {"obstacles": [in words], "differences": [in words], "views": [numbers]}
@@ -68,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sample", type=_sample, metavar="GFNS", help="verify: so many of each view, at random"
     )
     picture.add_arguments(parser)
-    parser.add_argument("--dry-run", action="store_true", help="restore: tell what is in the way")
+    parser.add_argument("--dry-run", action="store_true", help="restore: print the obstacles")
     add_duration(parser, "restore: end")
     add_accept(parser)
 
@@ -102,7 +111,7 @@ def _read(name: str) -> State:
 
 
 def _write(state: State, name: str) -> None:
-    """Write a file, whole or not at all; none that is there already."""
+    """Write a whole file or none; never replace one."""
     data = state.to_bytes()
     try:
         if name == "-":
@@ -119,7 +128,7 @@ def _write(state: State, name: str) -> None:
             Path(name).unlink(missing_ok=True)
             raise
     except BrokenPipeError:
-        raise  # nobody reads on
+        raise  # the output was closed
     except OSError as error:
         raise FileError(f"{name}: {error.strerror}", errno=error.errno) from error
 
@@ -197,24 +206,24 @@ def _save(options: argparse.Namespace, console: Console) -> None:
         _write(state, options.file)
     if options.file != "-":
         _tell_of(state, options.file, options.file, console)
-    console.note("Xen does not tell what is remapped: an agent's own capture has it.")
+    console.note("Xen does not report remaps: only an agent's own capture has them.")
 
 
 def _import(options: argparse.Namespace, console: Console) -> None:
     state = _read(options.file)
-    with Signals() as signals, connect(options, console) as xen:
+    with BlockedSignals() as signals, connect(options, console) as xen:
         signals.hold_back()
         made = import_views(xen, options.other, state, accept=options.accept)
         try:
             with xen.domain(options.other) as domain:
                 _warn_of_what_is_missing(domain, made, console)
-        except xa.XenError as failure:  # the views are there all the same
-            console.warn(f"whether Xen has passed over some of it is not known: {failure}")
+        except xa.XenError as failure:  # the views are imported all the same
+            console.warn(f"cannot check whether Xen has skipped some of it: {failure}")
     _tell_of(made, options.file, "imported", console)
 
 
 def _export(options: argparse.Namespace, console: Console) -> None:
-    with Signals() as signals, connect(options, console) as xen:
+    with BlockedSignals() as signals, connect(options, console) as xen:
         signals.hold_back()
         state = imported_views(xen, options.other)
         _write(state, options.file)
@@ -224,11 +233,11 @@ def _export(options: argparse.Namespace, console: Console) -> None:
 
 
 def _warn_of_what_is_missing(domain: xa.Domain, made: State, console: Console) -> None:
-    """Look whether Xen has passed over some of what was made, of which it says nothing."""
+    """Check whether Xen has skipped some of the state, which it does not report."""
     found = compare(domain, made, sample=LOOKED_AT)
     if found:
         more = f", and {len(found) - 1} more" if len(found) > 1 else ""
-        console.warn(f"Xen has passed over some of it: {found[0]}{more}")
+        console.warn(f"Xen has skipped some of it: {found[0]}{more}")
 
 
 def _tell(found: list[Difference], console: Console) -> None:
@@ -243,22 +252,22 @@ def _tell(found: list[Difference], console: Console) -> None:
 def _restore(options: argparse.Namespace, console: Console) -> None:
     state = _read(options.file)
     with ExitStack() as stack:
-        signals = stack.enter_context(Signals())
+        signals = stack.enter_context(BlockedSignals())
         xen = stack.enter_context(connect(options, console))
         domain = stack.enter_context(xen.domain(options.other))
         was_active = is_altp2m_active(domain, console)
         if options.dry_run:
-            refuse(domain, options.accept)  # as opening altp2m does
+            refuse(domain.context, options.accept)  # as opening altp2m does
         problems, others = obstacles(domain, state), differences(domain, state)
         document = {"obstacles": problems, "differences": others, "views": []}
         if options.dry_run or problems:
             rows = [(line,) for line in problems]
-            head = "in the way" if problems else "nothing is in the way"
+            head = "obstacles" if problems else "no obstacles"
             console.result(document, Table((head,), rows))
         if options.dry_run and others and not console.as_json:
-            console.table(Table(("of another effect there",), [(line,) for line in others]))
+            console.table(Table(("different effect in this domain",), [(line,) for line in others]))
         if problems:
-            raise xa.UnsupportedError("the state cannot be restored there", domid=domain.domid)
+            raise xa.UnsupportedError("the state cannot be restored here", domid=domain.domid)
         if options.dry_run:
             return
         signals.hold_back()
@@ -267,7 +276,7 @@ def _restore(options: argparse.Namespace, console: Console) -> None:
         made = [(str(view.id), view.label or "") for view in views]
         numbers = [int(view.id) for view in views]
         console.result({**document, "views": numbers}, Table(("view", "label"), made))
-        _warn_of_what_is_missing(domain, altp2m.capture(), console)
+        _warn_of_what_is_missing(domain, capture(altp2m), console)
         until = (
             "Ctrl-C" if options.duration is None else f"{options.duration:g} s are over, or Ctrl-C"
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``trace``: tell of each call of a guest's functions, as it happens."""
+"""``trace``: print a line for each call of a guest's functions."""
 
 from __future__ import annotations
 
@@ -26,55 +26,55 @@ from xenaltp2m.cli.arguments import (
     until,
 )
 from xenaltp2m.cli.console import Console, Table, printable
-from xenaltp2m.cli.course import Course
-from xenaltp2m.cli.host import Stop, begin, connect, is_altp2m_active, note_undone
+from xenaltp2m.cli.host import StopRequest, begin, connect, is_altp2m_active, note_undone
 from xenaltp2m.cli.pages import counted
-from xenaltp2m.memory import AddressSpace
-from xenaltp2m.prototypes import Parameter, Prototype, Prototypes, Type
-from xenaltp2m.symbols import Image, Symbols
-from xenaltp2m.tracing import Call, Return, Seen, Trace
+from xenaltp2m.cli.run_limits import RunLimits
+from xenaltp2m.handles.memory import AddressSpace
+from xenaltp2m.tools.symbols import Image, Symbols
+from xenaltp2m.tools.symbols.prototypes import Parameter, Prototype, Prototypes, Type
+from xenaltp2m.tools.tracing import Call, Return, Seen, Trace
 
 SUMMARY = "trace calls of a guest's functions: a line for each call, then undo everything"
 
 KEYS = """\
 Each function gets a breakpoint that the guest cannot see: int3 in a copy of its page, which is
-executed and never read. No vCPU waits but the one that calls.
+executed and never read. No vCPU waits except the one that calls.
 
-A FUNCTION is a name of the file with --symbols, or name+0x10. What it takes is shown as the file's
-debugging information (DWARF) has it, if it has some; ? stands for what is not known. Else, or to
-have it otherwise, add
+A FUNCTION is a name in the file of --symbols, or name+0x10. Its arguments are shown by the file's
+debugging information (DWARF), if it has some; ? stands for an unknown value. Without debugging
+information, or to override it, add
   :3        three words, in hexadecimal
   :d,s,x    the first as a signed number, the second as the text it points to, the third in
             hexadecimal; u is an unsigned number
-Numbers are of 8 bytes, in a 32-bit guest of 4.
+Numbers have 8 bytes, in a 32-bit guest 4.
 
-A line has: seconds since the start, vCPU, the call, the place it was called from. With --returns
-another tells what it came back with, and how long that took.
+A line has: seconds since the start, vCPU, the call, the place it was called from. With --returns,
+another line shows the return value and the duration.
 
-A kernel that KASLR has moved is found where it is by a vCPU's MSR_LSTAR, if the file says where
-entry_SYSCALL_64 is; --slide says how far otherwise.
+A vCPU's MSR_LSTAR shows where KASLR has put the kernel, if the file has entry_SYSCALL_64; otherwise
+--slide gives the distance.
 
 Before anything is changed, the guest's memory is compared with the file: the functions' code, else
-the build id, or the kernel's banner and its table of system calls. A file of something else is
-refused, and so is one that cannot be compared, unless --trust-symbols says that it is right.
+the build id, or the kernel's banner and its table of system calls. A file that does not match, or
+cannot be compared, is refused, unless --trust-symbols is given.
 
-It ends after --duration or --count, with the domain, on Ctrl-C or SIGTERM, and when nobody reads
-its output any more; all of these undo everything.
+It ends after --duration or --count, with the domain, on Ctrl-C or SIGTERM, and when its output is
+closed; all of these undo everything.
 
 --json prints one object in a line for each call:
   time         Unix time
-  event        "call", or "return" with --returns; at last "DomainEnded" where the domain has gone
+  event        "call", or "return" with --returns; last "DomainEnded" if the domain has ended
   function, vcpu, cr3
-  arguments    {name or number: number, text, or null where it cannot be told}
-  caller       the return address, or null; caller_symbol what it lies in, or null
-  value, seconds    of a return: what it returned, or null, and how long the call took
+  arguments    {name or number: number, text, or null if unknown}
+  caller       the return address, or null; caller_symbol the symbol it lies in, or null
+  value, seconds    of a return: its value, or null, and the duration of the call
 and a last line {"summary": {...}}:
   calls, seconds, rate    in all
-  busy         the part of the time that was spent here, a vCPU waiting, from 0 to 1
-  dropped      calls that --rate has left out
+  busy         the part of the time spent in this program, with a vCPU waiting, from 0 to 1
+  dropped      calls not reported because of --rate
   waiting      calls that had not returned at the end
   unfinished   calls whose return was given up: longjmp has left them, or there were too many
-  reapplied    pages that Xen had reset, and that were made again
+  reapplied    pages that Xen had reset, and that were restored
   by_function  {name: calls}
 """
 
@@ -84,10 +84,10 @@ _LINES_AT_ONCE = 200
 _TEXT_LIMIT = 80
 _KINDS = {"x": "pointer", "d": "signed", "u": "unsigned", "s": "string"}
 _SMALL = 1 << 12
-"""Unsigned numbers from here on are shown in hexadecimal."""
+"""Unsigned numbers from this one on are shown in hexadecimal."""
 _MOST_WORDS = 32
 _WORD = Type("", 0, "word")
-"""Of which nothing is known: a small negative number is shown as one."""
+"""A value of unknown type: a small negative number is shown as one."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_domain(parser)
     parser.add_argument(
         "functions", type=_wanted, nargs="+", metavar="FUNCTION[:ARGUMENTS]",
-        help="what to trace, and how to show what it takes",
+        help="a function, and how to show its arguments",
     )  # fmt: skip
     parser.add_argument(
         "--symbols", required=True, metavar="FILE",
@@ -109,21 +109,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trust-symbols", action="store_true",
         help="do not compare the file with the guest's memory first",
     )  # fmt: skip
-    parser.add_argument("--returns", action="store_true", help="tell of returns, too")
-    what = "tell only of calls with these page tables"
+    parser.add_argument("--returns", action="store_true", help="report returns, too")
+    what = "report only calls with these page tables"
     add_repeated(parser, "--only-cr3", "cr3", "N", what, type=_cr3)
     parser.add_argument(
         "--rate",
         type=seconds,
         metavar="N",
-        help="tell of so many calls in a second; count the rest",
+        help="report so many calls per second; count the rest",
     )
     parser.add_argument(
         "--top", action="store_true",
-        help="instead of lines, a table of how often each is called, in place",
+        help="instead of lines, show a table of calls by function, in place",
     )  # fmt: skip
     parser.add_argument(
-        "--toggle", action="store_true", help="step by single-steps that Xen tells of: slower"
+        "--toggle", action="store_true", help="use single-steps that Xen reports: slower"
     )
     add_duration(parser)
     add_count(parser, "calls")
@@ -131,7 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _wanted(text: str) -> tuple[str, Prototype | None]:
-    """A function, and what it takes as far as the argument tells."""
+    """Parse a function, and the arguments to show."""
     name, colon, kinds = text.rpartition(":")
     if not colon:
         return text, None
@@ -140,8 +140,8 @@ def _wanted(text: str) -> tuple[str, Prototype | None]:
         letters = ["x"] * min(int(kinds), _MOST_WORDS + 1)
     if not name or len(letters) > _MOST_WORDS or not set(letters) <= _KINDS.keys():
         raise argparse.ArgumentTypeError(
-            f"{text!r}: behind the name stands a number up to {_MOST_WORDS}, or letters of x, d, "
-            "u and s with commas"
+            f"{text!r}: after the name, give a number up to {_MOST_WORDS}, or letters of x, d, "
+            "u and s separated by commas"
         )
     parameters = tuple(
         Parameter("", Type("", 0, _KINDS[letter]), word) for word, letter in enumerate(letters)
@@ -160,14 +160,14 @@ def _cr3(text: str) -> int:
 def run(options: argparse.Namespace, console: Console) -> None:
     """Run the command."""
     if options.top and console.as_json:
-        options.usage_error("--top is a table, --json is none")
+        options.usage_error("--top prints a table, which --json excludes")
     if options.rate == 0:
-        options.usage_error("--rate 0 tells nothing")
+        options.usage_error("--rate 0 would report no call")
     symbols = Symbols.open(options.symbols)
     image = symbols if isinstance(symbols, Image) else None
     prototypes = _prototypes(options, symbols, console)
     with ExitStack() as stack:
-        stop = stack.enter_context(Stop())
+        stop = stack.enter_context(StopRequest())
         xen = stack.enter_context(connect(options, console, image, start=False))
         domain = stack.enter_context(xen.domain(options.domain))
         symbols = _slid(options, domain, symbols)
@@ -176,7 +176,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
         was_active = is_altp2m_active(domain, console)
         stop.hold_back()
         trace = stack.enter_context(
-            domain.trace(
+            Trace(
+                domain,
                 *prototypes,
                 symbols=symbols,
                 arguments={name: one.words for name, one in prototypes.items() if one is not None},
@@ -190,7 +191,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         )
         stop.wake = trace.stop
         _tell_start(options, console, domain, symbols, prototypes)
-        course = Course(options, domain.xen.backend.clock, "call")
+        course = RunLimits(options, domain.xen.backend.clock, "call")
         teller = _Teller(options, console, course, symbols, prototypes, trace, stop)
         begin(options)
         teller.listen()
@@ -202,7 +203,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
 def _prototypes(
     options: argparse.Namespace, symbols: Symbols, console: Console
 ) -> dict[str, Prototype | None]:
-    """What each function takes, as the arguments or the file have it."""
+    """Return the prototype of each function, from the arguments or the file."""
     found: dict[str, Prototype | None] = dict(options.functions)
     unknown = [name for name, prototype in found.items() if prototype is None]
     if isinstance(symbols, Image) and unknown:
@@ -216,7 +217,7 @@ def _prototypes(
 
 
 def _slid(options: argparse.Namespace, domain: xa.Domain, symbols: Symbols) -> Symbols:
-    """The symbols where the guest has them."""
+    """Return the symbols with the guest's slide."""
     if options.slide is not None:
         return symbols.slid(options.slide)
     return symbols.in_guest(domain.registers())
@@ -241,17 +242,17 @@ def _tell_start(
 
 
 class _Teller:
-    """Tells and counts calls."""
+    """Prints and counts calls."""
 
     def __init__(
         self,
         options: argparse.Namespace,
         console: Console,
-        course: Course,
+        course: RunLimits,
         symbols: Symbols,
         prototypes: dict[str, Prototype | None],
         trace: Trace,
-        stop: Stop,
+        stop: StopRequest,
     ) -> None:
         self._console = console
         self._symbols = symbols
@@ -266,10 +267,10 @@ class _Teller:
         self._rates: dict[str, tuple[float, int]] = {}
         self._final: tuple[Counter[str], int] | None = None
 
-    # Listening.
+    # Events.
 
     def listen(self) -> None:
-        """Tell what happens until something says that it is enough."""
+        """Print calls until a limit is reached."""
         trace = self._trace
         while not self._stop.came and trace.ended is None and (left := self._course.left) > 0:
             tick = min(left, _TICK_SECONDS)
@@ -314,8 +315,8 @@ class _Teller:
             self._trace.verify()
             if again := self._trace.reapplied - before:
                 self._console.warn(
-                    f"{counted(again, 'page')} with breakpoints had none for a while: Xen has "
-                    "reset views, for the host p2m changed; calls may be missing"
+                    f"{counted(again, 'page')} had lost the breakpoints for a while: Xen has "
+                    "reset views, because the host p2m changed; calls may be missing"
                 )
 
     def _flush(self) -> None:
@@ -329,7 +330,7 @@ class _Teller:
         if self._stop.came:
             self._trace.stop()
 
-    # Telling.
+    # Output.
 
     def _text(self, seen: Seen) -> str:
         head = f"{seen.time:11.6f}  vCPU {seen.vcpu}  "
@@ -380,7 +381,7 @@ class _Teller:
             yield one, None if raw is None else _number(raw, one.type, width)
 
     def _values(self, call: Call) -> Iterator[tuple[str, int | float | str | None]]:
-        """What JSON has."""
+        """Yield the arguments' names and values for JSON."""
         space = self._trace.address_space(call)
         for one, number in self._parameters(call):
             value: int | float | str | None = number
@@ -392,7 +393,7 @@ class _Teller:
             yield one.name, value
 
     def _result(self, back: Return) -> int | float | None:
-        """What a call came back with; None where it is in no register that is known."""
+        """Return a call's return value; None if it is in no known register."""
         prototype = self._prototypes[back.call.name]
         of = _WORD if prototype is None else prototype.result
         if of is _WORD:
@@ -413,7 +414,7 @@ class _Teller:
         return "?" if value is None else self._number(value, of)
 
     def _shown(self, call: Call) -> Iterator[tuple[str, str]]:
-        """What people read."""
+        """Yield the arguments' names and values as text."""
         space = self._trace.address_space(call)
         for one, value in self._parameters(call):
             shown = "?"
@@ -441,7 +442,7 @@ class _Teller:
 
     @property
     def _counts(self) -> tuple[Counter[str], int]:
-        """How often each function was called until the end, and how many calls were left out."""
+        """Return the calls of each function until the end, and the number of dropped calls."""
         return self._final or (self._trace.hits, self._trace.dropped)
 
     def _table(self, *, rates: bool = False) -> Table:
@@ -454,14 +455,14 @@ class _Teller:
         return Table(("function", "calls", "per second"), rows, title=title)
 
     def _rate(self, name: str, calls: int) -> float:
-        """How often it was called since the last look."""
+        """Return the calls per second since the last tick."""
         now = self._course.passed
         then, before = self._rates.get(name, (0.0, 0))
         self._rates[name] = now, calls
         return (calls - before) / (now - then) if now > then else 0.0
 
     def sum_up(self) -> None:
-        """Print how many calls there were, and of what."""
+        """Print the summary: the number of calls, by function."""
         trace, passed = self._trace, self._course.passed
         hits, dropped = self._counts
         total = hits.total()
@@ -483,15 +484,15 @@ class _Teller:
         self._console.line("")
         self._console.table(self._table())
         more = [f"{100 * busy:.0f} % of the time in handlers"]
-        more += [f"{dropped} left out by --rate"] if dropped else []
+        more += [f"{dropped} dropped by --rate"] if dropped else []
         more += [f"{trace.waiting} not returned yet"] if trace.waiting else []
         more += [f"{trace.unfinished} left without a return"] if trace.unfinished else []
-        more += [f"{counted(trace.reapplied, 'page')} made again"] if trace.reapplied else []
+        more += [f"{counted(trace.reapplied, 'page')} restored"] if trace.reapplied else []
         self._console.line(", ".join(more))
 
 
 def _number(raw: int, of: Type, width: int) -> int | float | None:
-    """A value of a type; of none of its own size in a word of so many bytes."""
+    """Interpret a word as a value of a type; a type of size 0 has ``width`` bytes."""
     size = of.size or width
     raw &= (1 << 8 * size) - 1
     if of.kind == "float":

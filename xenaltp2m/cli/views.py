@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``views``: the views that a domain has now, and who is in them."""
+"""``views``: list the views that a domain has now, and the vCPUs in them."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ import xenaltp2m as xa
 from xenaltp2m.cli.arguments import add_domain
 from xenaltp2m.cli.console import Console, Table
 from xenaltp2m.cli.host import connect
-from xenaltp2m.journal import Found, find
+from xenaltp2m.handles.journal import Found, find
 
 SUMMARY = "list the views that a domain has now, and the vCPUs in them"
 
 KEYS = """\
-Whoever made them, they are listed; nothing is changed, and altp2m is not switched on. View 0 is the
-host p2m's. What access a view gives, state save reads; its remaps, and whether it is hidden from
-the guest, Xen does not tell.
+Lists all views, whoever created them; changes nothing, and does not switch altp2m on. View 0 is the
+host p2m. state save reads the access of views; Xen does not report their remaps, and whether they
+are hidden from the guest.
 
 --json prints one object:
   xen, backend, domid, name
   altp2m_mode      who may use altp2m: disabled, mixed, external, limited
-  altp2m_active    whether it is on; where it is off there are no views
-  views            [{"id", "default_access", "vcpus": [numbers], "visible": null, as Xen tells}]
-  agents           [{"pid", "running", "imported"}]: processes with a journal of this domain, from
-                   this package; one that does not run has imported views or was killed: see rescue
+  altp2m_active    whether it is on; if it is off, there are no views
+  views            [{"id", "default_access", "vcpus": [numbers], "visible": null, as Xen does not
+                   report it}]
+  agents           [{"pid", "running", "imported"}]: processes of this package with a journal of
+                   this domain; one that is not running has imported views or was killed: see rescue
 """
 
 
@@ -66,15 +67,15 @@ def run(options: argparse.Namespace, console: Console) -> None:
             _table(f"Domain {info.domid} ({name}): altp2m {mode}", views, agents),
         )
     if views:
-        console.note("Which views are hidden from the guest, Xen does not tell.")
+        console.note("Xen does not report which views are hidden from the guest.")
 
 
 def _views(domain: xa.Domain) -> list[xa.ViewInfo] | None:
-    """The views; None where altp2m is off, or cannot be on."""
+    """Return the views; None if altp2m is off, or not available."""
     try:
         return domain.existing_views() if domain.altp2m_active else None
     except xa.InvalidArgumentError:
-        return None  # it was created without
+        return None  # the domain was created without altp2m
 
 
 def _document(view: xa.ViewInfo) -> dict[str, Any]:

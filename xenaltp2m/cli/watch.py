@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``watch``: tell what a guest does with pages and registers, as it happens."""
+"""``watch``: print a line for each access to pages or registers of a guest."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ from xenaltp2m.cli.arguments import (
     until,
 )
 from xenaltp2m.cli.console import Console, Table, printable
-from xenaltp2m.cli.course import Course
-from xenaltp2m.cli.host import Stop, begin, connect, is_altp2m_active, note_undone
+from xenaltp2m.cli.host import StopRequest, begin, connect, is_altp2m_active, note_undone
 from xenaltp2m.cli.pages import (
     address_hint,
     check_gfns,
@@ -36,49 +35,50 @@ from xenaltp2m.cli.pages import (
     pages,
     runs_of_gfns,
 )
-from xenaltp2m.symbols import Image
+from xenaltp2m.cli.run_limits import RunLimits
+from xenaltp2m.tools.symbols import Image
 from xenaltp2m.types import GFN_LIMIT, PAGE_SHIFT
 
 SUMMARY = "watch pages and registers of a guest: a line for each hit, then undo everything"
 
 KEYS = """\
 Pages are watched in a view of their own, which all vCPUs are moved to: each access that the view
-does not allow stops its vCPU, is told, and is then executed as a single step in view 0. The host
-p2m is not touched, so that other views and the guest's devices notice nothing.
+does not allow stops its vCPU, is reported, and is then executed by a single-step in view 0. The
+host p2m is not changed, so other views and the guest's devices notice nothing.
 
-ACCESS is what the guest may do with the pages unseen. By default that is reading (r), which
-changes nothing and of which there is most: writes and fetches are told. For reads, too, say n.
-Of bytes, with --bytes or --exact, fetches are never told, and ACCESS is r or n.
-rx tells of writes only, x of reads and writes, rw of fetches. With n2rwx a page's first access is
-told, whatever it is, and nothing after it. r_pw is r, and lets the CPU's own page walk set
-accessed and dirty bits (Xen 4.20 and later).
+ACCESS is the access to the pages that is allowed, and therefore not reported. By default that is
+reading (r), which changes nothing and is the most frequent: writes and fetches are reported. Use n
+to report reads, too. For bytes, with --bytes or --exact, fetches are never reported, and ACCESS is
+r or n. rx reports writes only, x reads and writes, rw fetches. With n2rwx, a page's first access of
+any kind is reported, and nothing after it. r_pw is r, but lets the CPU's own page walk set accessed
+and dirty bits (Xen 4.20 and later).
 
-A gfn above the domain's highest is an error, and so is to watch nothing but what is no ordinary
-memory; of pages among others that cannot be watched a warning tells.
+A gfn above the domain's highest is an error, and so is watching only gfns without ordinary memory;
+a warning lists single pages that cannot be watched.
 
-A line has: seconds since the start, vCPU, its view, what happened, where, what was tried (rwx; a
+A line has: seconds since the start, vCPU, its view, the event, the place, the access tried (rwx; a
 write counts as a read, too), the instruction (rip), the address it used (gla); with --image the
 symbols these lie in.
 
-It ends after --duration or --count, with the domain, on Ctrl-C or SIGTERM, and when nobody reads
-its output any more; all of these undo everything.
+It ends after --duration or --count, with the domain, on Ctrl-C or SIGTERM, and when its output is
+closed; all of these undo everything.
 
 --json prints one object in a line for each hit:
   time         Unix time
-  event        MemAccess, WriteCtrlreg, MovToMsr, Cpuid, SoftwareBreakpoint; at last DomainEnded
-               where the domain has gone, with its shutdown_reason
+  event        MemAccess, WriteCtrlreg, MovToMsr, Cpuid, SoftwareBreakpoint; last DomainEnded
+               if the domain has ended, with its shutdown_reason
   vcpu, view   numbers
   gfn, offset, gla, access_flags    of a MemAccess; the fields of other events by Xen's names
   tried        "r--", "rw-", "--x": of a MemAccess
   rip          the instruction
-  symbol       what rip lies in, and
-  target       what gla lies in: with --image, or null
+  symbol       the symbol that rip lies in, and
+  target       the symbol that gla lies in: with --image, or null
   registers    {name: value}, with --registers
 and a last line {"summary": {...}}:
   hits, seconds, rate    in all
   by_event, by_vcpu      {name or number: hits}
   by_gfn                 {gfn: {tried: hits}}
-  passed                 with --bytes or --exact: how often something else in the pages was used
+  passed                 with --bytes or --exact: the number of other accesses to the same pages
 """
 
 _Kind: TypeAlias = xa.Subscription | type[xa.Event]
@@ -97,27 +97,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.set_defaults(usage_error=parser.error)
     add_domain(parser)
-    what = "watch a page, or those from A to B; 0x for hexadecimal"
+    what = "watch a page, or the pages from A to B; 0x for hexadecimal"
     add_repeated(parser, "--gfn", "gfns", "N|A-B", what, type=_gfns)
     what = "watch all pages of a symbol of the image"
     add_repeated(parser, "--symbol", "symbols", "NAME", what)
     parser.add_argument(
         "--exact",
         action="store_true",
-        help="of a symbol, only its own bytes; what else its pages are used for is counted",
+        help="of a symbol, only its own bytes; other accesses to its pages are counted",
     )
     what = "watch bytes by their guest-physical address"
     add_repeated(parser, "--bytes", "bytes", "ADDRESS:LENGTH", what, type=_bytes)
     add_image(parser)
-    add_access(parser, "r", "what the guest may do there unseen", without=("rwx", "rx2rw"))
-    parser.add_argument("--cr3", action="store_true", help="tell of new values of CR3")
-    what = "tell of new values of a model-specific register"
+    add_access(parser, "r", "the access that is not reported", without=("rwx", "rx2rw"))
+    parser.add_argument("--cr3", action="store_true", help="report new values of CR3")
+    what = "report new values of a model-specific register"
     add_repeated(parser, "--msr", "msrs", "N", what, type=_msr)
-    parser.add_argument("--cpuid", action="store_true", help="tell of CPUID")
+    parser.add_argument("--cpuid", action="store_true", help="report CPUID")
     parser.add_argument(
         "--breakpoints",
         action="store_true",
-        help="tell of int3, which the guest's own handler then gets",
+        help="report int3, which the guest's own handler then gets",
     )
     parser.add_argument(
         "--registers", action="store_true", help="print the vCPU's registers at each hit"
@@ -161,7 +161,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     """Run the command."""
     kinds, image, ranges, gfns = _wanted(options)
     with ExitStack() as stack:
-        stop = stack.enter_context(Stop())
+        stop = stack.enter_context(StopRequest())
         xen = stack.enter_context(
             connect(
                 options, console, image, partial(_script, gfns, options.msrs, image), start=False
@@ -178,7 +178,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         if gfns or ranges:
             altp2m = stack.enter_context(domain.altp2m(accept=options.accept))
         view = breakpoints = None
-        with domain.paused():  # so that nothing happens half watched
+        with domain.paused():  # so that nothing happens before all is watched
             monitor = stack.enter_context(domain.monitor(*kinds))
             stop.wake = monitor.stop
             if altp2m is not None and ranges:
@@ -189,7 +189,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
                 if len(kinds) == 1:
                     _check_watched(domain, view, gfns, options.access)
                 altp2m.switch_to_view(view)
-            course = Course(options, xen.backend.clock, "hit")
+            course = RunLimits(options, xen.backend.clock, "hit")
             watch = _Watch(options, console, course, image, view, breakpoints)
             watch.watch_bytes(ranges)
         _tell_start(domain, gfns, ranges, options, console, view)
@@ -208,7 +208,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
 def _check_watched(
     domain: xa.Domain, view: xa.View, gfns: Sequence[int], access: xa.Access
 ) -> None:
-    """Refuse to watch nothing: Xen passes over what is not ordinary memory."""
+    """Refuse to watch only gfns that Xen skips, because they are not ordinary memory."""
     if not any(view.effective_access(gfn) == access for gfn in gfns):
         shown = ", ".join(runs_of_gfns(gfns)[:4])
         raise xa.NotMappedError(
@@ -220,12 +220,12 @@ def _check_watched(
 
 
 class _Wanted(NamedTuple):
-    """What is watched."""
+    """The parsed arguments: what to watch."""
 
     kinds: list[_Kind]
     image: Image | None
     ranges: list[tuple[int, int]]
-    """Of bytes: address, length."""
+    """Ranges of bytes: address, length."""
     gfns: list[int]
 
 
@@ -235,7 +235,7 @@ def _wanted(options: argparse.Namespace) -> _Wanted:
     kinds = _kinds(options)
     if not (options.gfns or options.symbols or options.bytes or len(kinds) > 1):
         options.usage_error(
-            "say what to watch: --gfn, --symbol, --bytes, --cr3, --msr, --cpuid, --breakpoints"
+            "nothing to watch: give --gfn, --symbol, --bytes, --cr3, --msr, --cpuid, --breakpoints"
         )
     image = None if options.image is None else Image.open(options.image)
     ranges = _ranges(options, image)
@@ -243,7 +243,7 @@ def _wanted(options: argparse.Namespace) -> _Wanted:
     if ranges and gfns:
         options.usage_error("watch either bytes or whole pages")
     if ranges and options.access not in _OF_BYTES:
-        options.usage_error("of bytes either writes are told, --access r, or all, --access n")
+        options.usage_error("for bytes, use --access r to report writes, --access n for reads, too")
     return _Wanted(kinds, image, ranges, gfns)
 
 
@@ -304,24 +304,24 @@ def _tell_start(
         shown += ", ..."
     console.note(
         f"Watching gfn {shown} of domain {domain.domid} ({domain.name}) in view {view.id}, "
-        f"where it is {options.access}, {end}."
+        f"with access {options.access}, {end}."
     )
 
 
 class _Watch:
-    """Answers, tells and counts hits."""
+    """Answers, prints and counts hits."""
 
     def __init__(
         self,
         options: argparse.Namespace,
         console: Console,
-        course: Course,
+        course: RunLimits,
         image: Image | None,
         view: xa.View | None,
         breakpoints: xa.Breakpoints | None,
     ) -> None:
         self._breakpoints = breakpoints
-        self._watches: list[xa.Watch] = []
+        self._watches: list[xa.Watchpoint] = []
         self._touched = False
         self._tells_int3 = options.breakpoints
         self._console = console
@@ -334,12 +334,12 @@ class _Watch:
             self._once_in_view_0 = xa.Response.fast_singlestep(through=0, back_to=view)
         self._course = course
         self._counted: Counter[tuple[str, int | None, str, int]] = Counter()
-        """By event, gfn, what was tried, and vCPU."""
+        """Hits by event, gfn, access tried, and vCPU."""
         self._told: set[int] = set()
         self._next_tick = self._next_check = 0.0
 
     def watch_bytes(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Watch bytes."""
+        """Insert watchpoints for ranges of bytes."""
         if self._breakpoints is None:
             return
         reads = xa.Access.R not in self._access
@@ -347,17 +347,17 @@ class _Watch:
             made = self._breakpoints.watch(address, length, self._note_touch, reads=reads)
             self._watches.append(made)
 
-    def _note_touch(self, _touch: xa.Touch) -> None:
+    def _note_touch(self, _touch: xa.WatchpointHit) -> None:
         self._touched = True
 
-    # Listening.
+    # Events.
 
-    def listen(self, monitor: xa.Monitor, stop: Stop) -> None:
-        """Answer what happens until something says that it is enough."""
+    def listen(self, monitor: xa.Monitor, stop: StopRequest) -> None:
+        """Answer events until a limit is reached."""
         view_id = -1 if self._view is None else self._view.id
         going_on = True
         while going_on and not stop.came and (left := self._course.left) > 0:
-            # Closed here, for the garbage collector would swallow what ending it raises.
+            # Closed explicitly: the garbage collector would drop an exception raised on closing.
             with contextlib.closing(monitor.events(min(left, _TICK_SECONDS))) as events:
                 for event in events:
                     if type(event) is xa.MemAccess and event.paused and event.view == view_id:
@@ -376,7 +376,7 @@ class _Watch:
         self._console.status("")
 
     def _is_told(self, event: xa.Event) -> bool:
-        """Answer what concerns watched bytes; tell whether it is one to tell of."""
+        """Answer an event of watched bytes; return whether an event is to be printed."""
         if self._breakpoints is None:
             return True
         self._touched = False
@@ -398,7 +398,7 @@ class _Watch:
         else:
             self._console.line(self._text(event, self._course.passed))
 
-    def _tick(self, stop: Stop) -> None:
+    def _tick(self, stop: StopRequest) -> None:
         now = self._course.passed
         self._next_tick = now + _TICK_SECONDS
         status = self._course.status(self._course.told)
@@ -407,9 +407,9 @@ class _Watch:
             self.check_view()
 
     def check_view(self) -> None:
-        """Watch anew what Xen has reset; tell of it, once for each page.
+        """Restore what Xen has reset, and warn, once for each page.
 
-        With many pages that would take too long; those stay as they were set.
+        With many pages this would take too long; they are not checked.
         """
         self._next_check = self._course.passed + _VERIFY_SECONDS
         if self._breakpoints is not None:
@@ -433,11 +433,11 @@ class _Watch:
     def _warn_of(self, gfns: Iterable[int]) -> None:
         for shown in runs_of_gfns(gfns):
             self._console.warn(
-                f"gfn {shown} was not watched for a while: Xen has reset it, for the host "
+                f"gfn {shown} was not watched for a while: Xen has reset it, because the host "
                 "p2m changed; it is watched again"
             )
 
-    # Telling.
+    # Output.
 
     def _document(self, event: xa.Event) -> dict[str, Any]:
         told = {"time": round(time.time(), 6), **event.as_dict()}
@@ -448,9 +448,9 @@ class _Watch:
             told["tried"] = _tried(event)
         told["rip"] = event.registers.rip
         if self._image is not None:
-            told["symbol"] = self._symbol(event.registers.linear_rip)
+            told["symbol"] = self._symbol(event.registers.rip_va)
             if isinstance(event, xa.MemAccess):
-                told["target"] = self._symbol(_linear(event))
+                told["target"] = self._symbol(_va_space(event))
         if self._registers:
             told["registers"] = event.registers.as_dict()
         return told
@@ -465,9 +465,9 @@ class _Watch:
         else:
             told = event.as_dict()
             parts += [f"{name} {_word(told[name])}" for name in event.fields]
-        parts.append(self._place("rip", event.registers.linear_rip))
-        if isinstance(event, xa.MemAccess) and (linear := _linear(event)) is not None:
-            parts.append(self._place("gla", linear))
+        parts.append(self._place("rip", event.registers.rip_va))
+        if isinstance(event, xa.MemAccess) and (va := _va_space(event)) is not None:
+            parts.append(self._place("gla", va))
         return "\n".join(["  ".join(parts), *(self._register_rows(event))])
 
     def _register_rows(self, event: xa.Event) -> Iterator[str]:
@@ -488,7 +488,7 @@ class _Watch:
         return None if found is None else printable(str(found))
 
     def sum_up(self) -> None:
-        """Print how many hits there were, and of what."""
+        """Print the summary: the number of hits, by kind."""
         course = self._course
         if self._console.as_json:
             document = {
@@ -513,7 +513,7 @@ class _Watch:
             self._console.line(title)
         if self._watches:
             passed_by = sum(watch.passed for watch in self._watches)
-            self._console.line(f"{passed_by} more beside the bytes that are watched")
+            self._console.line(f"{passed_by} other accesses to the same pages")
 
     def _by(self, part: int) -> dict[str, int]:
         found: Counter[Any] = Counter()
@@ -552,10 +552,10 @@ class _Watch:
 
 
 def _tried(event: xa.MemAccess) -> str:
-    return str(xa.Access(event.access_flags & xa.Access.RWX.value))  # they have the same bits
+    return str(xa.Access(event.access_flags & xa.Access.RWX.value))  # the bits are the same
 
 
-def _linear(event: xa.MemAccess) -> int | None:
+def _va_space(event: xa.MemAccess) -> int | None:
     return event.gla if event.access_flags & xa.AccessFlag.GLA_VALID else None
 
 

@@ -11,8 +11,8 @@ from tripwire import Tripwire, Write
 
 import xenaltp2m as xa
 from xenaltp2m.backend.mock import Instruction
-from xenaltp2m.symbols import Image
 from xenaltp2m.testing import Failing
+from xenaltp2m.tools.symbols import Image
 
 GUEST = Path(__file__).resolve().parents[2] / "guest" / "hello.elf"
 CODE, TABLE, OTHER = 0x1000, 0x100, 0x200

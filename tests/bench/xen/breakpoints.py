@@ -12,8 +12,8 @@ import threading
 import time
 
 import xenaltp2m as xa
-from xenaltp2m.symbols import Symbol, Symbols
-from xenaltp2m.tracing import Seen, Trace
+from xenaltp2m.tools.symbols import Symbol, Symbols
+from xenaltp2m.tools.tracing import Seen, Trace
 
 
 def count(dom: xa.Domain, way: str, seconds: float, place: int) -> dict[str, float]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import xenaltp2m as xa
-from xenaltp2m.symbols import Image
+from xenaltp2m.tools.symbols import Image
 
 HERE = Path(__file__).resolve().parent
 CODE = ("_start", "target")

@@ -11,7 +11,8 @@ import pytest
 
 import xenaltp2m as xa
 from xenaltp2m.backend import Backend, open_backend
-from xenaltp2m.doctor import Grade, examine
+from xenaltp2m.handles.hazards import Severity
+from xenaltp2m.tools.doctor import examine
 
 
 @pytest.fixture
@@ -62,6 +63,6 @@ def test_the_handles_say_so(domid: int) -> None:
 
 def test_doctor_says_so(backend: Backend, domid: int) -> None:
     [finding] = (one for one in examine() if one.check == "library-release")
-    assert finding.severity is Grade.PROBLEM
+    assert finding.severity is Severity.PROBLEM
     assert f"but Xen {backend.release} is running" in finding.evidence
     assert f"libxenmisc{backend.release}" in finding.cure

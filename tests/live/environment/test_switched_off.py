@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 import xenaltp2m as xa
-from xenaltp2m.doctor import Grade, examine
+from xenaltp2m.handles.hazards import Severity
+from xenaltp2m.tools.doctor import examine
 
 
 @pytest.fixture
@@ -40,6 +41,6 @@ def test_the_rest_works(dom: xa.Domain) -> None:
 
 def test_doctor_says_so(dom: xa.Domain) -> None:
     found = examine(int(dom.domid))
-    [finding] = (one for one in found if one.severity is Grade.PROBLEM)
+    [finding] = (one for one in found if one.severity is Severity.PROBLEM)
     assert finding.check == "altp2m-option"
     assert 'GRUB_CMDLINE_XEN="altp2m=1"' in finding.cure

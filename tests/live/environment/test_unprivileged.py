@@ -8,7 +8,8 @@ import os
 import pytest
 
 import xenaltp2m as xa
-from xenaltp2m.doctor import Grade, examine
+from xenaltp2m.handles.hazards import Severity
+from xenaltp2m.tools.doctor import examine
 
 
 def test_connecting_is_denied() -> None:
@@ -26,6 +27,6 @@ def test_the_mock_needs_no_privilege() -> None:
 
 def test_doctor_says_so() -> None:
     [finding] = (one for one in examine() if one.check == "privileges")
-    assert finding.severity is Grade.PROBLEM
+    assert finding.severity is Severity.PROBLEM
     assert "privcmd" in finding.evidence
     assert "sudo" in finding.cure

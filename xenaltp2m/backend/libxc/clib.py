@@ -13,8 +13,9 @@ from xenaltp2m import errors
 from xenaltp2m.abi import layouts
 from xenaltp2m.abi._ffi import ffi as _ffi
 from xenaltp2m.abi.releases import SYMBOL_SINCE
-from xenaltp2m.backend import Bytes, Gfns, arguments
-from xenaltp2m.backend.loader import Library
+from xenaltp2m.backend import arguments
+from xenaltp2m.backend.libxc.loader import Library
+from xenaltp2m.backend.protocol import Bytes, Gfns
 from xenaltp2m.errors import ClosedError, InvalidArgumentError, UnsupportedError, XenError
 
 ffi: Any = _ffi
@@ -184,7 +185,7 @@ class Log:
         self._file.close()
 
 
-def lend(op: str, name: str, ctype: Any, buffer: object) -> Any:
+def borrow(op: str, name: str, ctype: Any, buffer: object) -> Any:
     """Lend C a Python buffer; nothing is copied, and it cannot be resized while the loan lives."""
     try:
         return ffi.from_buffer(ctype, buffer)
@@ -195,10 +196,10 @@ def lend(op: str, name: str, ctype: Any, buffer: object) -> Any:
 def lend_bulk(op: str, accesses: Bytes, gfns: Gfns) -> tuple[Any, Any, int]:
     """Lend C the arrays of a bulk access call."""
     arguments.check_bulk(op, accesses, gfns)
-    return lend(op, "accesses", BYTES, accesses), lend(op, "gfns", UINT64S, gfns), len(gfns)
+    return borrow(op, "accesses", BYTES, accesses), borrow(op, "gfns", UINT64S, gfns), len(gfns)
 
 
-class Room:
+class HypercallBuffer:
     """Memory that Xen can reach, for the arguments of one bulk access call at a time."""
 
     GFNS = 1 << 16

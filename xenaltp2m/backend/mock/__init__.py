@@ -18,13 +18,8 @@ from typing import Any, TextIO, TypeVar
 from xenaltp2m import errors
 from xenaltp2m.abi.releases import SUPPORTED, Release, release
 from xenaltp2m.abi.vm_event import as_line
-from xenaltp2m.arguments import check_flag, check_kind, check_number
-from xenaltp2m.backend import Backend
-from xenaltp2m.backend.mock.guest import Outcome, touch
-from xenaltp2m.backend.mock.machine import Domain, Livelock, Machine
-from xenaltp2m.backend.mock.operations import Call, InjectedFault, ModelBackend
-from xenaltp2m.backend.mock.p2m import Entry
-from xenaltp2m.backend.mock.processor import (
+from xenaltp2m.backend.mock.calls import Call, InjectedFault
+from xenaltp2m.backend.mock.effects import (
     Cpuid,
     DebugException,
     DescriptorAccess,
@@ -34,11 +29,17 @@ from xenaltp2m.backend.mock.processor import (
     SetRegisters,
     WriteControlRegister,
     WriteMsr,
-    run,
 )
+from xenaltp2m.backend.mock.guest import Outcome, touch
+from xenaltp2m.backend.mock.machine import Domain, Livelock, Machine
+from xenaltp2m.backend.mock.operations import ModelBackend
+from xenaltp2m.backend.mock.p2m import Entry
+from xenaltp2m.backend.mock.scheduler import run
 from xenaltp2m.backend.mock.script import Access, Instruction, Script
 from xenaltp2m.backend.mock.vcpu import Vcpu
+from xenaltp2m.backend.protocol import Backend
 from xenaltp2m.types import PAGE_SIZE
+from xenaltp2m.values.arguments import check_flag, check_kind, check_number
 
 __all__ = [
     "Access",
@@ -142,7 +143,7 @@ class MockBackend(ModelBackend):
         return self.machine.add_domain(name, **options).domid
 
     def domain(self, domid: int) -> Domain:
-        """Return the model of a domain, to look into or to change behind the caller's back."""
+        """Return the model of a domain, to inspect it or to change it unknown to the agent."""
         check_number("domid", domid)
         found = self.machine.domains.get(domid)
         if found is None:
@@ -180,7 +181,7 @@ class MockBackend(ModelBackend):
     def load(
         self, domid: int, program: Iterable[Instruction], vcpu: int = 0, *, loop: bool = False
     ) -> None:
-        """Give a vCPU a program, which it begins anew; it is brought up if it was down.
+        """Give a vCPU a program, which it runs from the start; bring the vCPU up if it was down.
 
         It runs, with the domain's other vCPUs, in :meth:`run`, whenever a call lets it go on
         (``domain_unpause``, ``evtchn_notify``, ``monitor_resume``, ``monitor_disable``), and a
@@ -231,7 +232,8 @@ class MockBackend(ModelBackend):
         """Let a vCPU execute what is in memory, from the given registers on; see :meth:`boot`.
 
         Args:
-            domid: The domain; :meth:`xenaltp2m.domain.Memory.write` puts code and tables into it.
+            domid: The domain; :meth:`xenaltp2m.handles.memory.Memory.write` puts code and
+                tables into it.
             registers: By the names of ``struct hvm_hw_cpu``. What is not given is as a PVH guest
                 begins; with ``msr_efer`` in long mode (LMA) segments are those of 64-bit code.
             vcpu: The vCPU, which is brought up if it was down.
@@ -277,8 +279,8 @@ class MockBackend(ModelBackend):
 
         A line of JSON for each, in their order: ``request`` (the reason) or ``response`` (the
         flags), ``vcpu``, and ``raw``, its bytes in hexadecimal, which
-        :meth:`xenaltp2m.events.Event.of` wraps. Nothing else is in it, so the same run with the
-        same seed gives the same file.
+        :meth:`xenaltp2m.values.events.Event.of` wraps. Nothing else is in it, so the same run with
+        the same seed gives the same file.
 
         Raises:
             InvalidArgumentError: It is being recorded.
@@ -304,7 +306,7 @@ class MockBackend(ModelBackend):
         domain.relinquish()
         self._bury(domain)
 
-    def carry(self, domid: int) -> int:
+    def migrate(self, domid: int) -> int:
         """Save a domain and restore it, as ``xl`` does: it has another domid then, and runs.
 
         Its memory, its vCPUs and its uuid are what they were; nothing else that a control domain
@@ -315,12 +317,12 @@ class MockBackend(ModelBackend):
         """
         domain = self.domain(domid)
         new = max(self.machine.domains) + 1
-        self._monitor_of(domid).carry()
+        self._monitor_of(domid).migrate()
         tables: list[dict[int, Any]] = [self.machine.domains, self._monitors, self._processors]
         for table in tables:
             if domid in table:
                 table[new] = table.pop(domid)
-        domain.carry(new)
+        domain.migrate(new)
         self._go_on(new)
         return new
 

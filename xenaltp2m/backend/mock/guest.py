@@ -2,7 +2,7 @@
 """A guest's memory access, and what the hypervisor makes of it in the vCPU's view.
 
 Restates ``hvm_hap_nested_page_fault``, ``p2m_altp2m_get_or_propagate`` and
-``p2m_mem_access_check``. An access that a monitor must hear of leaves the vCPU paused.
+``p2m_mem_access_check``. An access that is reported to a monitor leaves the vCPU paused.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class Outcome(enum.Enum):
     EMULATED = "emulated"
     """There is no memory: the device model's business."""
     EVENT = "event"
-    """It violates the view; a monitor hears of it and the vCPU waits."""
+    """It violates the view; the monitor receives an event, and the vCPU waits."""
     VIRTUALISATION_EXCEPTION = "#VE"
-    """It violates the view; the guest itself is told."""
+    """It violates the view; the guest itself receives the exception."""
     CRASH = "crash"
     """The domain is gone."""
 
@@ -113,15 +113,14 @@ def access(
     wanted = _KINDS[kind]
     for _ in range(_RETRIES):
         view = domain.views[vcpu.view] if domain.active else None
-        table = domain.host if view is None else view.table
         host = domain.host_lookup(gfn, populate=True, unshare=bool(wanted & W))
         if domain.crashed:
             return Outcome.CRASH
-        found = table.lookup(gfn)
+        found = (domain.host if view is None else view.table).lookup(gfn)
         rights = entry_rights(found.type, found.access) if found.mapped else 0
         misconfigured = bool(rights & W and not rights & R)
         shatters = bool(wanted & X and found.order and not domain.machine.executable_superpages)
-        if not wanted & ~rights and not misconfigured and not shatters:
+        if not (wanted & ~rights or misconfigured or shatters):
             return Outcome.DONE
         reason = _EPT_MISCONFIGURATION if misconfigured else _EPT_VIOLATION
         qualification = _QUALIFICATIONS[kind] | rights << _RIGHTS_SHIFT | _LINEAR_ADDRESS_VALID
@@ -132,27 +131,49 @@ def access(
             return Outcome.VIRTUALISATION_EXCEPTION
         if (yield from vm_exit(monitor, vcpu, reason, qualification)):
             return Outcome.EVENT
-        outcome: Outcome | None
         if misconfigured:
             domain.crash("EPT misconfiguration: writable but not readable")  # SDM 28.3.3.1
-            outcome = Outcome.CRASH
-        elif not found.mapped:
-            if view is None or not host.mapped:
-                return Outcome.EMULATED
-            _copy(domain, view, gfn, host)
-            outcome = None
-        elif wanted & ~access_rights(found.access):
-            fault = address, linear, wanted | where
-            outcome = yield from _violation(monitor, vcpu, view, table, found, fault)
-        elif wanted & ~rights:
-            outcome = _type_fault(domain, gfn, found.type, wanted)
-        else:
-            outcome = _shatter(domain, table, gfn, found)
+            return Outcome.CRASH
+        fault = address, linear, wanted | where
+        outcome = yield from _resolve(monitor, vcpu, view, host, found, fault)
         if outcome is not None:
             return outcome
         if vcpu.ring_blocked:
             return Outcome.EVENT  # tried again when the ring has room
     raise Livelock(f"gfn {gfn:#x}: the vCPU faults for ever")
+
+
+def _resolve(
+    monitor: Monitor,
+    vcpu: Vcpu,
+    view: View | None,
+    host: Lookup,
+    found: Lookup,
+    fault: tuple[int, int, int],
+) -> Waits[Outcome | None]:
+    """Handle an EPT violation as Xen does; None if the vCPU tries the access again.
+
+    Args:
+        monitor: The domain's monitor.
+        vcpu: The vCPU.
+        view: Its view; None for the host p2m.
+        host: The host's entry.
+        found: The view's entry, or the host's.
+        fault: Physical address, linear address, and what was wanted with the flags of where.
+    """
+    domain, gfn = monitor.domain, fault[0] // PAGE_SIZE
+    wanted = fault[2] & (R | W | X)
+    table = domain.host if view is None else view.table
+    if not found.mapped:
+        if view is None or not host.mapped:
+            return Outcome.EMULATED
+        _copy(domain, view, gfn, host)
+        return None
+    if wanted & ~access_rights(found.access):
+        return (yield from _violation(monitor, vcpu, view, table, found, fault))
+    if wanted & ~entry_rights(found.type, found.access):
+        return _type_fault(domain, gfn, found.type, wanted)
+    return _shatter(domain, table, gfn, found)
 
 
 def _tell_guest(domain: Domain, vcpu: Vcpu, about: tuple[int, int, int]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from xenaltp2m.abi.vm_event import Reason
 from xenaltp2m.abi.x86 import Segment
-from xenaltp2m.backend.mock.machine import Domain, Refused
+from xenaltp2m.backend.mock.machine import Domain, HypercallError
 from xenaltp2m.backend.mock.monitor import Monitor
 from xenaltp2m.backend.mock.vcpu import (
     DR6_DEFAULT,
@@ -82,7 +82,7 @@ def hypercall(caller: Caller) -> Waits[None]:
     else:
         try:
             result = _dispatch(caller, number, first & 0xFFFF_FFFF, second, third)
-        except Refused as refused:
+        except HypercallError as refused:
             result = -refused.errno
     vcpu.set_register("rax", result & mask)
 
@@ -140,7 +140,7 @@ def _initialise(vcpu: Vcpu, raw: bytes) -> None:
         values = _CONTEXT_64.unpack_from(raw, 8)
         vcpu.set_flat_segments(FLAT_CODE_64)
     else:
-        raise Refused(EINVAL)
+        raise HypercallError(EINVAL)
     vcpu.set_registers(dict(zip(_ORDER, values, strict=False)))
     vcpu.set_registers({"dr6": DR6_DEFAULT, "dr7": DR7_DEFAULT})
     vcpu.initialised = True

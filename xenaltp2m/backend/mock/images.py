@@ -29,7 +29,7 @@ _MAGIC, _VERSION = 0x336EC578, 1
 _START_INFO = struct.Struct("<IIIIQQQQII")
 _MAP_ENTRY = struct.Struct("<QQII")
 _MAP_AT = 0x878
-"""Behind the start info, two modules and their command lines."""
+"""After the start info, two modules and their command lines."""
 _RAM, _RESERVED, _ACPI_TABLES = 1, 2, 3
 _ACPI, _SPECIAL_PAGES = 0xFC00_0000, 0xFEFF_8000
 _MOST_SEGMENTS = 256
@@ -65,7 +65,7 @@ def _load_segments(domain: Domain, elf: Any) -> tuple[int | None, int]:
             first, size = segment["p_paddr"], segment["p_memsz"]
             data = segment.data()
             if len(data) != segment["p_filesz"]:
-                raise ValueError("a segment ends behind the file's end")
+                raise ValueError("a segment extends beyond the end of the file")
             if len(data) > size:
                 raise ValueError("a segment is longer in the file than in memory")
             write(domain, first, data)

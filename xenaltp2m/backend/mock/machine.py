@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A host with domains: frames, host p2m changes, and altp2m as Xen does it, release by release.
 
-Operations raise :class:`Refused` with Xen's errno and otherwise change the state as Xen would.
+Operations raise :class:`HypercallError` with Xen's errno and otherwise change the state as Xen
+would.
 Each rule names the Xen function it restates; where releases differ, the difference is a field of
 :class:`~xenaltp2m.abi.releases.Release`. Where updates of one release differ, its last one counts:
 XSA-378 and XSA-389 are fixed in 4.14 (4.14.6) and 4.15 (4.15.7), too.
@@ -28,7 +29,6 @@ from errno import (
 from uuid import UUID, uuid5
 
 from xenaltp2m.abi.releases import Release
-from xenaltp2m.arguments import check_flag, check_kind, check_number
 from xenaltp2m.backend.mock.p2m import (
     ACCESS_RWX,
     ANY_RAM_TYPES,
@@ -49,6 +49,7 @@ from xenaltp2m.backend.mock.p2m import (
 from xenaltp2m.backend.mock.vcpu import INVALID_VIEW, Vcpu
 from xenaltp2m.errors import InvalidArgumentError
 from xenaltp2m.types import ALL_GFNS, HVM_PARAM_ALTP2M, PAGE_SIZE, Altp2mMode, MemoryType
+from xenaltp2m.values.arguments import check_flag, check_kind, check_number
 
 _MAP_NORESERVE = 0x4000  # <sys/mman.h>, Linux: memory is taken when it is touched, not before
 _DEFAULT_VIEWS = 10
@@ -79,7 +80,7 @@ LIVELOCK_STEPS = 1 << 28
 SHUTDOWN_POWEROFF, SHUTDOWN_REBOOT, SHUTDOWN_CRASH = 0, 1, 3
 
 
-class Refused(Exception):  # noqa: N818 - it is Xen's answer, not an error of ours
+class HypercallError(Exception):
     """Xen says no: carries the errno, as Linux numbers it."""
 
     def __init__(self, errno: int) -> None:
@@ -234,7 +235,7 @@ class Domain:
         self.passed_through: list[str] = []
         """PCI devices it was given, as ``0000:03:00.0``."""
         self.memory_target: int | None = None
-        """What it is told to balloon to, in KiB, where that is not what it was made with."""
+        """The balloon target in KiB, if it differs from the memory it was created with."""
 
     def _table(self) -> P2m:
         self.pool.take()  # the root
@@ -264,18 +265,18 @@ class Domain:
     def get_param(self, param: int) -> int:
         """``hvmop_get_param``."""
         if not self.hvm or param >= HVM_NR_PARAMS:
-            raise Refused(EINVAL)
+            raise HypercallError(EINVAL)
         return self.params.get(param, 0)
 
     def set_param(self, param: int, value: int) -> None:
         """``hvmop_set_param``: the altp2m mode is settable once, and not at all from 4.19."""
         if not self.hvm or param >= HVM_NR_PARAMS:
-            raise Refused(EINVAL)
+            raise HypercallError(EINVAL)
         if param == HVM_PARAM_ALTP2M:
             if self.release.mode_set_at_creation or (self.mode and value != self.mode):
-                raise Refused(EEXIST)
+                raise HypercallError(EEXIST)
             if value > Altp2mMode.LIMITED or (value and self.nested):
-                raise Refused(EINVAL)
+                raise HypercallError(EINVAL)
         self.params[param] = value
 
     # Host p2m: every write is seen by the views.
@@ -357,13 +358,15 @@ class Domain:
         if mfn is None:
             return False
         self.pages += 1 << order  # and so it stays where what follows fails
-        for offset in range(1 << order):
-            old = self.host.lookup(gfn + offset)
+        at, end = gfn, gfn + (1 << order)
+        while at < end:
+            old = self.host.lookup(at)
             if old.type in SPECIAL_TYPES:
                 self.crash("populated over grant, foreign or direct MMIO")
                 return False
             if old.valid and old.type in RAM_TYPES:
                 self.m2p.pop(old.mfn, None)
+            at = at + 1 if old.mapped else (at >> old.order) + 1 << old.order  # past the hole
         if self.host_write_range(gfn, mfn, order, PageType.RAM_RW, self.host_default_access):
             return False
         self._set_m2p(gfn, mfn, order)
@@ -407,9 +410,19 @@ class Domain:
             self.dirty.add(gfn)
         return error
 
+    def populate(self, gfn: int, count: int) -> bool:
+        """Populate 4K pages from ``gfn`` on in a domain that is being made: one by one, in bulk."""
+        found = [self.machine.frames.allocate() for _ in range(count)]
+        mfns = [mfn for mfn in found if mfn is not None]
+        self.pages += len(mfns)
+        kind, access = PageType.RAM_RW, self.host_default_access
+        if len(mfns) < count or self.host.fill(gfn, mfns, kind, access):
+            return False
+        self.m2p.update(zip(mfns, range(gfn, gfn + count), strict=True))
+        return True
+
     def _set_m2p(self, gfn: int, mfn: int, order: int) -> None:
-        for offset in range(1 << order):
-            self.m2p[mfn + offset] = gfn + offset
+        self.m2p.update((mfn + offset, gfn + offset) for offset in range(1 << order))
 
     def set_aside(self, gfn: int, kind: PageType) -> None:
         """Make a page of RAM one that is shared, paged out, or to be populated on demand.
@@ -434,7 +447,7 @@ class Domain:
     def mem_type(self, gfn: int) -> MemoryType:
         """``hvmop_get_mem_type``."""
         if not self.hvm:
-            raise Refused(EINVAL)
+            raise HypercallError(EINVAL)
         kind = self.host.lookup(gfn).type
         if kind == PageType.IOREQ_SERVER:
             return MemoryType.IOREQ_SERVER
@@ -477,7 +490,7 @@ class Domain:
         ``vmx.c:domain_creation_finished``, 4.15: a domain that never ran has a hole there.
         """
         if not self.pauses:
-            raise Refused(EINVAL)
+            raise HypercallError(EINVAL)
         self.pauses -= 1
         if self.pauses or self.creation_finished:
             return
@@ -541,14 +554,14 @@ class Domain:
         if number == self.release.default_access_number:
             return self.host_default_access
         if not 0 <= number < self.release.default_access_number:
-            raise Refused(EINVAL)
+            raise HypercallError(EINVAL)
         return number
 
     def existing_view(self, index: int) -> View:
         """Return a live view; EINVAL otherwise."""
         if index < len(self.views) and self.views[index].exists:
             return self.views[index]
-        raise Refused(EINVAL)
+        raise HypercallError(EINVAL)
 
     def _table_of(self, index: int) -> P2m:
         """View 0 is the host p2m for access and suppress-#VE calls."""
@@ -557,14 +570,14 @@ class Domain:
     def set_active(self, state: bool) -> None:
         """``HVMOP_altp2m_set_domain_state``."""
         if self.nested:
-            raise Refused(EINVAL)
+            raise HypercallError(EINVAL)
         if state == self.active:
             return
         if state:
             self.active = True
             try:
                 self._activate(self.views[0], self.host_default_access)
-            except Refused:
+            except HypercallError:
                 self.active = not self.release.failed_enable_clears_active
                 raise
             for vcpu in self.vcpus:
@@ -579,14 +592,14 @@ class Domain:
             view.reset()
             view.exists = view.visible = False
 
-    def carry(self, domid: int) -> None:
+    def migrate(self, domid: int) -> None:
         """What is left of it in a domain restored from what was saved of this one."""
         if self.active:
             self.set_active(False)
         self.domid, self.pauses, self.access_required = domid, 0, False
         self.host_default_access = ACCESS_RWX
         for vcpu in self.vcpus:
-            vcpu.carry()
+            vcpu.migrate()
         entries = list(self.host.entries())
         self.host.flush()
         self.host.restart()
@@ -596,7 +609,7 @@ class Domain:
     def _activate(self, view: View, default_access: int) -> None:
         """``p2m_activate_altp2m``."""
         if self.machine.xen_heap_exhausted:  # p2m_init_logdirty, rangeset_merge
-            raise Refused(ENOMEM)
+            raise HypercallError(ENOMEM)
         view.default_access = default_access
         view.min_remapped = ALL_GFNS
         view.max_remapped = 0
@@ -610,21 +623,21 @@ class Domain:
             if not view.exists:
                 self._activate(view, default_access)
                 return index
-        raise Refused(EINVAL)
+        raise HypercallError(EINVAL)
 
     def destroy_view(self, index: int) -> None:
         """``p2m_destroy_altp2m_by_id``: every refusal is EBUSY."""
         if not 0 < index < len(self.views) or not self.views[index].exists:
-            raise Refused(EBUSY)
+            raise HypercallError(EBUSY)
         if any(vcpu.view == index for vcpu in self.vcpus):
-            raise Refused(EBUSY)
+            raise HypercallError(EBUSY)
         self.views[index].reset()
         self.views[index].exists = self.views[index].visible = False
 
     def switch_to_view(self, index: int) -> None:
         """``p2m_switch_domain_altp2m_by_id``: hidden views are refused."""
         if index >= len(self.views) or not self.views[index].visible:
-            raise Refused(EINVAL)
+            raise HypercallError(EINVAL)
         for vcpu in self.vcpus:
             vcpu.view = index
 
@@ -644,7 +657,7 @@ class Domain:
     def vcpu(self, number: int) -> Vcpu:
         """Return a vCPU; EINVAL if there is none."""
         if number >= len(self.vcpus):
-            raise Refused(EINVAL)
+            raise HypercallError(EINVAL)
         return self.vcpus[number]
 
     def effective_entry(self, table: P2m, view: View | None, gfn: int, *, copy: bool) -> Lookup:
@@ -658,7 +671,7 @@ class Domain:
             return found
         found = self.host_lookup(gfn, populate=True, unshare=True)
         if not found.valid or found.type != PageType.RAM_RW:
-            raise Refused(ESRCH)
+            raise HypercallError(ESRCH)
         if copy and found.order != ORDER_4K:
             access = found.access
             if self.release.superpage_copy_takes_view_default:
@@ -668,7 +681,7 @@ class Domain:
                 gfn & ~mask, found.mfn & ~mask, found.order, found.type, access, True
             )
             if error:
-                raise Refused(error)
+                raise HypercallError(error)
         return found
 
     def set_mem_access(self, index: int, gfn: int, number: int) -> None:
@@ -696,13 +709,13 @@ class Domain:
         else:
             try:
                 found = self.effective_entry(view.table, view, gfn, copy=True)
-            except Refused as refused:
+            except HypercallError as refused:
                 if refused.errno == ESRCH:
                     return
                 raise
             error = view.table.write(gfn, found.mfn, ORDER_4K, found.type, access)
         if error:
-            raise Refused(error)
+            raise HypercallError(error)
 
     def get_mem_access(self, index: int, gfn: int) -> int:
         """``p2m_get_mem_access``: the table's own answer, no fallback to the host."""
@@ -712,9 +725,9 @@ class Domain:
             return self.host_default_access
         found = self._table_of(index).lookup(gfn)
         if not found.mapped:
-            raise Refused(ESRCH)
+            raise HypercallError(ESRCH)
         if not 0 <= found.access < self.release.default_access_number:
-            raise Refused(ERANGE)
+            raise HypercallError(ERANGE)
         return found.access
 
     def change_gfn(self, index: int, old_gfn: int, new_gfn: int) -> None:
@@ -724,7 +737,7 @@ class Domain:
         if new_gfn == ALL_GFNS:
             found = table.lookup(old_gfn)
             if found.valid and (error := self.remove_entry(view, old_gfn, found.mfn)):
-                raise Refused(error)
+                raise HypercallError(error)
             return
         self.effective_entry(table, view, old_gfn, copy=True)
         new = self.effective_entry(table, view, new_gfn, copy=False)
@@ -739,7 +752,7 @@ class Domain:
             raise Livelock("set_suppress_ve with gfn ~0 wraps its counter and never ends")
         failure = self._set_suppress_ve(index, gfn, gfn, suppress)
         if failure:
-            raise Refused(failure[1])
+            raise HypercallError(failure[1])
 
     def set_suppress_ve_multi(
         self, index: int, first: int, last: int, suppress: bool
@@ -747,7 +760,7 @@ class Domain:
         """``p2m_set_suppress_ve_multi``: tries every gfn, returns the first failure."""
         last = min(last, (1 << self.machine.physical_address_bits) - 1)
         if first > last:
-            raise Refused(EINVAL)
+            raise HypercallError(EINVAL)
         return self._set_suppress_ve(index, first, last, suppress)
 
     def _set_suppress_ve(
@@ -768,7 +781,7 @@ class Domain:
                 found = self.effective_entry(table, view, gfn, copy=False)
                 write = table.write if view else self.host_write
                 error = write(gfn, found.mfn, ORDER_4K, found.type, found.access, suppress)
-            except Refused as refused:
+            except HypercallError as refused:
                 error = refused.errno
             if error and failure is None:
                 failure = gfn, error
@@ -780,27 +793,27 @@ class Domain:
         """``p2m_get_suppress_ve``."""
         found = self._table_of(index).lookup(gfn)
         if not found.valid:
-            raise Refused(ESRCH)
+            raise HypercallError(ESRCH)
         return found.suppress_ve
 
     def enable_notify(self, number: int, gfn: int) -> None:
-        """``altp2m_vcpu_enable_ve`` behind the checks of ``do_altp2m_op``."""
+        """``altp2m_vcpu_enable_ve``, after the checks of ``do_altp2m_op``."""
         vcpu = self.vcpu(number)
         if not self.machine.has_virtualisation_exceptions:
-            raise Refused(EOPNOTSUPP)
+            raise HypercallError(EOPNOTSUPP)
         if vcpu.veinfo is not None:
-            raise Refused(EEXIST)
+            raise HypercallError(EEXIST)
         found = self.host_lookup(gfn, populate=True, unshare=True)
         if found.type in PAGING_TYPES:
-            raise Refused(EAGAIN)
+            raise HypercallError(EAGAIN)
         if found.type == PageType.MMIO_DIRECT:
-            raise Refused(EPERM)
+            raise HypercallError(EPERM)
         if (
             not found.valid
             or found.type not in (PageType.RAM_RW, PageType.RAM_LOGDIRTY)
             or found.mfn in self.special_frames
         ):
-            raise Refused(EINVAL)
+            raise HypercallError(EINVAL)
         vcpu.veinfo = found.mfn
         vcpu.vm_functions = True  # vmx_vcpu_update_vmfunc_ve; disabling leaves it on
         self.machine.frames.pin(found.mfn)
@@ -809,7 +822,7 @@ class Domain:
         """``altp2m_vcpu_disable_ve``: 0 even where it was not enabled."""
         vcpu = self.vcpu(number)
         if not self.machine.has_virtualisation_exceptions:
-            raise Refused(EOPNOTSUPP)
+            raise HypercallError(EOPNOTSUPP)
         self._forget_veinfo(vcpu)
 
     def _forget_veinfo(self, vcpu: Vcpu) -> None:
@@ -894,12 +907,13 @@ class Machine:
         )
         self.domains[domid] = domain
         limit, domain.max_pages = domain.max_pages, 1 << 40
-        gfn, end = 0, memory_kib * 1024 // PAGE_SIZE
-        while gfn < end:
-            order = ORDER_2M if superpages and gfn + (1 << ORDER_2M) <= end else ORDER_4K
-            if not domain.add_page(gfn, order):
-                raise MemoryError(f"the mock host has no {memory_kib} KiB for {name}")
-            gfn += 1 << order
+        end = memory_kib * 1024 // PAGE_SIZE
+        big = end >> ORDER_2M << ORDER_2M if superpages else 0
+        if not (
+            all(domain.add_page(gfn, ORDER_2M) for gfn in range(0, big, 1 << ORDER_2M))
+            and domain.populate(big, end - big)
+        ):
+            raise MemoryError(f"the mock host has no {memory_kib} KiB for {name}")
         if domain.hvm:
             self._add_special_pages(domain)
         domain.max_pages = limit + _SPECIAL_PAGES
@@ -925,27 +939,27 @@ class Machine:
         """Return a domain; ESRCH if there is none."""
         found = self.domains.get(domid)
         if found is None:
-            raise Refused(ESRCH)
+            raise HypercallError(ESRCH)
         return found
 
     def controlled(self, domid: int) -> Domain:
         """Return a domain for the control domain alone; EPERM for anybody else."""
         found = self.domain(domid)
         if not self.privileged:
-            raise Refused(EPERM)
+            raise HypercallError(EPERM)
         return found
 
     def altp2m(self, domid: int, *, needs_active: bool = True) -> Domain:
         """The gate of ``do_altp2m_op``: every check before the operation's own, in its order."""
         if not self.altp2m_supported:
-            raise Refused(EOPNOTSUPP)
+            raise HypercallError(EOPNOTSUPP)
         domain = self.domain(domid)
         if not domain.hvm or (needs_active and not domain.active):
-            raise Refused(EOPNOTSUPP)
+            raise HypercallError(EOPNOTSUPP)
         if domain.mode == Altp2mMode.DISABLED:
-            raise Refused(EINVAL)
+            raise HypercallError(EINVAL)
         if not domain.views:
-            raise Refused(EOPNOTSUPP)
+            raise HypercallError(EOPNOTSUPP)
         if not self.privileged or domain.mode > Altp2mMode.LIMITED:
-            raise Refused(EPERM)
+            raise HypercallError(EPERM)
         return domain

@@ -22,7 +22,12 @@ from xenaltp2m.abi.vm_event import (
     encode_request,
     layout,
 )
-from xenaltp2m.backend.mock.machine import HVM_PARAM_MONITOR_RING_PFN, Domain, Livelock, Refused
+from xenaltp2m.backend.mock.machine import (
+    HVM_PARAM_MONITOR_RING_PFN,
+    Domain,
+    HypercallError,
+    Livelock,
+)
 from xenaltp2m.backend.mock.p2m import access_rights
 from xenaltp2m.backend.mock.vcpu import Deferred, Vcpu, Waits
 from xenaltp2m.types import ALL_GFNS, PAGE_SIZE
@@ -79,7 +84,8 @@ class Monitor:
         """Whether writes of registers wait for the answer (``control_register_values``).
 
         ``XEN_DOMCTL_MONITOR_OP_CONTROL_REGISTERS`` turns it on, of a PV domain and without a ring
-        as well (``arch_monitor_domctl_op``); without it the write is done when the agent hears.
+        as well (``arch_monitor_domctl_op``); without it the write has been done when the agent
+        receives the event.
         """
         self.intercepted_msrs: set[int] = set()
         """Those whose writes exit for having once been monitored (``vmx_set_msr_intercept``)."""
@@ -99,13 +105,13 @@ class Monitor:
         """``xc_monitor_enable``: the frame of the ring, taken out of the guest's reach."""
         domain = self.domain
         gfn = domain.get_param(HVM_PARAM_MONITOR_RING_PFN)
-        # A second enable leaves this page behind, as in Xen.
+        # A second enable leaks this page, as in Xen.
         if not domain.host.lookup(gfn).mapped and not domain.add_page(gfn, 0):
-            raise Refused(EBUSY)
+            raise HypercallError(EBUSY)
         if self.enabled:
-            raise Refused(EBUSY)
+            raise HypercallError(EBUSY)
         if not gfn:
-            raise Refused(EOPNOTSUPP)
+            raise HypercallError(EOPNOTSUPP)
         frame = domain.host.lookup(gfn).mfn
         domain.machine.frames.pin(frame)
         domain.remove_page(gfn)
@@ -128,10 +134,10 @@ class Monitor:
         if self.domain.dying:  # vm_event_domctl
             return
         if self.ring_frame is None:
-            raise Refused(EINVAL)
+            raise HypercallError(EINVAL)
         self._forget_switches()  # also where the next line refuses
         if self.queue:
-            raise Refused(EBUSY)
+            raise HypercallError(EBUSY)
         self._destroy()
 
     def clean_up(self) -> None:
@@ -141,7 +147,7 @@ class Monitor:
             self._forget_switches()
             self._destroy()
 
-    def carry(self) -> None:
+    def migrate(self) -> None:
         """Become that of a domain restored from what was saved of this one: a new one."""
         self.clean_up()
         self.switches.clear()
@@ -290,7 +296,7 @@ class Monitor:
         if self.domain.dying:  # vm_event_domctl
             return
         if self.ring_frame is None:
-            raise Refused(ENODEV)
+            raise HypercallError(ENODEV)
         page = self.domain.machine.frames.page(self.ring_frame)
         version = self.domain.release.vm_event_version
         shape = layout(version)
@@ -400,7 +406,7 @@ class Monitor:
         """``arch_monitor_domctl_event``: EEXIST where nothing would change."""
         self._require_events()
         if (event in self.switches) == enable:
-            raise Refused(EEXIST)
+            raise HypercallError(EEXIST)
         if enable:
             self.switches[event] = options
         else:
@@ -410,7 +416,7 @@ class Monitor:
         """``XEN_DOMCTL_MONITOR_EVENT_WRITE_CTRLREG``."""
         self._require_events()
         if index >= _CTRLREGS:
-            raise Refused(EINVAL)
+            raise HypercallError(EINVAL)
         self.switch(f"ctrlreg {index}", enable, **options)
 
     def switch_msr(self, msr: int, enable: bool, **options: int) -> None:
@@ -419,9 +425,9 @@ class Monitor:
         event = f"msr {msr:#x}"
         if enable and event not in self.switches:
             if not self.enabled:
-                raise Refused(ENXIO)
+                raise HypercallError(ENXIO)
             if not any(msr in span for span in _MSR_RANGES):
-                raise Refused(EINVAL)
+                raise HypercallError(EINVAL)
         self.switch(event, enable, **options)
         if enable:
             self.intercepted_msrs.add(msr)
@@ -429,7 +435,7 @@ class Monitor:
     def emulate_each_rep(self, enable: bool) -> None:
         """``XEN_DOMCTL_MONITOR_OP_EMULATE_EACH_REP``: no EEXIST, but a ring is needed."""
         if not self.enabled:
-            raise Refused(EINVAL)
+            raise HypercallError(EINVAL)
         self.switches.pop("emulate_each_rep", None)
         if enable:
             self.switches["emulate_each_rep"] = {}
@@ -442,7 +448,7 @@ class Monitor:
     def _require_events(self) -> None:
         """``monitor_domctl``: no event is among a PV domain's capabilities."""
         if not self.domain.hvm:
-            raise Refused(EOPNOTSUPP)
+            raise HypercallError(EOPNOTSUPP)
 
 
 @functools.cache

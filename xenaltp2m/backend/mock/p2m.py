@@ -10,7 +10,7 @@ costs a page of the domain's pool. Rules are those of ``xen/arch/x86/mm/p2m-ept.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from errno import EINVAL, ENOMEM
 from typing import NamedTuple, TypeAlias
 
@@ -104,7 +104,7 @@ class Entry(NamedTuple):
 
 
 class Lookup(NamedTuple):
-    """What ``ept_get_entry`` tells of a gfn. ``order`` is the size of the entry or of the hole."""
+    """An answer of ``ept_get_entry``; ``order`` is the size of the entry or of the hole."""
 
     mfn: int
     type: PageType
@@ -265,6 +265,37 @@ class P2m:
         for part, frame, size in pieces(gfn, mfn, order):
             error = self.write(part, frame, size, kind, access) or error
         return error
+
+    def fill(self, gfn: int, mfns: Sequence[int], kind: PageType, access: int) -> int:
+        """Write a 4K entry for each frame, from a gfn on, as many calls of :meth:`write` would.
+
+        Args:
+            gfn: The first; none of them has an entry.
+            mfns: The frames, all valid.
+            kind: The type of all.
+            access: The access number of all.
+
+        Returns:
+            0, ENOMEM for an exhausted pool.
+        """
+        at = 0
+        while at < len(mfns):
+            if error := self.write(gfn + at, mfns[at], ORDER_4K, kind, access):
+                return error
+            table = self._root
+            for level in range(_TOP_LEVEL, 0, -1):
+                child = table[gfn + at >> level * _TABLE_ORDER & _INDEX_MASK]
+                assert isinstance(child, dict)
+                table = child
+            index = gfn + at & _INDEX_MASK
+            rest = mfns[at : at + _INDEX_MASK + 1 - index]
+            table.update(
+                (index + offset, Entry(mfn, kind, access, suppress_ve=True))
+                for offset, mfn in enumerate(rest)
+            )
+            at += len(rest)
+            self.max_mapped = max(self.max_mapped, gfn + at - 1)
+        return 0
 
     def restart(self) -> None:
         """As if nothing had ever been written to it, empty as it is."""

@@ -11,28 +11,38 @@ Xen causes no monitor trap, its successor does; so it is on the CPU, too.
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]
-import math
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum, auto
-from random import Random
-from typing import ClassVar, TypeAlias
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from xenaltp2m.abi.vm_event import Flag, Reason
-from xenaltp2m.abi.x86 import BP, CR0_ET, CR0_PE, CR0_PG, DB, GP, NO_ERROR_CODE, OF, UD, VE
+from xenaltp2m.abi.x86 import BP, DB, GP, NO_ERROR_CODE, OF, UD, VE
+from xenaltp2m.backend.mock.effects import (
+    Cpuid,
+    DebugException,
+    DescriptorAccess,
+    Done,
+    Effect,
+    GuestRequest,
+    Halt,
+    PortIo,
+    SetRegisters,
+    WriteControlRegister,
+    WriteMsr,
+)
 from xenaltp2m.backend.mock.guest import Outcome, drive, vm_exit
 from xenaltp2m.backend.mock.machine import Livelock
 from xenaltp2m.backend.mock.monitor import CR0, CR3, CR4, XCR0, Monitor
-from xenaltp2m.backend.mock.p2m import Lookup, P2m, PageType
+from xenaltp2m.backend.mock.physical_memory import PhysicalMemory
+from xenaltp2m.backend.mock.system_registers import SystemRegisters
 from xenaltp2m.backend.mock.vcpu import (
     DR6_DEFAULT,
     EXTERNAL_INTERRUPT,
     HARDWARE_EXCEPTION,
-    MSR_REGISTERS,
     NMI,
     SOFTWARE_EXCEPTION,
+    Deferred,
     Trap,
     Vcpu,
     Waits,
@@ -44,120 +54,15 @@ _EXCEPTION, _CPUID, EXIT_HLT, EXIT_VMCALL, _CR_ACCESS, _IO = 0, 10, 12, 18, 28, 
 EXIT_MSR_READ, _MSR_WRITE = 31, 32
 _MONITOR_TRAP, _GDTR_OR_IDTR, _LDTR_OR_TR, _XSETBV, EXIT_VMFUNC = 37, 46, 47, 55, 59
 
-_SLICE = 1000
-"""Instructions of machine code in a turn, at most."""
 _NANOSECONDS = 1000
 """What an attempt to execute an instruction takes."""
 _OF_A_FAULT = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT}
 _SIGNALS = set(map(int, signal.valid_signals() - _OF_A_FAULT))
 
-_CR0_BITS = 0xE005003F
-"""All but ``HVM_CR0_GUEST_RESERVED_BITS``."""
-_CR4_BITS = 0x770FFF & ~(1 << 12)
-_CR4_HOST_MASK = ~_CR4_BITS | 1 << 5 | 1 << 6 | 1 << 13 | 1 << 4 | 1 << 20 | 1 << 21 | 1 << 22
-"""Which bits exit (``vmx_update_guest_cr``): PAE, MCE, VMXE, PKE, and while paging is off PSE,
-SMEP and SMAP; and all that the guest may not set."""
 DR6_STEP = 1 << 14
 
 DIRECT_MSRS = {0x174, 0x175, 0x176, 0x277, 0xC0000100, 0xC0000101, 0xC0000102}
 """Written without an exit until they are monitored (``construct_vmcs``)."""
-
-
-@dataclass(frozen=True)
-class SetRegisters:
-    """Load registers; ``rip`` is a jump."""
-
-    values: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class WriteControlRegister:
-    """MOV to CR0 (index 0), CR3 (1), CR4 (2), or XSETBV of XCR0 (3)."""
-
-    index: int
-    value: int
-
-
-@dataclass(frozen=True)
-class WriteMsr:
-    """WRMSR."""
-
-    msr: int
-    value: int
-
-
-@dataclass(frozen=True)
-class Cpuid:
-    """CPUID of what is in eax and ecx, with the results for eax, ebx, ecx and edx."""
-
-    results: tuple[int, int, int, int] = (0xD, 0x756E6547, 0x6C65746E, 0x49656E69)
-
-    @property
-    def registers(self) -> dict[str, int]:
-        """The results by their registers."""
-        return dict(zip(("rax", "rbx", "rcx", "rdx"), self.results, strict=True))
-
-
-@dataclass(frozen=True)
-class DescriptorAccess:
-    """SIDT (descriptor 1), SGDT (2), SLDT (3), STR (4), or where it is a write LIDT to LTR."""
-
-    descriptor: int
-    is_write: bool = False
-    instr_info: int = 0
-    exit_qualification: int = 0
-
-
-@dataclass(frozen=True)
-class PortIo:
-    """IN or OUT; what comes in goes to rax."""
-
-    port: int
-    size: int = 1
-    is_in: bool = False
-    is_string: bool = False
-    value: int = 0
-
-
-@dataclass(frozen=True)
-class GuestRequest:
-    """VMCALL of ``HVMOP_guest_request_vm_event``."""
-
-
-@dataclass(frozen=True)
-class DebugException:
-    """A #DB: of kind 3 after the instruction, as of the trap flag; of kind 5 INT1 itself."""
-
-    kind: int = HARDWARE_EXCEPTION
-
-
-@dataclass(frozen=True)
-class Halt:
-    """HLT: the vCPU waits until ``Vcpu.halted`` is False again."""
-
-
-Effect: TypeAlias = (
-    SetRegisters
-    | WriteControlRegister
-    | WriteMsr
-    | Cpuid
-    | DescriptorAccess
-    | PortIo
-    | GuestRequest
-    | DebugException
-    | Halt
-)
-
-
-class Done(Enum):
-    """How far an instruction came."""
-
-    NATIVE = auto()
-    """The CPU completed it."""
-    EXITED = auto()
-    """Xen completed it, after an exit."""
-    HELD = auto()
-    """It is not completed, and comes again."""
 
 
 @dataclass(eq=False)
@@ -169,6 +74,12 @@ class Processor(ABC):
 
     monitor: Monitor
     vcpu: Vcpu
+    _memory: PhysicalMemory = field(init=False)
+    _registers: SystemRegisters = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._memory = PhysicalMemory(self.monitor.domain, self.vcpu)
+        self._registers = SystemRegisters(self.monitor, self.vcpu)
 
     def close(self) -> None:  # noqa: B027 - most have nothing
         """Give back what it took; it executes nothing any more."""
@@ -271,19 +182,7 @@ class Processor(ABC):
             vcpu.map_cache_stale = False
             return
         if deferred is not None:
-            if deferred.registers is not None:
-                vcpu.set_registers(deferred.registers)
-                deferred.registers = None
-            if deferred.emulate_flags:
-                kind = _emulation_kind(deferred.emulate_flags)
-                yield from self._emulate(kind, deferred.emulation_data)
-                deferred.emulate_flags = 0
-            for index in (CR0, CR4, CR3):
-                if index in deferred.control_registers:
-                    self._set_control_register(index, deferred.control_registers.pop(index))
-            if deferred.msr is not None:
-                self._write_msr(*deferred.msr)
-                deferred.msr = None
+            yield from self._apply_deferred(deferred)
         if vcpu.injected is not None:
             if vcpu.pending is None:
                 vcpu.raise_trap(vcpu.injected)
@@ -298,6 +197,22 @@ class Processor(ABC):
             }
             yield from self.monitor.traps(vcpu, Reason.INTERRUPT, fields)
             vcpu.next_interrupt = False
+
+    def _apply_deferred(self, deferred: Deferred) -> Waits[None]:
+        """Apply what responses asked for (``hvm_vm_event_do_resume``)."""
+        if deferred.registers is not None:
+            self.vcpu.set_registers(deferred.registers)
+            deferred.registers = None
+        if deferred.emulate_flags:
+            kind = _emulation_kind(deferred.emulate_flags)
+            yield from self._emulate(kind, deferred.emulation_data)
+            deferred.emulate_flags = 0
+        for index in (CR0, CR4, CR3):
+            if index in deferred.control_registers:
+                self._registers.set_control(index, deferred.control_registers.pop(index))
+        if deferred.msr is not None:
+            self._registers.write_msr(*deferred.msr)
+            deferred.msr = None
 
     def _fault(self, vector: int) -> None:
         """``hvm_inject_hw_exception``."""
@@ -357,177 +272,90 @@ class Processor(ABC):
         return Done.NATIVE if (yield from self._deliver(trap)) else Done.HELD
 
     def _apply(self, effect: Effect | None, length: int) -> Waits[Done]:
-        """The effect of the instruction at rip, and Xen's part in it."""
-        vcpu, monitor = self.vcpu, self.monitor
+        """Apply the effect of the instruction at rip, and Xen's part in it."""
+        if effect is None:
+            return Done.NATIVE
+        if isinstance(effect, SetRegisters):
+            self.vcpu.set_registers(effect.values)
+            return Done.NATIVE
+        return (yield from self._apply_exiting(effect, length))
+
+    def _apply_exiting(self, effect: Effect, length: int) -> Waits[Done]:
+        """Apply an effect that leaves guest mode, always or where a monitor asks for it."""
         done = Done.EXITED
         match effect:
-            case None:
-                done = Done.NATIVE
-            case SetRegisters(values):
-                vcpu.set_registers(values)
-                done = Done.NATIVE
             case WriteControlRegister(index, value):
                 done = yield from self._move_to_control_register(index, value)
             case WriteMsr(msr, value):
-                if msr in DIRECT_MSRS - monitor.intercepted_msrs:
-                    self._write_msr(msr, value)
-                    done = Done.NATIVE
-                elif (yield from vm_exit(monitor, vcpu, _MSR_WRITE)):
-                    done = Done.HELD
-                else:
-                    yield from self._intercept_msr(msr, value)
+                done = yield from self._move_to_msr(msr, value)
             case Cpuid():
-                if (yield from vm_exit(monitor, vcpu, _CPUID)):
-                    return Done.HELD
-                fields = {
-                    "cpuid.insn_length": length,
-                    "cpuid.leaf": vcpu.register("rax") & 0xFFFF_FFFF,
-                    "cpuid.subleaf": vcpu.register("rcx") & 0xFFFF_FFFF,
-                }
-                vcpu.set_registers(effect.registers)
-                if (yield from monitor.report("cpuid", vcpu, Reason.CPUID, fields)):
-                    done = Done.HELD
+                done = yield from self._identify(effect, length)
             case DescriptorAccess():
                 done = yield from self._access_descriptor(effect)
             case PortIo():
                 done = yield from self._port_io(effect)
             case GuestRequest():
-                if (yield from vm_exit(monitor, vcpu, EXIT_VMCALL)):
-                    return Done.HELD
-                yield from monitor.report("guest_request", vcpu, Reason.GUEST_REQUEST, {})
-                vcpu.set_register("rax", 0)
+                done = yield from self._request()
             case DebugException(kind):
                 done = yield from self._debug_exception(kind, length)
             case Halt():
-                if (yield from vm_exit(monitor, vcpu, EXIT_HLT)):
+                if (yield from vm_exit(self.monitor, self.vcpu, EXIT_HLT)):
                     return Done.HELD
-                vcpu.halted = True
+                self.vcpu.halted = True
         return done
+
+    def _move_to_msr(self, msr: int, value: int) -> Waits[Done]:
+        """``EXIT_REASON_MSR_WRITE``, where the CPU exits for the write."""
+        monitor = self.monitor
+        if msr in DIRECT_MSRS - monitor.intercepted_msrs:
+            self._registers.write_msr(msr, value)
+            return Done.NATIVE
+        if (yield from vm_exit(monitor, self.vcpu, _MSR_WRITE)):
+            return Done.HELD
+        yield from self._registers.intercept_msr(msr, value)
+        return Done.EXITED
+
+    def _identify(self, effect: Cpuid, length: int) -> Waits[Done]:
+        """``EXIT_REASON_CPUID``."""
+        vcpu, monitor = self.vcpu, self.monitor
+        if (yield from vm_exit(monitor, vcpu, _CPUID)):
+            return Done.HELD
+        fields = {
+            "cpuid.insn_length": length,
+            "cpuid.leaf": vcpu.register("rax") & 0xFFFF_FFFF,
+            "cpuid.subleaf": vcpu.register("rcx") & 0xFFFF_FFFF,
+        }
+        vcpu.set_registers(effect.registers)
+        paused = yield from monitor.report("cpuid", vcpu, Reason.CPUID, fields)
+        return Done.HELD if paused else Done.EXITED
+
+    def _request(self) -> Waits[Done]:
+        """``HVMOP_guest_request_vm_event``."""
+        vcpu, monitor = self.vcpu, self.monitor
+        if (yield from vm_exit(monitor, vcpu, EXIT_VMCALL)):
+            return Done.HELD
+        yield from monitor.report("guest_request", vcpu, Reason.GUEST_REQUEST, {})
+        vcpu.set_register("rax", 0)
+        return Done.EXITED
 
     def _move_to_control_register(self, index: int, value: int) -> Waits[Done]:
         """``vmx_cr_access`` and ``EXIT_REASON_XSETBV``, where the CPU exits for the write."""
-        if not self._exits(index, value):
-            self._set_control_register(index, value)
+        if not self._registers.exits(index, value):
+            self._registers.set_control(index, value)
             return Done.NATIVE
         vcpu, monitor = self.vcpu, self.monitor
         reason = _XSETBV if index == XCR0 else _CR_ACCESS
         number = {CR0: 0, CR3: 3, CR4: 4, XCR0: 0}[index]
         if (yield from vm_exit(monitor, vcpu, reason, number)):
             return Done.HELD
-        if index == XCR0:  # hvm_handle_xsetbv tells of it and writes it, whatever the answer
-            yield from self._monitor_control_register(index, value)
-            written = self._write_control_register(index, value)
+        if index == XCR0:  # hvm_handle_xsetbv reports and writes it, whatever the answer
+            yield from self._registers.report_control(index, value)
+            written = self._registers.write_control(index, value)
         else:
-            written = yield from self._try_control_register(index, value)
+            written = yield from self._registers.try_control(index, value)
         if not written:
             self._fault(GP)
         return Done.EXITED if written else Done.HELD
-
-    def _exits(self, index: int, value: int) -> bool:
-        """Whether a write leaves guest mode (``vmx_update_guest_cr``)."""
-        if index == CR3:
-            return "ctrlreg 1" in self.monitor.switches
-        if index == XCR0:
-            return True
-        mask = ~0
-        if index == CR4:
-            mask = _CR4_HOST_MASK
-            options = self.monitor.switches.get("ctrlreg 2")
-            if options is not None:
-                mask |= ~options["bitmask"]
-        return bool((value ^ self._control_register(index)) & mask)
-
-    def _control_register(self, index: int) -> int:
-        if index == XCR0:
-            return self.vcpu.xcr0
-        return self.vcpu.register(("cr0", "cr3", "cr4")[index])
-
-    def _set_control_register(self, index: int, value: int) -> None:
-        if index == XCR0:
-            self.vcpu.xcr0 = value
-        else:
-            self.vcpu.set_register(("cr0", "cr3", "cr4")[index], value)
-
-    def _valid_control_register(self, index: int, value: int) -> int | None:
-        """What ``hvm_set_cr0``, ``hvm_set_cr3``, ``hvm_set_cr4`` write; None for a #GP."""
-        if index == CR0:
-            if value >> 32:
-                return None
-            value = (value & _CR0_BITS) | CR0_ET
-            return None if value & (CR0_PE | CR0_PG) == CR0_PG else value
-        if index == CR3:
-            bits = self.monitor.domain.machine.physical_address_bits
-            return None if value >> bits else value
-        if index == CR4:
-            return None if value & ~_CR4_BITS else value
-        return value if value & 1 else None
-
-    def _write_control_register(self, index: int, value: int) -> bool:
-        """Write one; False for a #GP."""
-        valid = self._valid_control_register(index, value)
-        if valid is None:
-            return False
-        self._set_control_register(index, valid)
-        return True
-
-    def _try_control_register(self, index: int, value: int) -> Waits[bool]:
-        """``hvm_set_cr*`` with ``may_defer``: False for a #GP."""
-        valid = self._valid_control_register(index, value)
-        if valid is None:
-            return False
-        defers = yield from self._monitor_control_register(index, valid)
-        if defers and self.vcpu.deferred is not None:
-            self.vcpu.deferred.control_registers[index] = valid
-        else:
-            self._set_control_register(index, valid)
-        return True
-
-    def _monitor_control_register(self, index: int, value: int) -> Waits[bool]:
-        """``hvm_monitor_cr``: True if the write waits for the vCPU to run again."""
-        monitor, old = self.monitor, self._control_register(index)
-        options = monitor.switches.get(f"ctrlreg {index}")
-        if (
-            options is None
-            or (options["onchangeonly"] and value == old)
-            or not (value ^ old) & ~options["bitmask"]
-        ):
-            return False
-        fields = {
-            "write_ctrlreg.index": index,
-            "write_ctrlreg.new_value": value,
-            "write_ctrlreg.old_value": old,
-        }
-        yield from monitor.traps(
-            self.vcpu, Reason.WRITE_CTRLREG, fields, sync=bool(options["sync"])
-        )
-        return monitor.gates_writes
-
-    def _read_msr(self, msr: int) -> int:
-        name = MSR_REGISTERS.get(msr)
-        return self.vcpu.register(name) if name else self.vcpu.msrs.get(msr, 0)
-
-    def _write_msr(self, msr: int, value: int) -> None:
-        name = MSR_REGISTERS.get(msr)
-        if name:
-            self.vcpu.set_register(name, value)
-        else:
-            self.vcpu.msrs[msr] = value
-
-    def _intercept_msr(self, msr: int, value: int) -> Waits[None]:
-        """``hvm_msr_write_intercept`` with ``may_defer``, and ``hvm_monitor_msr``."""
-        monitor, old = self.monitor, self._read_msr(msr)
-        options = monitor.switches.get(f"msr {msr:#x}")
-        if options is not None and not (options["onchangeonly"] and value == old):
-            fields = {
-                "mov_to_msr.msr": msr,
-                "mov_to_msr.new_value": value,
-                "mov_to_msr.old_value": old,
-            }
-            yield from monitor.traps(self.vcpu, Reason.MOV_TO_MSR, fields)
-            if monitor.gates_writes and self.vcpu.deferred is not None:
-                self.vcpu.deferred.msr = msr, value
-                return
-        self._write_msr(msr, value)
 
     def _access_descriptor(self, effect: DescriptorAccess) -> Waits[Done]:
         """``hvm_descriptor_access_intercept``: left to the response, which can have it emulated."""
@@ -596,29 +424,23 @@ class Processor(ABC):
     # Execution by Xen's emulator, in the host p2m.
 
     def _cannot_emulate(self, *, answered: bool) -> Waits[None]:
-        """What comes of an instruction that the emulator does not know."""
-        if not answered:  # hvm_emulate_one_insn: it comes again, and nobody is told
+        """Report an instruction that the emulator does not know, or raise #UD."""
+        if not answered:  # hvm_emulate_one_insn: it comes again, and no event reports it
             return
         event = "emul_unimplemented"
         if not (yield from self.monitor.report(event, self.vcpu, Reason.EMUL_UNIMPLEMENTED, {})):
             self._fault(UD)
 
     def _emulate_effect(self, effect: Effect | None, length: int) -> Waits[bool]:
-        """False where an exception takes its place; few effects are heard of here."""
+        """Apply an effect; False where an exception takes its place. Few effects cause events."""
         vcpu = self.vcpu
         match effect:
             case SetRegisters(values):
                 vcpu.set_registers(values)
             case WriteControlRegister(index, value):
-                if index == XCR0:
-                    written = self._write_control_register(index, value)
-                else:
-                    written = yield from self._try_control_register(index, value)
-                if not written:
-                    self._fault(GP)
-                return written
+                return (yield from self._emulate_control_write(index, value))
             case WriteMsr(msr, value):
-                yield from self._intercept_msr(msr, value)
+                yield from self._registers.intercept_msr(msr, value)
             case Cpuid():
                 vcpu.set_registers(effect.registers)
             case PortIo():
@@ -635,82 +457,15 @@ class Processor(ABC):
                 pass
         return True
 
-    # Memory.
-
-    @property
-    def _table(self) -> P2m:
-        """That of the view the vCPU is in."""
-        domain = self.monitor.domain
-        return domain.views[self.vcpu.view].table if domain.active else domain.host
-
-    def _find_in_view(self, gfn: int) -> Lookup:
-        return self._table.lookup(gfn)
-
-    def _bytes_in_view(self, address: int, size: int) -> bytes:
-        parts = (self._frame(self._find_in_view(gfn)) for gfn in _gfns(address, size))
-        return _cut(b"".join(parts), address, size)
-
-    def _store_in_view(self, address: int, data: bytes) -> None:
-        domain = self.monitor.domain
-        for offset, one in enumerate(data):
-            gfn, at = divmod(address + offset, PAGE_SIZE)
-            domain.machine.frames.page(self._find_in_view(gfn).mfn)[at] = one
-
-    def _bytes_in_host(self, address: int, size: int) -> bytes:
-        domain = self.monitor.domain
-        parts = (
-            self._frame(domain.host_lookup(gfn, populate=True)) for gfn in _gfns(address, size)
-        )
-        return _cut(b"".join(parts), address, size)
-
-    def _store_in_host(self, address: int, data: bytes) -> None:
-        """``hvm_copy_to_guest_phys``: dropped where the page is read-only or none."""
-        domain = self.monitor.domain
-        for offset, one in enumerate(data):
-            gfn, at = divmod(address + offset, PAGE_SIZE)
-            found = domain.host_lookup(gfn, populate=True, unshare=True)
-            if found.valid and found.type not in WRITES_DROPPED:
-                domain.machine.frames.page(found.mfn)[at] = one
-
-    def _frame(self, found: Lookup) -> bytes:
-        """A page's contents; of no memory, what a bus that nobody answers on gives."""
-        if not found.valid:
-            return b"\xff" * PAGE_SIZE
-        return bytes(self.monitor.domain.machine.frames.page(found.mfn))
-
-
-WRITES_DROPPED = {PageType.RAM_RO, PageType.GRANT_MAP_RO}
-
-
-def run(
-    processors: Sequence[Processor], steps: int | None, chance: Random, turns: float = math.inf
-) -> int:
-    """Let vCPUs run in turn, until none can or there were so many steps (None: however many).
-
-    A step is an instruction, or an attempt of one that executes none. A turn of machine code has
-    several; where several vCPUs can run, how many is a matter of chance. Where one can, and steps
-    are not counted, it goes on without an end: it is then several times as fast. What leaves guest
-    mode ends a turn and takes as long as a thousand instructions: so turns have a limit, too.
-
-    Returns:
-        How many instructions were executed, of those that were counted.
-    """
-    executed = 0
-    left = math.inf if steps is None else steps
-    while left > 0 and turns > 0:
-        ready = [processor for processor in processors if processor.ready]
-        if not ready:
-            break
-        for processor in ready:
-            if left <= 0 or not processor.ready:
-                continue
-            limit = _SLICE if len(ready) == 1 else chance.randint(1, _SLICE)
-            alone = steps is None and len(ready) == 1
-            count = processor.step(0 if alone else int(min(limit, left)))
-            executed += count
-            left -= max(count, 1)
-        turns -= len(ready)
-    return executed
+    def _emulate_control_write(self, index: int, value: int) -> Waits[bool]:
+        """Write a control register as the emulator does; False where a #GP takes its place."""
+        if index == XCR0:
+            written = self._registers.write_control(index, value)
+        else:
+            written = yield from self._registers.try_control(index, value)
+        if not written:
+            self._fault(GP)
+        return written
 
 
 def needs_reinjection(trap: Trap) -> bool:
@@ -720,34 +475,7 @@ def needs_reinjection(trap: Trap) -> bool:
     return trap.kind in (EXTERNAL_INTERRUPT, NMI)
 
 
-def moves_itself(effect: Effect | None) -> bool:
-    """Whether an effect has set rip, or left it to Xen."""
-    if isinstance(effect, SetRegisters):
-        return "rip" in effect.values
-    return isinstance(effect, DebugException) and effect.kind == HARDWARE_EXCEPTION
-
-
 def _emulation_kind(flags: int) -> Flag:
     """``hvm_emulate_one_vm_event``: the first that is asked for counts."""
     kinds = Flag.SET_EMUL_READ_DATA, Flag.EMULATE_NOWRITE, Flag.SET_EMUL_INSN_DATA
     return next((kind for kind in kinds if flags & kind), Flag(0))
-
-
-def pages(address: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield what of a range is in each page: its first address and its size."""
-    end = address + size
-    while True:
-        count = min(PAGE_SIZE - address % PAGE_SIZE, end - address)
-        yield address, count
-        address += count
-        if address >= end:
-            return
-
-
-def _gfns(address: int, size: int) -> range:
-    return range(address // PAGE_SIZE, (address + max(size, 1) - 1) // PAGE_SIZE + 1)
-
-
-def _cut(pages: bytes, address: int, size: int) -> bytes:
-    start = address % PAGE_SIZE
-    return pages[start : start + size]

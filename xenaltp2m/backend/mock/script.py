@@ -13,15 +13,10 @@ from typing import NamedTuple
 
 from xenaltp2m.abi.vm_event import Flag
 from xenaltp2m.abi.x86 import BP, GP, NO_ERROR_CODE, UD, Segment
+from xenaltp2m.backend.mock.effects import Done, Effect, GuestRequest, moves_itself
 from xenaltp2m.backend.mock.guest import Outcome, access
-from xenaltp2m.backend.mock.processor import (
-    Done,
-    Effect,
-    GuestRequest,
-    Processor,
-    moves_itself,
-    pages,
-)
+from xenaltp2m.backend.mock.physical_memory import pages
+from xenaltp2m.backend.mock.processor import Processor
 from xenaltp2m.backend.mock.vcpu import (
     BEGINNING,
     FLAT_CODE,
@@ -168,14 +163,20 @@ class Script(Processor):
         done = yield from self._execute_one(instruction)
         return done, int(done is not Done.HELD)
 
-    def _execute_one(self, instruction: Instruction) -> Waits[Done]:
+    def _fetch(self, instruction: Instruction) -> Waits[Outcome]:
         for part, _ in pages(instruction.address, instruction.length):
             outcome = yield from access(self.monitor, self.vcpu, part, "x")
             if outcome is Outcome.EMULATED:
                 self._fault(GP)  # hvm_hap_nested_page_fault: nothing to fetch
             if outcome is not Outcome.DONE:
-                return self._held(outcome)
-        if self._bytes_in_view(instruction.address, 1)[0] == _INT3:
+                return outcome
+        return Outcome.DONE
+
+    def _execute_one(self, instruction: Instruction) -> Waits[Done]:
+        outcome = yield from self._fetch(instruction)
+        if outcome is not Outcome.DONE:
+            return self._held(outcome)
+        if self._memory.read_in_view(instruction.address, 1)[0] == _INT3:
             return (yield from self._breakpoint())
         accesses = [Access(*one) for one in instruction.accesses]
         for one in accesses:
@@ -190,9 +191,9 @@ class Script(Processor):
                     return self._held(outcome)
         for one in accesses:
             if one.kind == "w":
-                self._store_in_view(one.address, one.data)
+                self._memory.write_in_view(one.address, one.data)
             else:
-                self._load(one, self._bytes_in_view(one.address, len(one.data)))
+                self._load(one, self._memory.read_in_view(one.address, len(one.data)))
         done = yield from self._apply(instruction.effect, instruction.length)
         if done is not Done.HELD and not moves_itself(instruction.effect):
             self._advance(instruction.length)
@@ -214,7 +215,7 @@ class Script(Processor):
     ) -> Waits[bool]:
         """Emulate one, because a response says so or for MMIO; True if it is completed."""
         vcpu, effect = self.vcpu, instruction.effect
-        first = self._bytes_in_host(instruction.address, 1)
+        first = self._memory.read_in_host(instruction.address, 1)
         if kind is Flag.SET_EMUL_INSN_DATA:
             first = data[:1]
         if first[0] == _INT3:
@@ -226,13 +227,13 @@ class Script(Processor):
         for one in instruction.accesses:
             wanted = Access(*one)
             if wanted.kind != "w":
-                found = self._bytes_in_host(wanted.address, len(wanted.data))
+                found = self._memory.read_in_host(wanted.address, len(wanted.data))
                 if kind is Flag.SET_EMUL_READ_DATA:  # set_context_data
                     size = int.from_bytes(data[:4], "little")
                     found = data[4 : 4 + min(size, len(found))].ljust(len(found), b"\0")
                 self._load(wanted, found)
             elif kind is not Flag.EMULATE_NOWRITE:
-                self._store_in_host(wanted.address, wanted.data)
+                self._memory.write_in_host(wanted.address, wanted.data)
         if not (yield from self._emulate_effect(effect, instruction.length)):
             return False
         if not moves_itself(effect):

@@ -147,7 +147,7 @@ class Vcpu:
         mask = (1 << 8 * width) - 1
         self.context[place] = (value & mask).to_bytes(width, "little")
 
-    def carry(self) -> None:
+    def migrate(self) -> None:
         """Forget what no save has: what an agent or the toolstack has asked of the vCPU."""
         self.event_pauses = 0
         self.single_step = self.monitor_trap_flag = self.next_interrupt = False

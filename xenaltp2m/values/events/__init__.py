@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The events that a monitor receives, and the subscriptions to them."""
+
+from __future__ import annotations
+
+from xenaltp2m.values.events.base import (
+    EVENTS,
+    Answerer,
+    DomainEnded,
+    Event,
+    Subscription,
+    UnknownEvent,
+    shutdown_words,
+)
+from xenaltp2m.values.events.kinds import (
+    SINGLESTEP_ON,
+    ControlRegister,
+    Cpuid,
+    DebugException,
+    Descriptor,
+    DescriptorAccess,
+    EmulateEachRep,
+    EmulUnimplemented,
+    GuestRequest,
+    InguestPagefault,
+    Interrupt,
+    Io,
+    MemAccess,
+    MemPaging,
+    MemSharing,
+    MovToMsr,
+    PrivilegedCall,
+    Singlestep,
+    SoftwareBreakpoint,
+    TrapType,
+    VmExit,
+    WriteCtrlreg,
+)
+from xenaltp2m.values.registers import Registers
+
+__all__ = [
+    "EVENTS",
+    "SINGLESTEP_ON",
+    "Answerer",
+    "ControlRegister",
+    "Cpuid",
+    "DebugException",
+    "Descriptor",
+    "DescriptorAccess",
+    "DomainEnded",
+    "EmulUnimplemented",
+    "EmulateEachRep",
+    "Event",
+    "GuestRequest",
+    "InguestPagefault",
+    "Interrupt",
+    "Io",
+    "MemAccess",
+    "MemPaging",
+    "MemSharing",
+    "MovToMsr",
+    "PrivilegedCall",
+    "Registers",
+    "Singlestep",
+    "SoftwareBreakpoint",
+    "Subscription",
+    "TrapType",
+    "UnknownEvent",
+    "VmExit",
+    "WriteCtrlreg",
+    "shutdown_words",
+]
