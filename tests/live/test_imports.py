@@ -62,5 +62,5 @@ def test_imported_verified_and_exported(tmp_path: Path) -> None:
         assert not guest.dom.altp2m_active
         assert guest.dom.info() == before
         now = State.from_bytes((tmp_path / "b").read_bytes())
-        assert diff(was, now) == ["added page 0 has another content"]
+        assert diff(was, now) == ["the content of added page 0 differs"]
         state("export", tmp_path / "c", "hello", code=1)
